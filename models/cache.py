@@ -1,0 +1,97 @@
+"""The KV cache of a staged decoder: each layer holds exactly the tokens that were live there, and where they stood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .live import LiveSet
+
+
+class StagedLayer(DynamicLayer):
+    """One layer's keys and values, with each column's place in the sequence.
+
+    `get_seq_length` answers with the length of the whole sequence seen, not with the number of columns held: that
+    is what generate() asks for, and layer 0 of a fused model holds no image.
+
+    Attributes:
+        slots: (B, C) int64, place in the sequence of each of the C columns held; -1 on padding.
+        seen: length of the sequence so far, dead tokens and padding included.
+        next_position: (B,) int64, the position id that follows the last token.
+        padded: some column is padding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: Tensor | None = None
+        self.seen = 0
+        self.next_position: Tensor | None = None
+        self.padded = False
+
+    def extend(self, live: LiveSet) -> None:
+        """Notes the places of the columns that the layer is about to append."""
+        slots = live.slots.masked_fill(~live.valid, -1)
+        self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
+        self.padded = self.padded or live.padded
+
+    def get_seq_length(self) -> int:
+        """Returns the length of the sequence seen so far."""
+        return self.seen
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.slots, self.seen, self.next_position, self.padded = None, 0, None, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` decoded tokens, as assisted generation asks for."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove < 0 and self.slots is not None and self.next_position is not None:
+            self.slots = self.slots[:, :tokens_to_remove]
+            self.seen += tokens_to_remove
+            self.next_position = self.next_position + tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the samples, as beam search asks for."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sample `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.slots is not None and self.next_position is not None:
+            self.slots = self.slots.repeat_interleave(repeats, dim=0)
+            self.next_position = self.next_position.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the samples `indices`, in that order."""
+        super().batch_select_indices(indices)
+        if self.slots is not None and self.next_position is not None:
+            self.slots, self.next_position = self.slots[indices], self.next_position[indices]
+
+
+def staged_cache(cache: Any, num_layers: int) -> DynamicCache:
+    """Returns `cache`, made ready in place to hold a different number of tokens in each layer.
+
+    Args:
+        cache: None, an empty DynamicCache (what generate() makes), or a cache that this function returned before.
+        num_layers: the decoder's depth.
+
+    Raises:
+        ValueError: the cache is of another kind, or already filled by another model.
+    """
+    if cache is None:
+        cache = DynamicCache()
+    layers = getattr(cache, "layers", None)
+    if layers and all(isinstance(layer, StagedLayer) for layer in layers):
+        return cache
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values: found a {type(cache).__name__}{' that is not empty' if layers else ''}, "
+            "accepted: None, an empty DynamicCache, or the cache that this model returned"
+        )
+    cache.layers = [StagedLayer() for _ in range(num_layers)]
+    return cache

@@ -1,0 +1,152 @@
+"""The stage plan: which decoder layers see the image, and how. Free of torch, so that recipes can read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+UPDATES = ("full", "kv")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The static, trained choice of the decoder layers that see visual tokens. Saved in the model's config.
+
+    Layers are numbered from 0. Visual tokens are live in [enter, exit): the layers before are shallow, the ones
+    after are deep, and both run on text alone.
+
+    Attributes:
+        enter: first decoder layer at which visual tokens are live.
+        exit: first decoder layer at which they no longer are; the decoder's depth means "never leaves".
+        update: `full`, a live visual token runs through the whole layer; or `kv`, it only lends keys and values
+            to the text: no query, no MLP, and its hidden state stays as projected.
+        layers: the layers that see visual tokens, in place of enter and exit; `kv` only.
+        keep: {layer: how many visual tokens stay from that layer on}, a count (int >= 1) or a share of the
+            sample's visual tokens (0 < float < 1). Which ones stay is decided by the attention that the last
+            instruction token pays them in the layer before (of those that see vision).
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+
+    Source: window and pyramid as in HiDrop (arXiv 2602.23699), `kv` and layer lists as in ViCA (arXiv 2602.07574).
+    """
+
+    enter: int | None = None
+    exit: int | None = None
+    update: str = "full"
+    layers: Sequence[int] | None = None
+    keep: Mapping[int, int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.update not in UPDATES:
+            raise ValueError(f"stages.update: found {self.update!r}, accepted: full, kv")
+        if self.layers is None:
+            self._check_window()
+        else:
+            self._check_layers()
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
+        self._check_keep_layers()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> StagePlan:
+        """Returns the plan that `to_dict` or a recipe's `stages` section describes; unknown keys are an error."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"stages.{unknown[0]}: unknown key, accepted: {', '.join(known)}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON-ready values (keys of `keep` become strings, as JSON wants them)."""
+        return {
+            "enter": self.enter,
+            "exit": self.exit,
+            "update": self.update,
+            "layers": None if self.layers is None else list(self.layers),
+            "keep": {str(layer): amount for layer, amount in self.keep.items()},
+        }
+
+    def check(self, num_layers: int) -> None:
+        """Raises ValueError when the plan names a layer that a decoder of `num_layers` layers does not have."""
+        last = self.layers[-1] + 1 if self.layers is not None else self.exit
+        if last is not None and last > num_layers:
+            name = "layers" if self.layers is not None else "exit"
+            found = list(self.layers) if self.layers is not None else self.exit
+            raise ValueError(
+                f"stages.{name}: found {found}, beyond the decoder's {num_layers} layers "
+                f"(accepted: {'layers below' if self.layers is not None else 'at most'} {num_layers})"
+            )
+
+    def sees(self, layer: int) -> bool:
+        """Returns whether visual tokens are live at `layer`."""
+        if self.layers is not None:
+            return layer in self.layers
+        return self.enter <= layer < self.exit  # type: ignore[operator]  # __post_init__ made both ints
+
+    def visual_counts(self, visual: int, num_layers: int) -> list[int]:
+        """Returns how many of `visual` visual tokens are live at each of `num_layers` layers."""
+        counts, kept = [], visual
+        for layer in range(num_layers):
+            if layer in self.keep:
+                kept = min(kept, kept_count(self.keep[layer], visual))
+            counts.append(kept if self.sees(layer) else 0)
+        return counts
+
+    def _check_window(self) -> None:
+        for name in ("enter", "exit"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"stages.{name}: found {value!r}, accepted: a layer number (int >= 0)")
+        if self.enter >= self.exit:  # type: ignore[operator]  # both are ints now
+            raise ValueError(f"stages.exit: found {self.exit}, accepted: a layer after enter ({self.enter})")
+
+    def _check_layers(self) -> None:
+        if self.update != "kv":
+            raise ValueError(
+                "stages.layers: found a list with update 'full', accepted: a list goes with update 'kv'; "
+                "'full' takes enter and exit"
+            )
+        if self.enter is not None or self.exit is not None:
+            raise ValueError("stages.layers: found beside enter or exit, accepted: one or the other")
+        layers = tuple(self.layers or ())
+        good = all(type(layer) is int and layer >= 0 for layer in layers)
+        if not layers or not good or list(layers) != sorted(set(layers)):
+            raise ValueError(f"stages.layers: found {self.layers!r}, accepted: layer numbers, ascending, at least one")
+        object.__setattr__(self, "layers", layers)
+
+    def _check_keep_layers(self) -> None:
+        first = self.layers[0] if self.layers is not None else self.enter
+        for layer in self.keep:
+            if layer == first or not self.sees(layer):
+                raise ValueError(
+                    f"stages.keep: found layer {layer}, accepted: layers that see vision, after the first "
+                    f"one ({first}), because the choice needs the attention of a layer before"
+                )
+
+
+def kept_count(amount: float, visual: int) -> int:
+    """Returns the number of tokens that a count or a share of `visual` tokens stands for."""
+    return min(amount, visual) if isinstance(amount, int) else int(visual * amount)
+
+
+def _checked_keep(keep: Mapping[Any, Any]) -> dict[int, int | float]:
+    accepted = "accepted: {layer: count >= 1 or share between 0 and 1}"
+    if not isinstance(keep, Mapping):
+        raise ValueError(f"stages.keep: found {keep!r}, {accepted}")  # noqa: TRY004  # one kind for users
+    amounts: dict[int, int | float] = {}
+    for key, amount in keep.items():
+        layer = int(key) if isinstance(key, str) and key.isdigit() else key
+        is_count = type(amount) is int and amount >= 1
+        is_share = type(amount) is float and 0.0 < amount < 1.0
+        if type(layer) is not int or not (is_count or is_share):
+            raise ValueError(f"stages.keep: found {key!r}: {amount!r}, {accepted}")
+        amounts[layer] = amount
+    amounts = dict(sorted(amounts.items()))
+    for kind in (int, float):
+        same_kind = [amount for amount in amounts.values() if type(amount) is kind]
+        if any(later > earlier for earlier, later in itertools.pairwise(same_kind)):
+            raise ValueError(f"stages.keep: found growing amounts {amounts}, {accepted}, shrinking")
+    return amounts
