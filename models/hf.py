@@ -10,7 +10,7 @@ Letters: B batch, S sequence, L live rows, K keys, H query heads, G key/value he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -101,8 +101,8 @@ class KeyValues:
 
     stored: StagedLayer | None = None
     lend: Callable[[], tuple[Tensor, Tensor]] | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that the attention shall use."""

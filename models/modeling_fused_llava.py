@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -195,5 +199,9 @@ def _refuse_outputs(kwargs: dict[str, Any], config: FusedLlavaConfig) -> None:
             raise ValueError(f"{name}: found True, accepted: False, because layers hold different tokens")
 
 
-AutoConfig.register("fused_llava", FusedLlavaConfig)
-AutoModelForImageTextToText.register(FusedLlavaConfig, FusedLlavaForConditionalGeneration)
+AutoConfig.register("fused_llava", FusedLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(FusedLlavaConfig, FusedLlavaForConditionalGeneration, exist_ok=True)
+# files on disk name their weights as LLaVA's do ("language_model.lm_head", ...), in both directions
+register_checkpoint_conversion_mapping(
+    FusedLlavaForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
+)

@@ -1,0 +1,62 @@
+"""The cost model against torch's own FLOP counter and the paper's figures."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from models import StagePlan, run_decoder
+from models.cost import live_cost, plan_cost, visual_macs
+from models.schedule import Dense, Fused
+
+LLAVA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None,
+        StagePlan(2, 4),
+        StagePlan(2, 4, "kv"),
+        StagePlan(layers=[0, 3, 5], update="kv"),
+    ],
+)
+def test_flops_are_what_torch_counts(make_model, family, plan):
+    decoder = make_model(family, attention="eager").model.language_model
+    embeds, visual = torch.randn(1, 20, 32), torch.zeros(1, 20, dtype=torch.bool)
+    visual[:, 3:13] = True
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = run_decoder(decoder, embeds, visual, schedule=Dense() if plan is None else Fused(plan))
+    cost = plan_cost(decoder.config, plan, visual=10, text=10)
+    rotary = sum(flops for name, flops in counter.get_flop_counts()["Global"].items()) - cost.flops
+    assert rotary == 0
+    counts = [len(live[0]) - 10 for live in output.live]
+    kv = plan is not None and plan.update == "kv"
+    assert live_cost(decoder.config, counts, text=10, kv=kv) == cost
+    assert cost.token_layers == sum(len(live[0]) for live in output.live)
+
+
+def test_cache_bytes_are_what_the_cache_holds(make_model):
+    decoder, plan = make_model("llama").model.language_model, StagePlan(2, 4)
+    visual = torch.zeros(1, 20, dtype=torch.bool)
+    visual[:, 3:13] = True
+    with torch.no_grad():
+        output = run_decoder(decoder, torch.randn(1, 20, 32), visual, schedule=Fused(plan), use_cache=True)
+    held = sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values))
+    assert plan_cost(decoder.config, plan, visual=10, text=10, bytes_per_value=4).cache_bytes == held
+
+
+def test_the_papers_figures_for_llava_7b():
+    # VisiPruner table 5 (3.82 T dense), HiDrop (0.42 T at 64 tokens), facts in multiply-adds of visual tokens alone
+    dense = visual_macs(LLAVA_7B, [576] * 32)
+    hidrop = visual_macs(LLAVA_7B, StagePlan(8, 24, keep={10: 215, 14: 10, 16: 5, 18: 1}).visual_counts(576, 32))
+    assert round(dense / 1e12, 2) == 3.82
+    assert round(hidrop / 1e12, 2) == 0.42
+    assert round(visual_macs(LLAVA_7B, StagePlan(8, 24).visual_counts(576, 32)) / dense, 2) == 0.5
+
+
+def test_a_window_of_half_the_layers_halves_vision():
+    dense = plan_cost(LLAVA_7B, None, visual=576, text=64)
+    fused = plan_cost(LLAVA_7B, StagePlan(8, 24), visual=576, text=64)
+    assert fused.visual_token_layers * 2 == dense.visual_token_layers
+    assert fused.vision_attention < dense.vision_attention
