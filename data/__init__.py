@@ -1,0 +1,1 @@
+"""From LLaVA conversation files to padded batches with labels. Read in this order: records, chat, dataset, collate."""

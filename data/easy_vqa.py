@@ -1,0 +1,72 @@
+"""The built-in set: easy-VQA (MIT), shapes of one colour on 64 x 64 images, shipped inside its package on PyPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import easy_vqa as package
+
+VERSION = "1.0"
+SPLITS = ("train", "test")
+SHAPES = ("circle", "rectangle", "triangle")
+_PREFIX = "easy_vqa:"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test question. `kind` is `yes/no`, `shape` or `colour`, after its answer."""
+
+    image: Path
+    text: str
+    answer: str
+    kind: str
+
+
+def is_built_in(file: str) -> bool:
+    """Returns whether a recipe's file name means this set."""
+    return file.startswith(_PREFIX) and file.removeprefix(_PREFIX) in SPLITS
+
+
+def split_of(file: str) -> str:
+    """Returns `train` or `test` of `easy_vqa:train` or `easy_vqa:test`."""
+    return file.removeprefix(_PREFIX)
+
+
+def image_folder(split: str) -> Path:
+    """Returns the folder of a split's PNG files, named by image number."""
+    return Path(package.__file__).parent / "data" / split / "images"
+
+
+def conversations(split: str) -> Iterator[dict[str, Any]]:
+    """Yields one LLaVA row an image, with all its questions: 4,000 rows for train, 1,000 for test."""
+    by_image: dict[int, list[tuple[str, str]]] = {}
+    for text, answer, number in _questions(split):
+        by_image.setdefault(number, []).append((text, answer))
+    for number, pairs in by_image.items():
+        turns = []
+        for place, (text, answer) in enumerate(pairs):
+            mark = "<image>\n" if place == 0 else ""
+            turns += [{"from": "human", "value": mark + text}, {"from": "gpt", "value": answer}]
+        yield {"id": f"easy_vqa_{split}_{number}", "image": f"{number}.png", "conversations": turns}
+
+
+def questions(split: str) -> list[Question]:
+    """Returns a split's questions, each to be asked alone, in the package's order: 9,673 of test."""
+    folder = image_folder(split)
+    return [
+        Question(folder / f"{number}.png", text, answer, _kind(answer)) for text, answer, number in _questions(split)
+    ]
+
+
+def _questions(split: str) -> Iterator[tuple[str, str, int]]:
+    read = package.get_train_questions if split == "train" else package.get_test_questions
+    return zip(*read(), strict=True)
+
+
+def _kind(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in SHAPES else "colour"
