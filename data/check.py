@@ -70,7 +70,7 @@ def _check(name: str, config: DataConfig, workers: int | None) -> int:
     faults = faults_of(rows)
     for fault in faults:
         print(fault)
-    images, with_image = sum(rows["images"]), sum(count > 0 for count in rows["images"])
+    images, with_image = sum(map(len, rows["images"])), sum(map(bool, rows["images"]))
     good = (text for text, fault in zip(rows["text"], rows["fault"], strict=True) if not fault)
     answers_first = sum(map(starts_with_answer, good))
     print(

@@ -15,17 +15,25 @@ from data import easy_vqa
 from data.chat import ChatFormat, truncate
 from data.config import DataConfig
 from data.images import check_image, open_image, pixel_values, visual_tokens
-from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, Turn, parse, read_rows
+from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, parse, read_rows
 
 SHOWN_FAULTS = 5  # faults that an error lists
-_CHECK_VERSION = "1"  # part of the cache key of checked rows: raise it when a check changes
+_CHECK_VERSION = "2"  # part of the cache key of checked rows: raise it when a check changes
+_CHECKED = {
+    "fault": datasets.Value("string"),
+    "images": datasets.List(datasets.Value("string")),
+    "turns": datasets.Value("int32"),
+    "ids": datasets.List(datasets.Value("int32")),
+    "labels": datasets.List(datasets.Value("int32")),
+    "length": datasets.Value("int32"),
+}
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
     """LLaVA conversations as token ids, labels and pixel values.
 
-    Building it reads and checks every row (JSON, roles, marks, images, length), in parallel and once: the result
-    is cached. Training then meets no surprise hours later.
+    Building it reads, checks and tokenises every row (JSON, roles, marks, images, length), in parallel and once:
+    the result is cached on disk. Training then meets no surprise hours later, and opens images alone.
 
     Args:
         config: the recipe's data section.
@@ -54,7 +62,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             raise DataError(f"{', '.join(config.files)}: found no rows, accepted: at least one conversation")
         self.rows = rows
         self.lengths: list[int] = list(rows["length"])
-        self.has_image: list[bool] = [count > 0 for count in rows["images"]]
+        self.has_image: list[bool] = [bool(names) for names in rows["images"]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,46 +74,45 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             DataError: an image changed since it was checked.
         """
         row = self.rows[int(index)]
-        try:
-            record = parse(row["text"])
-            ids, labels = self.encode(self.fit(record))
-            images = [open_image(folder_of(row["file"], self.config), name) for name in record.images]
-        except RowError as error:
-            raise DataError(str(Fault(row["file"], row["row"], str(error)))) from error
-        sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        if images:
-            aspect, image_processor = self.config.image_aspect, self.processor.image_processor
-            sample["pixel_values"] = torch.cat([pixel_values(im, image_processor, aspect=aspect) for im in images])
+        ids = torch.tensor(row["ids"], dtype=torch.int64)
+        repeats = torch.where(ids == self.format.image_token_id, self.image_tokens, 1)
+        sample = {
+            "input_ids": ids.repeat_interleave(repeats),
+            "labels": torch.tensor(row["labels"], dtype=torch.int64).repeat_interleave(repeats),
+        }
+        if row["images"]:
+            sample["pixel_values"] = torch.cat([self._pixels(row, name) for name in row["images"]])
         return sample
 
-    def fit(self, record: Record) -> tuple[Turn, ...]:
-        """Returns the record's turns, cut at a turn border where they are too long.
+    def _pixels(self, row: dict[str, Any], name: str) -> Tensor:
+        try:
+            image = open_image(folder_of(row["file"], self.config), name)
+        except RowError as error:
+            raise DataError(str(Fault(row["file"], row["row"], str(error)))) from error
+        return pixel_values(image, self.processor.image_processor, aspect=self.config.image_aspect)
+
+    def encode(self, record: Record) -> tuple[list[int], list[int], int]:
+        """Returns ids and labels, one image token an image, and the length with all visual tokens.
 
         Raises:
-            RowError: nothing to learn from is left, or an image would be cut away from its question.
+            RowError: nothing to learn from fits into the limit, or an image would be cut away from its question.
         """
-        turns = truncate(record.turns, lambda some: len(self.encode(some)[0]), self.config.max_length)
+        turns = truncate(record.turns, lambda some: self._length(self.format.encode(some)[0]), self.config.max_length)
         if sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") != len(record.images):
             raise RowError(f"an image stands after the {self.config.max_length} tokens that a sample may have")
-        return turns
+        ids, labels = self.format.encode(turns)
+        return ids, labels, self._length(ids)
 
-    def encode(self, turns: tuple[Turn, ...]) -> tuple[list[int], list[int]]:
-        """Returns ids and labels with every image token repeated for its visual tokens."""
-        ids: list[int] = []
-        labels: list[int] = []
-        for token, label in zip(*self.format.encode(turns), strict=True):
-            count = self.image_tokens if token == self.format.image_token_id else 1
-            ids += [token] * count
-            labels += [label] * count
-        return ids, labels
+    def _length(self, ids: list[int]) -> int:
+        return len(ids) + (self.image_tokens - 1) * ids.count(self.format.image_token_id)
 
 
 def check_rows(config: DataConfig, samples: ConversationDataset | None = None) -> datasets.Dataset:
-    """Returns every row with what its check found: columns file, row, text, fault, length, images, turns.
+    """Returns every row with what its check found: columns file, row, text, fault, images, turns, ids, labels, length.
 
     Args:
         config: the recipe's data section.
-        samples: measures and cuts the samples; None leaves `length` 0 (rows and images are checked all the same).
+        samples: tokenises and cuts the samples; None leaves that out (rows and images are checked all the same).
 
     Raises:
         DataError: a file cannot be read.
@@ -117,6 +124,7 @@ def check_rows(config: DataConfig, samples: ConversationDataset | None = None) -
         num_proc=config.workers or None,
         desc="checking rows",
         new_fingerprint=_fingerprint(rows, config, samples),
+        features=datasets.Features({**rows.features, **_CHECKED}),
     )
 
 
@@ -134,14 +142,14 @@ def folder_of(file: str, config: DataConfig) -> Path | None:
 
 
 def _inspect(row: dict[str, Any], config: DataConfig, samples: ConversationDataset | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"fault": "", "length": 0, "images": 0, "turns": 0}
+    found: dict[str, Any] = {"fault": "", "images": [], "turns": 0, "ids": [], "labels": [], "length": 0}
     try:
         record = parse(row["text"])
-        found |= {"images": len(record.images), "turns": len(record.turns)}
+        found |= {"images": list(record.images), "turns": len(record.turns)}
         for name in record.images:
             check_image(folder_of(row["file"], config), name)
         if samples is not None:
-            found["length"] = len(samples.encode(samples.fit(record))[0])
+            found["ids"], found["labels"], found["length"] = samples.encode(record)
     except RowError as error:
         found["fault"] = str(error)
     return found
