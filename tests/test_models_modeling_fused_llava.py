@@ -269,3 +269,14 @@ def test_a_batch_without_image_runs_the_same_modules_forward_and_backward(make_m
     text_alone, grad = modules_run(frozen_but_projector(make_model("llama", stages)), make_batch("tttttt"))
     assert with_image == text_alone
     assert torch.equal(grad, torch.zeros(32, 16))
+
+
+def test_what_began_as_llava_is_saved_as_fused(make_model, tmp_path):
+    hugging_face(make_model("llama")).save_pretrained(tmp_path / "llava")
+    FusedLlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", stages=WINDOW).save_pretrained(
+        tmp_path / "fused"
+    )
+    saved = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert saved["model_type"] == "fused_llava"
+    assert saved["architectures"] == ["FusedLlavaForConditionalGeneration"]
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "fused").schedule == Fused(StagePlan(**WINDOW))

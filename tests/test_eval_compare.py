@@ -1,0 +1,102 @@
+"""The comparison from checkpoint folders to table and picture; answers are really generated, by a random model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoProcessor
+
+from data.easy_vqa import questions
+from eval.checkpoint import Checkpoint, CheckpointError
+from eval.compare import cell, main
+from eval.easy_vqa import Answers, accuracy, always_yes, answer, pad_left
+from eval.plots import smooth
+from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "recipes/configs/quickstart"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "fused"
+    fields = AutoConfig.from_pretrained(QUICKSTART).to_dict()
+    fields.pop("model_type")
+    torch.manual_seed(0)
+    model = FusedLlavaForConditionalGeneration(FusedLlavaConfig(**fields, stages={"enter": 2, "exit": 5}))
+    model.save_pretrained(folder / "final")
+    AutoProcessor.from_pretrained(QUICKSTART).save_pretrained(folder / "final")
+    (folder / "final/run.json").write_text(json.dumps({"seconds": 12.5, "steps": 30, "samples_per_second": 99.0}))
+    lines = [{"step": step, "seconds": step / 2, "loss": 3 / step} for step in (1, 2, 3)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_compare_writes_table_and_picture(run_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([str(run_folder), "--schedules", "trained,dense", "--limit", "24", "--out", str(out)]) == 0
+    rows = json.loads((out / "table.json").read_text())
+    assert [(row["run"], row["schedule"]) for row in rows] == [
+        ("always yes", "-"),
+        ("fused", "trained"),
+        ("fused", "dense"),
+    ]
+    assert rows[1]["steps"] == 30
+    assert rows[1]["visual_token_layers"] == 3 * 64
+    assert rows[2]["visual_token_layers"] == 8 * 64
+    assert rows[1]["decoder_flops"] < rows[2]["decoder_flops"]
+    table = (out / "table.md").read_text()
+    assert "| fused | trained |" in table
+    assert table in capsys.readouterr().out
+    assert (out / "learning_curves.png").stat().st_size > 5000
+
+
+def test_batched_answers_equal_answers_one_by_one(run_folder):
+    model, processor = Checkpoint.find(run_folder).load()
+    together = answer(model, processor, limit=7, title="together", batch=7)
+    alone = answer(model, processor, limit=7, title="alone", batch=1)
+    assert together.said == alone.said
+    assert len(together.said) == 7
+
+
+def test_accuracy_counts_each_kind():
+    asked = questions("test")
+    truth = [question.answer for question in asked]
+    assert set(accuracy(Answers(asked, truth, 0.0)).values()) == {1.0}
+    half = [word if question.kind == "shape" else "?" for word, question in zip(truth, asked, strict=True)]
+    shares = accuracy(Answers(asked, half, 0.0))
+    assert (shares["shape"], shares["colour"], shares["yes/no"]) == (1.0, 0.0, 0.0)
+    assert round(100 * always_yes(None)["all"], 2) == 37.33
+
+
+def test_padding_is_on_the_left():
+    batch = pad_left([[5], [6, 7]], pad=0)
+    assert batch["input_ids"].tolist() == [[0, 5], [6, 7]]
+    assert batch["attention_mask"].tolist() == [[0, 1], [1, 1]]
+
+
+def test_smoothing_starts_at_the_first_value():
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth([4.0, 0.0])[0] == 4.0
+
+
+def test_cells():
+    assert cell("all", 0.5) == "50.00 %"
+    assert cell("steps", None) == "-"
+    assert cell("decoder_flops", 2_500_000) == "2.5"
+
+
+def test_a_folder_without_checkpoint_is_named(tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="no checkpoint found"):
+        Checkpoint.find(tmp_path)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "accepted: a run folder with final/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "known"), [("--schedules", "trained, dense"), ("--tasks", "easy_vqa")])
+def test_unknown_names_leave_with_2(run_folder, tmp_path, capsys, flag, known):
+    with pytest.raises(SystemExit) as left:
+        main([str(run_folder), flag, "gqq", "--out", str(tmp_path)])
+    assert left.value.code == 2
+    assert f"{flag}: found 'gqq', accepted: {known}" in capsys.readouterr().err
