@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# The one way in.
+#   ./launch.sh                          set-up, then the quickstart: train, compare, print the table
+#   ./launch.sh setup                    the set-up alone
+#   ./launch.sh test [pytest arguments]  the set-up, then the tests
+#   ./launch.sh train RECIPE [key=value ...]
+#       DeepSpeed on every GPU of this machine, on the CPU where there is none; on the machines of ./hostfile (or
+#       of $HOSTFILE) where there is one; inside `srun` with several tasks, one rank a task.
+#   PYTHON=/path/to/python3.12 ./launch.sh ...   makes .venv with that interpreter
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+VENV=.venv
+STAMP=$VENV/.setup-done
+
+die() {
+  echo "launch.sh: $*" >&2
+  exit 2
+}
+
+find_python() {
+  local name
+  for name in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  die "no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python3 ./launch.sh"
+}
+
+check_compiler() {
+  command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    die "no C++ compiler found (g++); DeepSpeed compiles its communication for the CPU: install build-essential"
+}
+
+fingerprint() {
+  cksum requirements.lock | tr ' ' '-'
+}
+
+setup() {
+  [[ -f $STAMP && "$(cat "$STAMP")" == "$(fingerprint)" ]] && return
+  local python
+  check_compiler
+  if [[ ! -x $VENV/bin/python ]]; then
+    python=$(find_python)
+    echo "set-up: making $VENV with $("$python" --version)"
+    "$python" -m venv "$VENV" || die "$python cannot make a virtual environment; install its venv package"
+  fi
+  echo "set-up: installing the versions of requirements.lock (minutes on a first call)"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock ||
+    die "the versions of requirements.lock could not be installed; see above"
+  echo "set-up: compiling what DeepSpeed needs (half a minute)"
+  "$VENV/bin/python" -m train.warm || die "DeepSpeed's operator could not be compiled; see above"
+  fingerprint >"$STAMP"
+}
+
+has_gpu() {
+  nvidia-smi -L >/dev/null 2>&1 || [[ -e /dev/kfd ]]
+}
+
+# Runs a DeepSpeed launcher. SIGTERM and Ctrl-C go to the ranks alone: they save and leave with 0, and the launcher
+# follows them. The launcher itself would kill them half a minute after it got the signal.
+launch() {
+  local runner status=0 last=0 stopped=
+  "$@" &
+  runner=$!
+  trap 'stopped=yes; stop_ranks "$runner"' TERM INT
+  while kill -0 "$runner" 2>/dev/null; do
+    status=0
+    wait "$runner" || status=$?
+  done
+  wait "$runner" 2>/dev/null || last=$? # where the signal came between its end and our wait for it
+  [[ -z $stopped || $last -eq 127 ]] || status=$last
+  trap - TERM INT
+  [[ -z $stopped || $status -ne 0 ]] || exit 0 # stopped on request: nothing that follows is wanted
+  return "$status"
+}
+
+stop_ranks() {
+  local launcher rank
+  for launcher in $(children "$1"); do
+    for rank in $(children "$launcher"); do
+      kill -TERM "$rank" 2>/dev/null || true
+    done
+  done
+}
+
+children() {
+  cat "/proc/$1/task/$1/children" 2>/dev/null || true
+}
+
+train() {
+  [[ $# -ge 1 ]] || die "train: which recipe? e.g. ./launch.sh train recipes/quickstart.yaml"
+  local hostfile=${HOSTFILE:-hostfile}
+  if [[ ${SLURM_NTASKS:-1} -gt 1 && -n ${SLURM_PROCID:-} ]]; then
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 50000))}
+    exec "$VENV/bin/python" train/run.py "$@"
+  elif [[ -f $hostfile ]]; then
+    launch "$VENV/bin/deepspeed" --hostfile "$hostfile" train/run.py "$@"
+  elif has_gpu; then
+    launch "$VENV/bin/deepspeed" train/run.py "$@"
+  else
+    DS_ACCELERATOR=cpu launch "$VENV/bin/deepspeed" --num_accelerators 1 train/run.py "$@"
+  fi
+}
+
+quickstart() {
+  train recipes/quickstart.yaml
+  train recipes/quickstart.yaml model.stages=null name=quickstart_dense output=outputs/quickstart_dense
+  "$VENV/bin/python" -m eval.compare outputs/quickstart_fused outputs/quickstart_dense \
+    --schedules trained --tasks easy_vqa --out outputs/quickstart
+}
+
+main() {
+  local command=${1:-quickstart}
+  [[ $# -gt 0 ]] && shift
+  case $command in
+    setup | test | train | quickstart) ;;
+    *) die "unknown command '$command'; accepted: setup, test, train, or nothing for the quickstart" ;;
+  esac
+  setup
+  case $command in
+    test) exec "$VENV/bin/python" -m pytest "$@" ;;
+    train) train "$@" ;;
+    quickstart) quickstart ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,1 @@
+"""Recipes: one YAML file says everything about a run; `recipes.schema` reads and checks it."""

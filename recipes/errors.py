@@ -1,0 +1,119 @@
+"""One-line words for what pydantic found wrong in a recipe."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ValidationError
+
+_LIMITS: Final = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_WORDS: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is one line: `file: key: what was found, what is accepted`."""
+
+
+def first_fault(error: ValidationError, schema: type[BaseModel], source: str | Path) -> RecipeError:
+    """Returns the first fault of `error` as one line that begins with `source` and the dotted key."""
+    fault = error.errors()[0]
+    location = [str(part) for part in fault["loc"]]
+    where = f"{source}: {'.'.join(location) or 'recipe'}"
+    kind, found = fault["type"], fault["input"]
+    if kind == "extra_forbidden":
+        known = _fields(schema, location[:-1])
+        return RecipeError(f"{where}: unknown key; {suggestion(location[-1], known)}")
+    accepted = _accepted(schema, location)
+    if kind == "missing":
+        return RecipeError(f"{where}: missing key, accepted: {accepted}")
+    if kind == "value_error":
+        return RecipeError(f"{where}: {fault['ctx']['error']}")
+    hint = _float_hint(found) if "number" in accepted else ""
+    return RecipeError(f"{where}: found {_shown(found)}, accepted: {accepted}{hint}")
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Returns "did you mean 'x'?" for the known name nearest to `name`, or the list of known names."""
+    short = {"".join(word[0] for word in key.split("_")): key for key in known}
+    close = difflib.get_close_matches(name, known, n=1) or [key for key in known if name in key]
+    if name in short or close:
+        return f"did you mean '{short.get(name) or close[0]}'?"
+    return f"accepted: {', '.join(known)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def _float_hint(found: Any) -> str:
+    """Returns how YAML wants a number that it read as text: `2e-5` is text, `2.0e-5` a number."""
+    if not isinstance(found, str):
+        return ""
+    try:
+        value = float(found)
+    except ValueError:
+        return ""
+    mantissa, mark, exponent = found.lower().partition("e")
+    return f"; write {mantissa}.0e{exponent}" if mark and "." not in mantissa else f"; write {value}"
+
+
+def _fields(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Returns the keys that the section at `location` accepts."""
+    section: Any = schema
+    for part in location:
+        section = _section(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """Returns the model class in `Model` or `Model | None`; None for any other annotation."""
+    options = typing.get_args(annotation) or (annotation,)
+    models = [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return models[0] if models else None
+
+
+def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
+    """Returns in words what the field at `location` accepts, with its limits."""
+    section: Any = schema
+    words = "a mapping of keys"
+    for part in location:
+        if section is None or part not in section.model_fields:
+            break
+        field = section.model_fields[part]
+        words = _annotation_words(field.annotation)
+        limits = [
+            f"{sign} {getattr(mark, name)}"
+            for mark in field.metadata
+            for name, sign in _LIMITS.items()
+            if hasattr(mark, name)
+        ]
+        if limits:
+            words = words.replace("number", "number " + " and ".join(limits))
+        section = _section(field.annotation)
+    return words
+
+
+def _annotation_words(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_annotation_words(arg) for arg in args)
+    if origin is Literal:
+        return ", ".join(str(arg) for arg in args)
+    if origin is typing.Annotated:
+        return _annotation_words(args[0])
+    if origin in (list, tuple):
+        return f"a list of {_annotation_words(args[0])}" if args else "a list"
+    if origin in (dict, Mapping) or annotation in (dict, Mapping):
+        return "a mapping of keys"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a mapping of {', '.join(annotation.model_fields)}"
+    return _WORDS.get(annotation, str(annotation))

@@ -1,0 +1,35 @@
+"""The resolved recipe that is saved beside every result: written, and compared with another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes.schema import Recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Returns the resolved recipe as YAML; loading it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=100)
+
+
+def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, value in the saved recipe, value in this one) for each key that differs."""
+    before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    now = _flat(recipe.model_dump())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {dotted key: value} of nested mappings."""
+    if not isinstance(section, dict):
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

@@ -1,0 +1,268 @@
+"""What a recipe may say, and the reading of it: YAML file + `a.b=c` overrides -> Recipe, or one-line RecipeError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.config import DataConfig
+from models.plan import StagePlan
+from recipes.errors import RecipeError, first_fault
+
+__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe"]
+
+GROUPS = ("projector", "vision_tower", "language_model")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(_Section):
+    """The model that a run starts from, and its stage plan.
+
+    Attributes:
+        config: folder with config.json (LlavaConfig), the image processor and, unless `language_model` brings one,
+            the tokenizer. Null only with a `checkpoint` that holds them.
+        checkpoint: LLaVA checkpoint to start from, a folder or a hub id.
+        language_model: pretrained decoder, a folder or a hub id; null is random weights.
+        vision_tower: pretrained vision tower, a folder or a hub id; null is random weights.
+        stages: fields of StagePlan; null is dense.
+    """
+
+    config: str | None = None
+    checkpoint: str | None = None
+    language_model: str | None = None
+    vision_tower: str | None = None
+    stages: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        if self.config is None and self.checkpoint is None:
+            raise ValueError("found neither config nor checkpoint, accepted: at least one of them")
+        if self.checkpoint and (self.language_model or self.vision_tower):
+            raise ValueError(
+                "found checkpoint beside language_model or vision_tower, accepted: one or the other, "
+                "because a checkpoint holds both"
+            )
+        if self.stages is not None:
+            StagePlan.from_dict(self.stages)
+        return self
+
+
+class LearningRates(_Section):
+    """Peak learning rate of each part of the model; null keeps the part frozen."""
+
+    projector: float | None = Field(gt=0)
+    vision_tower: float | None = Field(gt=0)
+    language_model: float | None = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> LearningRates:
+        if not any(getattr(self, group) for group in GROUPS):
+            raise ValueError("found null everywhere, accepted: a number for at least one part")
+        return self
+
+
+class Lora(_Section):
+    """Low-rank adapters on every Linear layer of the language model, in place of its full weights."""
+
+    r: int = Field(default=128, gt=0)
+    alpha: float = Field(default=256, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class TrainSection(_Section):
+    """How one phase trains.
+
+    Attributes:
+        global_batch: samples of one optimizer step, over all ranks and accumulation.
+        per_device_batch: samples of one forward pass on one rank; accumulation follows from the two.
+        epochs: passes over the data; `max_steps` and `max_seconds` replace it where they are set.
+        max_steps: optimizer steps.
+        max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.
+        warmup_ratio: share of the run in which the learning rate rises from 0.
+        precision: bf16, fp32, or auto: bf16 where the hardware multiplies it, else fp32.
+        save_steps: steps between two checkpoints; null saves at the end alone.
+    """
+
+    deepspeed: str
+    learning_rate: LearningRates
+    lora: Lora | None = None
+    global_batch: int = Field(gt=0)
+    per_device_batch: int = Field(gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    max_seconds: float | None = Field(default=None, gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"
+    gradient_checkpointing: bool = True
+    save_steps: int | None = Field(default=None, gt=0)
+    save_total_limit: int = Field(default=2, gt=0)
+    log_steps: int = Field(default=1, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if self.global_batch % self.per_device_batch:
+            raise ValueError(
+                f"found global_batch {self.global_batch} with per_device_batch {self.per_device_batch}, "
+                "accepted: a multiple of it"
+            )
+        if self.lora is not None and self.learning_rate.language_model is None:
+            raise ValueError(
+                "found lora with learning_rate.language_model null, accepted: a number > 0, the adapters' rate"
+            )
+        return self
+
+
+class Align(_Section):
+    """An earlier phase under the same stage plan; LLaVA trains the projector alone in it."""
+
+    data: DataConfig
+    train: TrainSection
+
+
+class Phase(_Section):
+    """One training of a recipe: `align` and then `tune`, or `train` where there is one alone."""
+
+    name: Literal["align", "tune", "train"]
+    folder: Path
+    data: DataConfig
+    train: TrainSection
+
+
+class Recipe(_Section):
+    """Everything about a run.
+
+    Attributes:
+        name: name of the run, also in Weights & Biases.
+        seed: seed of random weights, of the order of the data and of dropout.
+        output: run folder.
+        align: earlier phase, run first by the same command; null for none.
+    """
+
+    name: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    output: str = Field(min_length=1)
+    model: ModelSection
+    data: DataConfig
+    train: TrainSection
+    align: Align | None = None
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The trainings of this recipe in their order; the last one writes into `output` itself."""
+        folder = Path(self.output)
+        last: Literal["train", "tune"] = "train" if self.align is None else "tune"
+        phases = [Phase(name=last, folder=folder, data=self.data, train=self.train)]
+        if self.align is not None:
+            align = self.align
+            phases.insert(0, Phase(name="align", folder=folder / "align", data=align.data, train=align.train))
+        return phases
+
+    @property
+    def plan(self) -> StagePlan | None:
+        """The stage plan; None for dense."""
+        return None if self.model.stages is None else StagePlan.from_dict(self.model.stages)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value`, the value in YAML (`train.max_steps=20`, `model.stages=null`).
+
+    Raises:
+        RecipeError: one line that names the file, the key, what was found and what is accepted.
+    """
+    raw = _read(path)
+    for override in overrides:
+        _apply(raw, override, path)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise first_fault(error, Recipe, path) from None
+    _check_depth(recipe, path)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, which YAML would settle in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise RecipeError(f"{key}: found twice (line {line}), accepted: once")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}, accepted: a recipe in YAML") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path}: not YAML: {reason}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: found {type(raw).__name__}, accepted: a mapping of keys")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
+    """Sets one `dotted.key=value` in the raw recipe; whether the key exists is the schema's question."""
+    key, mark, text = override.partition("=")
+    if not mark or not key:
+        raise RecipeError(f"{path}: found {override!r}, accepted: dotted.key=value")
+    try:
+        value = yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, RecipeError):
+        raise RecipeError(f"{path}: {key}: found {text!r}, accepted: a value in YAML") from None
+    *parents, last = key.split(".")
+    section: Any = raw
+    for depth, parent in enumerate(parents):
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            where = ".".join(parents[: depth + 1])
+            raise RecipeError(f"{path}: {key}: {where} is a value, accepted: a section with keys")
+    section[last] = value
+
+
+def _check_depth(recipe: Recipe, path: str | Path) -> None:
+    """Refuses a plan that names a layer which the decoder of a local config.json does not have."""
+    folder = Path(recipe.model.config or recipe.model.checkpoint or "")
+    file = folder / "config.json"
+    if not file.is_file():
+        if recipe.model.config is not None:
+            raise RecipeError(f"{path}: model.config: found '{folder}', accepted: a folder with config.json")
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path}: model.config: {file} is not JSON: {error}") from None
+    text = config.get("text_config", {})
+    depth = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
+    if recipe.plan is None or not isinstance(depth, int):
+        return
+    try:
+        recipe.plan.check(depth)
+    except ValueError as error:
+        raise RecipeError(f"{path}: model.{error}") from None

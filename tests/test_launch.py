@@ -1,0 +1,171 @@
+"""launch.sh in a folder of its own, with stand-ins for Python and DeepSpeed that note how they are called."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = """#!/usr/bin/env bash
+here=$(cd "$(dirname "$0")" && pwd)
+[[ "$1" == -c || "$1" == --version ]] && exit 0
+echo "python $* RANK=${RANK:-} LOCAL_RANK=${LOCAL_RANK:-} WORLD_SIZE=${WORLD_SIZE:-}" >>"$here/calls"
+if [[ "$*" == *"-m venv"* ]]; then
+  mkdir -p .venv/bin
+  cp "$here/python3" .venv/bin/python
+  cp "$here/deepspeed" .venv/bin/deepspeed
+fi
+exit 0
+"""
+NO_GPU = "#!/bin/sh\nexit 9\n"
+DEEPSPEED = """#!/usr/bin/env bash
+here=$(cd "$(dirname "$0")" && pwd)
+echo "deepspeed $* DS_ACCELERATOR=${DS_ACCELERATOR:-}" >>"$here/calls"
+[[ "$*" == *endless* ]] || exit "${DEEPSPEED_EXIT:-0}"
+# runner -> launcher -> rank, as DeepSpeed has them; only a rank that gets the signal saves
+bash -c 'bash -c "trap \\"echo saved >saved; exit 0\\" TERM; touch ready; while true; do sleep 0.1; done"; exit $?'
+exit $?
+"""
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    for name in ("launch.sh", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "bin").mkdir()
+    for name, text in {"python3": PYTHON, "deepspeed": DEEPSPEED, "g++": "#!/bin/sh\n", "nvidia-smi": NO_GPU}.items():
+        file = tmp_path / "bin" / name
+        file.write_text(text)
+        file.chmod(0o755)
+    return tmp_path
+
+
+def start(sandbox, *arguments, **more):
+    environment = {**os.environ, "PATH": f"{sandbox / 'bin'}:/usr/bin:/bin", "PYTHON": "", **more}
+    for name in [name for name in environment if name.startswith("SLURM") and name not in more]:
+        del environment[name]
+    return subprocess.Popen(
+        [str(sandbox / "launch.sh"), *arguments],
+        cwd="/",
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def launch(sandbox, *arguments, **more):
+    process = start(sandbox, *arguments, **more)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def calls(sandbox):
+    files = [sandbox / "bin/calls", sandbox / ".venv/bin/calls"]
+    return [line for file in files if file.is_file() for line in file.read_text().splitlines()]
+
+
+def test_set_up_makes_the_environment_once(sandbox):
+    code, _, err = launch(sandbox, "setup")
+    assert (code, err) == (0, "")
+    made = calls(sandbox)
+    assert "-m venv .venv" in made[0]
+    assert "-m pip install" in made[1]
+    assert "-r requirements.lock" in made[1]
+    assert "-m train.warm" in made[2]
+    started = time.monotonic()
+    assert launch(sandbox, "setup")[:2] == (0, "")
+    assert time.monotonic() - started < 2
+    assert calls(sandbox) == made
+
+
+def test_another_lock_is_installed_again(sandbox):
+    launch(sandbox, "setup")
+    made = len(calls(sandbox))
+    with (sandbox / "requirements.lock").open("a") as lock:
+        lock.write("# changed\n")
+    launch(sandbox, "setup")
+    assert len(calls(sandbox)) == made + 2  # pip and warm; the environment stays
+
+
+@pytest.mark.parametrize(("gone", "words"), [("python3", "no Python >= 3.11 found"), ("g++", "no C++ compiler found")])
+def test_what_is_missing_is_named(sandbox, gone, words):
+    (sandbox / "bin" / gone).unlink()
+    for tool in ("bash", "dirname", "cksum", "tr", "cat", "env"):
+        (sandbox / "bin" / tool).symlink_to(shutil.which(tool))
+    code, _, err = launch(sandbox, "setup", PATH=str(sandbox / "bin"))
+    assert code == 2
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_command_is_named(sandbox):
+    code, _, err = launch(sandbox, "trian")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "'trian'" in err
+    assert "train" in err
+
+
+def test_train_runs_deepspeed_on_the_cpu_where_there_is_no_gpu(sandbox):
+    code, _, _ = launch(sandbox, "train", "recipes/x.yaml", "train.max_steps=2", "model.stages=null")
+    assert code == 0
+    expected = "deepspeed --num_accelerators 1 train/run.py recipes/x.yaml train.max_steps=2 model.stages=null"
+    assert calls(sandbox)[-1] == f"{expected} DS_ACCELERATOR=cpu"
+
+
+def test_train_takes_every_gpu(sandbox):
+    (sandbox / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
+    assert launch(sandbox, "train", "x")[0] == 0
+    assert calls(sandbox)[-1] == "deepspeed train/run.py x DS_ACCELERATOR="
+
+
+def test_the_exit_code_is_the_run_s(sandbox):
+    assert launch(sandbox, "train", "x", DEEPSPEED_EXIT="2")[0] == 2
+
+
+def test_a_hostfile_is_handed_on(sandbox):
+    (sandbox / "hostfile").write_text("a slots=8\nb slots=8\n")
+    launch(sandbox, "train", "x")
+    assert calls(sandbox)[-1].startswith("deepspeed --hostfile hostfile train/run.py x")
+
+
+def test_a_slurm_task_is_a_rank(sandbox):
+    launch(sandbox, "setup")
+    slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "a"}
+    code, _, err = launch(sandbox, "train", "x", "seed=1", **slurm)
+    assert code == 0, err
+    assert calls(sandbox)[-1] == "python train/run.py x seed=1 RANK=9 LOCAL_RANK=1 WORLD_SIZE=16"
+
+
+def test_the_quickstart_trains_twice_and_compares(sandbox):
+    assert launch(sandbox)[0] == 0
+    made = [line for line in calls(sandbox) if "run.py" in line or "eval" in line]
+    trained = [line for line in made if "run.py" in line]
+    assert "recipes/quickstart.yaml" in trained[0]
+    assert "model.stages=null" in trained[1]
+    compared = next(line for line in made if "eval.compare" in line)
+    assert "outputs/quickstart_fused outputs/quickstart_dense" in compared
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_ranks_and_their_exit_code_comes_back(sandbox, sent):
+    process = start(sandbox, "train", "endless")
+    deadline = time.monotonic() + 20
+    while not (sandbox / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, out + err
+    assert (sandbox / "saved").exists()
+
+
+def test_no_registry_is_named():
+    text = (ROOT / "launch.sh").read_text() + (ROOT / "requirements.lock").read_text()
+    assert "://" not in text
+    assert "+cpu" not in text
+    assert (ROOT / "requirements.lock").read_text().splitlines()[1] == "torch==2.13.0"

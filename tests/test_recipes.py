@@ -1,0 +1,183 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models.plan import StagePlan
+from recipes.resolved import dump_recipe
+from recipes.schema import RecipeError, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def fault(*overrides, recipe="recipes/quickstart.yaml"):
+    """Returns the message of the RecipeError that the overrides lead to: one line that starts with the file."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{recipe}: ")
+    return message.removeprefix(f"{recipe}: ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_loads_and_its_dump_loads_to_the_same(name, tmp_path):
+    recipe = load_recipe(f"recipes/{name}")
+    copy = tmp_path / name
+    copy.write_text(dump_recipe(recipe))
+    assert load_recipe(copy) == recipe
+    assert recipe.name == Path(name).stem or name == "quickstart.yaml"
+    for phase in recipe.phases:
+        config = json.loads(Path(phase.train.deepspeed).read_text())
+        assert config["zero_optimization"]["stage"] in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("llava_dense", None),
+        ("llava_fused", StagePlan(enter=8, exit=24)),
+        ("llava_fused_lora", StagePlan(enter=8, exit=24)),
+        ("llava_pyramid", StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})),
+        ("llava_vica", StagePlan(update="kv", layers=[0, 1, 7, 8, 9, 10, 11, 14])),
+    ],
+)
+def test_the_published_recipes_hold_llava_s_hyperparameters_under_their_plans(name, stages):
+    recipe = load_recipe(f"recipes/{name}.yaml")
+    assert recipe.plan == stages
+    align, tune = recipe.phases
+    assert align.train.learning_rate.model_dump() == {
+        "projector": 1e-3,
+        "vision_tower": None,
+        "language_model": None,
+    }
+    assert (align.train.global_batch, align.data.format) == (256, "plain")
+    assert (tune.train.global_batch, tune.data.format) == (128, "vicuna_v1")
+    assert tune.train.learning_rate.projector == 2e-5
+    assert tune.train.learning_rate.vision_tower is None
+    assert tune.train.learning_rate.language_model == (2e-4 if name.endswith("lora") else 2e-5)
+    assert (align.data.expected_rows, tune.data.expected_rows) == (558_128, 665_298)
+    assert "zero2" in align.train.deepspeed
+    assert "zero3" in tune.train.deepspeed
+
+
+def test_the_first_phase_writes_below_the_run_folder():
+    align, tune = load_recipe("recipes/llava_fused.yaml").phases
+    assert (align.name, str(align.folder)) == ("align", "outputs/llava_fused/align")
+    assert (tune.name, str(tune.folder)) == ("tune", "outputs/llava_fused")
+    assert [phase.name for phase in load_recipe("recipes/quickstart.yaml").phases] == ["train"]
+
+
+def test_overrides_are_yaml_on_dotted_keys():
+    recipe = load_recipe(
+        "recipes/quickstart.yaml",
+        ["model.stages=null", "train.max_steps=20", "train.learning_rate.vision_tower=null"],
+    )
+    assert recipe.model.stages is None
+    assert recipe.train.max_steps == 20
+    assert recipe.train.learning_rate.vision_tower is None
+    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=3", "data.files=[a.json]"])
+    assert recipe.plan.enter == 3
+    assert recipe.data.files == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=1.0", "train.lr: unknown key; did you mean 'learning_rate'?"),
+        ("train.max_step=1", "train.max_step: unknown key; did you mean 'max_steps'?"),
+        ("modell.stages=null", "modell: unknown key; did you mean 'model'?"),
+        (
+            "train.learning_rate.projector=2e-5",
+            "train.learning_rate.projector: found '2e-5' (str), accepted: number > 0 or null; write 2.0e-5",
+        ),
+        ("train.global_batch=true", "train.global_batch: found True (bool), accepted: whole number > 0"),
+        ("train.global_batch=0", "train.global_batch: found 0 (int), accepted: whole number > 0"),
+        ("train.warmup_ratio=1.5", "train.warmup_ratio: found 1.5 (float), accepted: number >= 0 and < 1"),
+        ("train.scheduler=cosin", "train.scheduler: found 'cosin' (str), accepted: cosine, linear, constant"),
+        ("train.deepspeed=null", "train.deepspeed: found None (NoneType), accepted: text"),
+        ("model.stages.exit=2", "model: stages.exit: found 2, accepted: a layer after enter (2)"),
+        ("model.stages.exit=9", "model.stages.exit: found 9, beyond the decoder's 8 layers (accepted: at most 8)"),
+        ("model.stages.leave=4", "model: stages.leave: unknown key, accepted: enter, exit, update, layers, keep"),
+        ("model.config=nowhere", "model.config: found 'nowhere', accepted: a folder with config.json"),
+        ("train.max_steps", "found 'train.max_steps', accepted: dotted.key=value"),
+        ("name.first=x", "name.first: name is a value, accepted: a section with keys"),
+        ("data.files=[", "data.files: found '[', accepted: a value in YAML"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_accepted(override, message):
+    assert fault(override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.global_batch=33", "train: found global_batch 33 with per_device_batch"),
+        ("model.language_model=x model.checkpoint=y", "one or the other"),
+        ("train.learning_rate.language_model=null train.lora={}", "learning_rate.language_model null"),
+        ("train.learning_rate={projector: null, vision_tower: null, language_model: null}", "at least one part"),
+        ("model.config=null", "neither config nor checkpoint"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(override, words):
+    parts = re.split(r" (?=[a-z_.]+=)", override)
+    assert words in fault(*parts)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    raw = yaml.safe_load(Path("recipes/quickstart.yaml").read_text())
+    del raw["train"]["global_batch"]
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert fault(recipe=str(path)) == "train.global_batch: missing key, accepted: whole number > 0"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\na: 2\n", "a: found twice (line 2), accepted: once"),
+        ("a: [1\n", "not YAML"),
+        ("- 1\n", "found list, accepted: a mapping of keys"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, words):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    assert words in fault(recipe=str(path))
+
+
+def test_a_missing_file_is_refused():
+    assert fault(recipe="nowhere.yaml") == "No such file or directory, accepted: a recipe in YAML"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "llava_fused"])
+def test_the_recipes_for_newcomers_explain_every_key(name):
+    explained, lines = set(), Path(f"recipes/{name}.yaml").read_text().splitlines()
+    for above, line in zip(["", *lines], lines, strict=False):
+        key = re.match(r" *(\w+): *\S", line)
+        if key is None:
+            continue
+        if "#" in line or above.lstrip().startswith("#"):
+            explained.add(key[1])
+        assert key[1] in explained, f"{name}.yaml: {line}"
+
+
+def test_the_quickstart_s_tokenizer_knows_every_word_of_its_data():
+    from easy_vqa import get_answers, get_test_questions, get_train_questions
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("recipes/configs/quickstart")
+    texts = {*get_train_questions()[0], *get_test_questions()[0], *get_answers()}
+    for text in sorted(texts):
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids, text
+    config = json.loads(Path("recipes/configs/quickstart/config.json").read_text())
+    assert tokenizer.convert_tokens_to_ids("<image>") == config["image_token_index"]
+    assert len(tokenizer) <= config["text_config"]["vocab_size"]

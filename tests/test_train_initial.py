@@ -1,0 +1,140 @@
+"""The checkpoint that a run starts from, built from tiny parts on the disk."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from models import FusedLlavaForConditionalGeneration
+from recipes.schema import Recipe, RecipeError
+from train.initial import build_initial, load_checkpoint, read_processor
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "recipes/configs/quickstart"
+WORDS = 33  # the tokenizer below without <image> and <pad>
+NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A pretrained decoder with a tokenizer that knows no image, a pretrained tower, and a config for both."""
+    torch.manual_seed(1)
+    text = LlamaConfig(**NARROW, num_hidden_layers=2, vocab_size=WORDS)
+    LlamaForCausalLM(text).save_pretrained(tmp_path / "decoder")
+    vision = CLIPVisionConfig(**NARROW, num_hidden_layers=2, image_size=64, patch_size=16)
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "tower")
+    folder = tmp_path / "config"
+    shutil.copytree(QUICKSTART, folder)
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
+    tokens = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = [word for word in tokens["model"]["vocab"] if word not in ("<image>", "<pad>")]
+    tokens["model"]["vocab"] = {word: number for number, word in enumerate(names)}
+    tokens["added_tokens"] = []
+    (tmp_path / "decoder/tokenizer.json").write_text(json.dumps(tokens))
+    (tmp_path / "decoder/tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"})
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"image_token_index": len(names), "pad_token_id": len(names) + 1, "image_seq_length": 16}
+    config["text_config"] |= {**NARROW, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 40}
+    config["vision_config"] |= {**NARROW, "num_hidden_layers": 2, "patch_size": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def make_recipe(parts):
+    def make(**model):
+        raw = yaml.safe_load((QUICKSTART.parents[1] / "quickstart.yaml").read_text())
+        raw["model"] = {"config": str(parts / "config"), "stages": {"enter": 0, "exit": 1}} | model
+        raw["train"]["precision"] = "fp32"
+        return Recipe.model_validate(raw)
+
+    return make
+
+
+def test_a_llava_is_assembled_from_pretrained_parts_and_its_vocabulary_extended(parts, make_recipe):
+    recipe = make_recipe(language_model=str(parts / "decoder"), vision_tower=str(parts / "tower"))
+    build_initial(recipe, parts / "init")
+    model = load_checkpoint(parts / "init", dtype=torch.float32)
+    decoder = LlamaForCausalLM.from_pretrained(parts / "decoder")
+    tower = CLIPVisionModel.from_pretrained(parts / "tower")
+    assert model.config.stages["exit"] == 1
+    assert model.lm_head.weight.shape == (40, 16)
+    torch.testing.assert_close(model.lm_head.weight[:WORDS], decoder.lm_head.weight[:WORDS])
+    assert bool(torch.isfinite(model.get_input_embeddings().weight).all())
+    for name, weight in tower.state_dict().items():
+        torch.testing.assert_close(model.model.vision_tower.state_dict()[name], weight)
+    query = "layers.1.self_attn.q_proj.weight"
+    torch.testing.assert_close(model.model.language_model.get_parameter(query), decoder.model.get_parameter(query))
+    processor = read_processor(recipe.model)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    assert processor.tokenizer.pad_token == "<pad>"
+
+
+def test_the_seed_decides_the_random_weights(parts, make_recipe):
+    recipe = make_recipe(language_model=str(parts / "decoder"))
+    for name in ("a", "b"):
+        build_initial(recipe, parts / name)
+    build_initial(recipe.model_copy(update={"seed": 7}), parts / "c")
+    heads = [load_checkpoint(parts / name, dtype=torch.float32).model for name in "abc"]
+    weights = [model.multi_modal_projector.linear_1.weight for model in heads]
+    towers = [next(model.vision_tower.parameters()) for model in heads]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(towers[0], towers[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_checkpoint_is_taken_over_under_the_recipe_s_plan(parts, make_recipe):
+    build_initial(make_recipe(language_model=str(parts / "decoder")), parts / "first")
+    recipe = make_recipe(config=None, checkpoint=str(parts / "first"), stages=None)
+    build_initial(recipe, parts / "second")
+    first, second = (load_checkpoint(parts / name, dtype=torch.float32) for name in ("first", "second"))
+    assert second.config.stages is None
+    for name, weight in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], weight)
+
+
+def test_a_part_of_another_shape_is_named(parts, make_recipe):
+    config = json.loads((parts / "config/config.json").read_text())
+    config["text_config"]["intermediate_size"] = 32
+    (parts / "config/config.json").write_text(json.dumps(config))
+    recipe = make_recipe(language_model=str(parts / "decoder"))
+    with pytest.raises(
+        RecipeError, match=r"layers.0.mlp.down_proj.weight: found shape \(16, 24\), accepted: \(16, 32\)"
+    ):
+        build_initial(recipe, parts / "init")
+    assert not (parts / "init").exists()
+
+
+def test_a_checkpoint_with_a_weight_too_few_or_too_many_is_refused_by_name(parts, make_recipe):
+    build_initial(make_recipe(language_model=str(parts / "decoder")), parts / "init")
+    model = FusedLlavaForConditionalGeneration.from_pretrained(parts / "init")
+    weights = model.state_dict()
+    name = "model.multi_modal_projector.linear_2.bias"
+    model.save_pretrained(parts / "few", state_dict={k: v for k, v in weights.items() if k != name})
+    with pytest.raises(RecipeError, match=r"missing keys.*linear_2.bias"):
+        load_checkpoint(parts / "few", dtype=torch.float32)
+    model.save_pretrained(parts / "shape", state_dict=weights | {name: torch.zeros(3)})
+    with pytest.raises(RecipeError, match=r"mismatched keys.*linear_2.bias"):
+        load_checkpoint(parts / "shape", dtype=torch.float32)
+    model.save_pretrained(parts / "many", state_dict=weights | {"model.odd.weight": torch.zeros(3)})
+    with pytest.raises(RecipeError, match=r"unexpected keys.*odd.weight"):
+        load_checkpoint(parts / "many", dtype=torch.float32)
+
+
+def test_an_image_token_of_another_number_is_refused(parts, make_recipe):
+    config = json.loads((parts / "config/config.json").read_text())
+    config["image_token_index"] = 3
+    (parts / "config/config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"image_token_index is 3, but the tokenizer's <image> is"):
+        build_initial(make_recipe(language_model=str(parts / "decoder")), parts / "init")
+
+
+def test_a_part_that_is_nowhere_is_named(parts, make_recipe):
+    recipe = make_recipe(language_model=str(parts / "decoder"), vision_tower=str(parts / "nowhere"))
+    with pytest.raises(RecipeError, match=r"model.vision_tower: '.*nowhere' cannot be read"):
+        build_initial(recipe, parts / "init")

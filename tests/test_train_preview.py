@@ -1,0 +1,66 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.cost import plan_cost
+from recipes.schema import load_recipe
+from train.initial import read_config
+from train.preview import preview
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def check(name, *overrides):
+    return "\n".join(preview(load_recipe(f"recipes/{name}.yaml", overrides)))
+
+
+@pytest.mark.parametrize("name", ["llava_pretrain", "llava_dense", "llava_fused", "llava_pyramid", "llava_vica"])
+def test_published_recipes_are_checked_without_weights_or_data(name):
+    text = check(name)
+    assert "projector 20,979,712" in text  # (1024 + 1) x 4096 + (4096 + 1) x 4096
+    assert "steps: 2,181 of 256 samples" in text  # 558,128 rows
+    assert "dense 18,432" in text  # 576 visual tokens in 32 layers
+    assert "note: model.language_model: lmsys/vicuna-7b-v1.5" in text
+    assert "is not here" in text
+    if name != "llava_pretrain":
+        assert "steps: 5,198 of 128 samples" in text  # 665,298 rows
+        assert "language_model 6,738,939,904" in text
+
+
+def test_adapters_are_counted_and_lower_what_learns():
+    assert "language_model 319,815,680" in check("llava_fused_lora")
+
+
+@pytest.mark.parametrize(
+    ("name", "token_layers"), [("llava_fused", 9216), ("llava_pyramid", 2048), ("llava_vica", 4608)]
+)
+def test_the_cost_is_the_plan_s(name, token_layers):
+    recipe = load_recipe(f"recipes/{name}.yaml")
+    config = read_config(recipe.model)
+    cost = plan_cost(config.text_config, recipe.plan, visual=576, text=256)
+    assert cost.visual_token_layers == token_layers
+    text = check(name)
+    assert f"{token_layers:,} visual token-layers" in text
+    assert f"{3 * 5198 * 128 * cost.flops:.3g} FLOPs" in text
+
+
+def test_steps_and_seconds_that_the_command_sets_are_the_run_s():
+    assert "steps: 20 of 128 samples" in check("llava_fused", "train.max_steps=20")
+    assert "as many of 128 samples as 60 s allow" in check("llava_fused", "train.max_seconds=60")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [[], ["--local_rank=0"]])
+def test_the_command_checks_from_a_shell(first, tmp_path):
+    """Started as the DeepSpeed launcher starts it, the script finds the repository's packages."""
+    command = [sys.executable, "train/run.py", *first, "recipes/llava_fused.yaml", "train.max_steps=7", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "steps: 7 of 128 samples" in done.stdout

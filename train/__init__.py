@@ -1,0 +1,1 @@
+"""Training: `deepspeed train/run.py RECIPE` turns a recipe into a checkpoint."""

@@ -1,0 +1,81 @@
+"""transformers.TrainingArguments from a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from recipes.schema import Phase, Recipe, RecipeError, TrainSection
+from train import ranks
+from train.precision import resolve_precision
+
+_ENDLESS = 10**9  # steps; a run that the clock ends
+
+
+def accumulation(train: TrainSection, num_ranks: int) -> int:
+    """Returns the forward passes of one rank in one optimizer step.
+
+    Raises:
+        RecipeError: the global batch cannot be shared out evenly.
+    """
+    each = train.per_device_batch * num_ranks
+    if train.global_batch % each:
+        raise RecipeError(
+            f"train.global_batch: found {train.global_batch} on {num_ranks} ranks of {train.per_device_batch} samples, "
+            f"accepted: a multiple of {each}"
+        )
+    return train.global_batch // each
+
+
+def check_deepspeed(train: TrainSection) -> None:
+    """Raises RecipeError when the DeepSpeed configuration is no JSON file."""
+    try:
+        json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"train.deepspeed: found '{train.deepspeed}', accepted: a JSON file ({error})") from error
+
+
+def is_timed(train: TrainSection) -> bool:
+    """Returns whether the learning rate follows the clock, not the steps."""
+    return train.max_seconds is not None and train.max_steps is None
+
+
+def training_arguments(recipe: Recipe, phase: Phase) -> TrainingArguments:
+    """Returns the arguments of one phase; from here on, weights are loaded as its DeepSpeed configuration says."""
+    train = phase.train
+    rates = train.learning_rate
+    peak = max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate)
+    return TrainingArguments(
+        output_dir=str(phase.folder),
+        run_name=f"{recipe.name}-{phase.name}" if recipe.align else recipe.name,
+        seed=recipe.seed,
+        deepspeed=train.deepspeed,
+        per_device_train_batch_size=train.per_device_batch,
+        gradient_accumulation_steps=accumulation(train, ranks.count()),
+        num_train_epochs=train.epochs,
+        max_steps=_ENDLESS if is_timed(train) else train.max_steps or -1,
+        learning_rate=peak,
+        lr_scheduler_type=f"{train.scheduler}_with_warmup" if train.scheduler == "constant" else train.scheduler,
+        warmup_steps=train.warmup_ratio,  # below 1 it is a share
+        weight_decay=train.weight_decay,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=resolve_precision(train) == "bf16",
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="no" if train.save_steps is None else "steps",
+        save_steps=train.save_steps or _ENDLESS,
+        save_total_limit=None,  # ours: only once the newer checkpoint is marked as whole
+        logging_steps=train.log_steps,
+        logging_nan_inf_filter=False,  # the trainer stops instead
+        report_to=["wandb"],
+        disable_tqdm=True,  # train/callbacks.py has its own line
+        remove_unused_columns=False,
+        dataloader_num_workers=phase.data.workers,
+        dataloader_persistent_workers=False,
+        restore_callback_states_from_checkpoint=False,
+    )

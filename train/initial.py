@@ -1,0 +1,203 @@
+"""The checkpoint that a run starts from: built once, in OUTPUT/init, then loaded by every rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaProcessor,
+    PreTrainedModel,
+    set_seed,
+)
+
+from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from recipes.schema import ModelSection, Recipe, RecipeError
+from train.precision import resolve_dtype
+
+INITIAL = "init"  # folder below the run folder
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"  # names of tokens, as llava-hf's
+
+
+def read_config(model: ModelSection) -> FusedLlavaConfig:
+    """Returns the config of the recipe's model, with the recipe's stage plan.
+
+    Raises:
+        RecipeError: config.json does not describe a LLaVA that the plan fits.
+    """
+    source = model.config or model.checkpoint or ""
+    try:
+        if model.config is not None:
+            fields = json.loads((Path(model.config) / "config.json").read_text(encoding="utf-8"))
+        else:
+            fields, _ = FusedLlavaConfig.get_config_dict(source)
+        fields.pop("model_type", None)
+        return FusedLlavaConfig(**{**fields, "stages": model.stages})
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"model.config: found '{source}': {error}") from error
+
+
+def read_processor(model: ModelSection) -> LlavaProcessor:
+    """Returns the processor of the recipe's model.
+
+    The image processor is the config folder's; the tokenizer too or, where the recipe names a `language_model`, that
+    one's with `<image>` and `<pad>` added, as llava-hf has them.
+
+    Raises:
+        RecipeError: a part is missing or cannot be fetched.
+    """
+    source = model.config or model.checkpoint
+    try:
+        if model.language_model is None:
+            return AutoProcessor.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(model.language_model)
+        for kind in ({"additional_special_tokens": [IMAGE_TOKEN]}, {"pad_token": PAD_TOKEN}):  # llava-hf's order
+            tokenizer.add_special_tokens(kind)
+        shape = json.loads((Path(str(source)) / "processor_config.json").read_text("utf-8"))
+        shape.pop("processor_class", None)
+        images = AutoImageProcessor.from_pretrained(source)
+        return LlavaProcessor(image_processor=images, tokenizer=tokenizer, **shape)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"model: the processor of '{model.language_model or source}' cannot be read: {error}"
+        ) from error
+
+
+def build_initial(recipe: Recipe, folder: Path) -> None:
+    """Writes the checkpoint that the recipe starts from; a folder that is there already is kept.
+
+    It is random, or assembled from pretrained parts, or a copy of `model.checkpoint` under the recipe's stage plan.
+
+    Args:
+        recipe: the recipe; `seed` decides the random weights, the first phase's precision their type.
+        folder: where to write; appears in one move, so it is whole whenever it exists.
+
+    Raises:
+        RecipeError: a part cannot be fetched, or its weights do not fit the config.
+    """
+    if folder.is_dir():
+        return
+    dtype = resolve_dtype(recipe.phases[0].train)
+    processor, config = read_processor(recipe.model), read_config(recipe.model)
+    _check_tokens(config, processor)
+    set_seed(recipe.seed)
+    if recipe.model.checkpoint is not None:
+        model = load_checkpoint(recipe.model.checkpoint, config=config, dtype=dtype)
+    elif recipe.model.language_model is None and recipe.model.vision_tower is None:
+        model = FusedLlavaForConditionalGeneration(config).to(dtype)
+    else:
+        model = _assemble(config, recipe.model, dtype)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def load_checkpoint(
+    source: str | Path, *, config: FusedLlavaConfig | None = None, dtype: torch.dtype
+) -> FusedLlavaForConditionalGeneration:
+    """Loads a LLaVA checkpoint, all of it; under ZeRO-3 each rank keeps its share.
+
+    Args:
+        source: folder or hub id.
+        config: in place of the checkpoint's own.
+        dtype: of the weights.
+
+    Raises:
+        RecipeError: the checkpoint cannot be read, or names of weights are missing, unexpected or of another shape.
+    """
+    try:
+        model, report = FusedLlavaForConditionalGeneration.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, together with the other faults
+        )
+    except OSError as error:
+        raise RecipeError(f"model: checkpoint '{source}' cannot be read: {error}") from error
+    refuse_faults(source, report)
+    return model
+
+
+def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
+    """Raises RecipeError when a loading report of transformers names any weight that did not fit."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        faults = sorted(str(fault) for fault in report.get(kind, ()))
+        if faults:
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            raise RecipeError(
+                f"model: checkpoint '{source}': {kind.replace('_', ' ')}: {faults[0]}{more}; "
+                "accepted: a checkpoint whose weights are those of its config"
+            )
+
+
+def _check_tokens(config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
+    tokenizer = processor.tokenizer
+    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if found != config.image_token_id:
+        raise RecipeError(
+            f"model.config: image_token_index is {config.image_token_id}, but the tokenizer's {IMAGE_TOKEN} is "
+            f"{found}; accepted: the same number"
+        )
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise RecipeError(
+            f"model.config: text_config.vocab_size is {rows}, accepted: at least {len(tokenizer)}, the tokenizer's"
+        )
+
+
+def _assemble(config: FusedLlavaConfig, parts: ModelSection, dtype: torch.dtype) -> FusedLlavaForConditionalGeneration:
+    """Returns a LLaVA of pretrained parts; a part that the recipe does not name, and the projector, are random."""
+    with torch.device("meta"):
+        model = FusedLlavaForConditionalGeneration(config)
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    projector.apply(model._init_weights)
+    decoder = _decoder(config, parts.language_model, dtype)
+    model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
+    model.model.vision_tower = _tower(model.model.vision_tower, config, parts.vision_tower, dtype)
+    found = {name: weight.shape for name, weight in model.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise RecipeError(
+                f"model: weight {name}: found shape {_shape(found.get(name))}, accepted: "
+                f"{_shape(expected.get(name))}, the config's"
+            )
+    return model
+
+
+def _decoder(config: FusedLlavaConfig, source: str | None, dtype: torch.dtype) -> nn.Module:
+    if source is None:
+        return AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+    try:
+        decoder = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.language_model: '{source}' cannot be read: {error}") from error
+    # New rows (<image>, <pad>, and padding to a round number) are drawn around the mean of the old ones.
+    decoder.resize_token_embeddings(config.text_config.vocab_size)
+    return decoder
+
+
+def _tower(shape: PreTrainedModel, config: FusedLlavaConfig, source: str | None, dtype: torch.dtype) -> nn.Module:
+    if source is None:
+        return AutoModel.from_config(config.vision_config, dtype=dtype)
+    try:
+        return type(shape).from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.vision_tower: '{source}' cannot be read: {error}") from error
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))

@@ -1,0 +1,106 @@
+"""What a finished phase leaves behind: final/, a checkpoint that loads like any other, with the run's figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from data.dataset import ConversationDataset
+from models import FusedLlavaForConditionalGeneration
+from recipes.resolved import dump_recipe
+from recipes.schema import Phase, Recipe
+from train import ranks
+from train.adapters import merged
+from train.failure import TrainingError
+from train.groups import trainable_counts
+from train.initial import refuse_faults
+from train.precision import resolve_dtype, resolve_precision
+from train.trainer import FusedTrainer
+
+FINAL: Final = "final"
+RUN: Final = "run.json"
+
+
+def is_finished(phase: Phase) -> bool:
+    """Returns whether the phase's final/ is there; it appears in one move, so it is whole."""
+    return (phase.folder / FINAL / RUN).is_file()
+
+
+def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset: ConversationDataset) -> None:
+    """Writes final/: weights, config with the stage plan, processor, recipe.yaml and run.json. Every rank calls it.
+
+    Args:
+        trainer: after training.
+        recipe: the recipe.
+        initial: checkpoint that the phase started from; adapters are merged into it.
+        dataset: for the list of rows that were skipped.
+
+    Raises:
+        TrainingError: what was written does not load as it should.
+    """
+    phase = trainer.phase
+    figures = _figures(trainer, dataset)
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    if ranks.rank() != 0:
+        return
+    partial = phase.folder / f"{FINAL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model: Any = trainer.model
+    if phase.train.lora is not None:
+        learned = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        unset_hf_deepspeed_config()  # from here on rank 0 is alone: nothing may be split over ranks
+        weights = {name: weights[name] for name in learned}
+        dtype = resolve_dtype(phase.train)
+        model = merged(weights, phase.train.lora, initial=initial, dtype=dtype)
+        weights = model.state_dict()
+    unset_hf_deepspeed_config()
+    model.save_pretrained(partial, state_dict=weights)
+    trainer.processing_class.save_pretrained(partial)
+    (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (partial / RUN).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    _check_loads(partial)
+    shutil.rmtree(phase.folder / FINAL, ignore_errors=True)
+    partial.rename(phase.folder / FINAL)
+
+
+def _check_loads(folder: Path) -> None:
+    """Loads names and shapes of a checkpoint, no weights, and refuses any that do not fit its config."""
+    _, report = FusedLlavaForConditionalGeneration.from_pretrained(
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    try:
+        refuse_faults(folder, report)
+    except ValueError as error:
+        raise TrainingError(f"{folder} was not written whole: {error}") from error
+
+
+def _figures(trainer: FusedTrainer, dataset: ConversationDataset) -> dict[str, Any]:
+    samples, tokens = trainer.tally.totals()
+    seconds = trainer.clock.agreed
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "phase": trainer.phase.name,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 3),
+        "samples": samples,
+        "samples_per_second": round(samples / max(seconds, 1e-9), 2),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "loss": losses[-1] if losses else None,
+        "ranks": ranks.count(),
+        "precision": resolve_precision(trainer.phase.train),
+        "trainable": trainable_counts(trainer.model),
+        "skipped": [_plain(fault) for fault in dataset.skipped],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _plain(fault: Any) -> Any:
+    return asdict(fault) if is_dataclass(fault) and not isinstance(fault, type) else str(fault)

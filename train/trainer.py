@@ -1,0 +1,153 @@
+"""transformers.Trainer with our groups of learning rates, order of data, clock and agreement between ranks."""
+
+from __future__ import annotations
+
+import math
+import signal
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from recipes.schema import Phase
+from train.arguments import is_timed
+from train.checkpoints import whole_checkpoints
+from train.clock import Clock, rate_factor
+from train.failure import TrainingError
+from train.groups import parameter_groups
+from train.order import WholeBatches
+from train.tally import Tally
+
+
+class FusedTrainer(Trainer):
+    """Trains one phase of a recipe.
+
+    Attributes:
+        phase: what to train, and how.
+        order: the order of the samples.
+        clock: training time, agreed between the ranks once a step.
+        tally: sums of the run.
+        is_stopping: some rank got SIGTERM; the same on every rank.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, *, phase: Phase, order: WholeBatches, clock: Clock, tally: Tally, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.phase, self.order, self.clock, self.tally = phase, order, clock, tally
+        self.is_stopping = False
+        self._got_signal = False
+        self._is_finite: Tensor | None = None
+        self._logged_seconds = clock.seconds()
+
+    def watch_signal(self) -> None:
+        """Makes SIGTERM end the run after the current step, with a checkpoint."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_got_signal", True))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Returns this rank's share of the forward passes, in the recipe's order."""
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_size=self.phase.train.per_device_batch,
+            sampler=self.order,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Returns AdamW over the recipe's groups; DeepSpeed's own CPU version where it keeps the states there."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model,
+                self.phase.train.learning_rate,
+                decayed=self.get_decay_parameter_names(model),
+                weight_decay=self.args.weight_decay,
+            )
+            chosen, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if self._is_offloaded():
+                from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles on first use
+
+                chosen, options = DeepSpeedCPUAdam, {"betas": options["betas"], "eps": options["eps"]}
+            self.optimizer = chosen(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Returns transformers' own scheduler over steps, or one that follows the clock."""
+        train = self.phase.train
+        if not is_timed(train) or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        limit = train.max_seconds or math.inf
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda _: rate_factor(train.scheduler, self.clock.agreed / limit, warmup=train.warmup_ratio),
+        )
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the loss of one forward pass; at the last one of a step the ranks agree before weights change.
+
+        Raises:
+            TrainingError: the loss of any rank is not a number, or infinite.
+        """
+        loss = super().compute_loss(model, inputs, return_outputs=False, num_items_in_batch=num_items_in_batch)
+        part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
+        self.tally.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
+        finite = torch.isfinite(part)
+        self._is_finite = finite if self._is_finite is None else self._is_finite & finite
+        if self.accelerator.sync_gradients:
+            self._agree()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""
+        if "loss" in logs:
+            report = self.tally.report()
+            seconds = self.clock.agreed
+            passed, self._logged_seconds = seconds - self._logged_seconds, seconds
+            logs["seconds"] = round(seconds, 3)
+            logs["tokens_per_second"] = round(report.pop("new_tokens") / max(passed, 1e-9), 1)
+            logs.update(report)
+            rates = self.phase.train.learning_rate.model_dump()
+            factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
+            logs.update({f"learning_rate_{name}": rate * factor for name, rate in rates.items() if rate})
+        super().log(logs, start_time)
+
+    def failure(self, what: str, *, step: int) -> TrainingError:
+        """Returns the error of a run that cannot go on, with the checkpoint to go back to."""
+        good = whole_checkpoints(self.phase.folder)
+        last = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written before"
+        return TrainingError(f"step {step}: {what}; {last}")
+
+    def _agree(self) -> None:
+        """Shares between the ranks, in one message: got SIGTERM, loss is not finite, seconds on rank 0."""
+        seconds = self.clock.seconds() if self.args.process_index == 0 else 0.0
+        faulty = self._is_finite is not None and not bool(self._is_finite)
+        self._is_finite = None
+        values = torch.tensor(
+            [float(self._got_signal), float(faulty), seconds],
+            dtype=torch.float64,
+            device=self.args.device,
+        )
+        if distributed.is_initialized():
+            distributed.all_reduce(values, op=distributed.ReduceOp.MAX)
+        stopping, not_finite, self.clock.agreed = values.tolist()
+        self.is_stopping = self.is_stopping or bool(stopping)
+        if not_finite:
+            raise self.failure("the loss is nan or infinite", step=self.state.global_step + 1)
+
+    def _is_offloaded(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.hf_ds_config.is_offload()
