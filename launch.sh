@@ -98,11 +98,11 @@ train() {
     export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 50000))}
     exec "$VENV/bin/python" train/run.py "$@"
   elif [[ -f $hostfile ]]; then
-    launch "$VENV/bin/deepspeed" --hostfile "$hostfile" train/run.py "$@"
+    launch "$VENV/bin/deepspeed" --log_level warning --hostfile "$hostfile" train/run.py "$@"
   elif has_gpu; then
-    launch "$VENV/bin/deepspeed" train/run.py "$@"
+    launch "$VENV/bin/deepspeed" --log_level warning train/run.py "$@"
   else
-    DS_ACCELERATOR=cpu launch "$VENV/bin/deepspeed" --num_accelerators 1 train/run.py "$@"
+    DS_ACCELERATOR=cpu launch "$VENV/bin/deepspeed" --log_level warning --num_accelerators 1 train/run.py "$@"
   fi
 }
 

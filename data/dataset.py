@@ -137,7 +137,7 @@ def faults_of(rows: datasets.Dataset) -> list[Fault]:
 def folder_of(file: str, config: DataConfig) -> Path | None:
     """Returns the image folder of a file's rows."""
     if easy_vqa.is_built_in(file):
-        return easy_vqa.image_folder(easy_vqa.split_of(file))
+        return easy_vqa.image_folder(easy_vqa.name_of(file))
     return None if config.images is None else Path(config.images)
 
 

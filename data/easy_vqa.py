@@ -10,7 +10,7 @@ from typing import Any
 import easy_vqa as package
 
 VERSION = "1.0"
-SPLITS = ("train", "test")
+NAMES = ("train", "test", "shapes")
 SHAPES = ("circle", "rectangle", "triangle")
 _PREFIX = "easy_vqa:"
 
@@ -27,30 +27,34 @@ class Question:
 
 def is_built_in(file: str) -> bool:
     """Returns whether a recipe's file name means this set."""
-    return file.startswith(_PREFIX) and file.removeprefix(_PREFIX) in SPLITS
+    return file.startswith(_PREFIX) and file.removeprefix(_PREFIX) in NAMES
 
 
-def split_of(file: str) -> str:
-    """Returns `train` or `test` of `easy_vqa:train` or `easy_vqa:test`."""
+def name_of(file: str) -> str:
+    """Returns what follows `easy_vqa:` in a recipe's file name."""
     return file.removeprefix(_PREFIX)
 
 
-def image_folder(split: str) -> Path:
-    """Returns the folder of a split's PNG files, named by image number."""
-    return Path(package.__file__).parent / "data" / split / "images"
+def image_folder(name: str) -> Path:
+    """Returns the folder of the PNG files behind a name; they are named by image number."""
+    return Path(package.__file__).parent / "data" / ("test" if name == "test" else "train") / "images"
 
 
-def conversations(split: str) -> Iterator[dict[str, Any]]:
-    """Yields one LLaVA row an image, with all its questions: 4,000 rows for train, 1,000 for test."""
+def conversations(name: str) -> Iterator[dict[str, Any]]:
+    """Yields one LLaVA row an image, with all its questions: 4,000 rows for `train`, 1,000 for `test`.
+
+    `shapes` is the part of `train` whose answer names a shape: 3,107 images.
+    """
     by_image: dict[int, list[tuple[str, str]]] = {}
-    for text, answer, number in _questions(split):
-        by_image.setdefault(number, []).append((text, answer))
+    for text, answer, number in _questions("test" if name == "test" else "train"):
+        if name != "shapes" or answer in SHAPES:
+            by_image.setdefault(number, []).append((text, answer))
     for number, pairs in by_image.items():
         turns = []
         for place, (text, answer) in enumerate(pairs):
             mark = "<image>\n" if place == 0 else ""
             turns += [{"from": "human", "value": mark + text}, {"from": "gpt", "value": answer}]
-        yield {"id": f"easy_vqa_{split}_{number}", "image": f"{number}.png", "conversations": turns}
+        yield {"id": f"easy_vqa_{name}_{number}", "image": f"{number}.png", "conversations": turns}
 
 
 def questions(split: str) -> list[Question]:

@@ -121,7 +121,7 @@ def _rows(files: list[str], stamps: list[str]) -> Iterator[dict[str, Any]]:
     """Yields every row; `stamps` only make the cache notice a changed file."""
     for file in files:
         if easy_vqa.is_built_in(file):
-            texts: Iterator[str] = map(json.dumps, easy_vqa.conversations(easy_vqa.split_of(file)))
+            texts: Iterator[str] = map(json.dumps, easy_vqa.conversations(easy_vqa.name_of(file)))
         else:
             texts = _texts(Path(file))
         for number, text in enumerate(texts):

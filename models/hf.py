@@ -57,11 +57,14 @@ def window_of(decoder: Any, layer: int, length: int) -> int | None:
     return window if window is not None and window < length else None
 
 
-def attention_mask(decoder: Any, queries: LiveSet, slots: Tensor, padded: bool, window: int | None) -> Any:
+def attention_mask(
+    decoder: Any, queries: LiveSet, slots: Tensor, *, padded: bool, window: int | None, hidden: Tensor | None = None
+) -> Any:
     """Returns the mask of `queries` (B, L) against keys at `slots` (B, K, -1 on padding), as the back end wants it.
 
     A query sees the keys at or before its own place in the sequence, so that dead tokens between two live ones
-    change nothing. The mask is left out only where the back end's own causal rule says the same.
+    change nothing; `hidden` (B, L, K) bool takes some of them away again. The mask is left out only where the back
+    end's own causal rule says the same.
 
     Returns:
         None, or bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager and flex, bool (B, K) under flash.
@@ -74,14 +77,22 @@ def attention_mask(decoder: Any, queries: LiveSet, slots: Tensor, padded: bool, 
     if "flash" in backend:
         if bound and not queries.whole:
             raise ValueError("flash-attention cannot slide its window over live tokens, accepted: sdpa, eager")
+        if hidden is not None:
+            raise ValueError(
+                "flash-attention cannot hide visual keys from text alone, which the schedule asks for (VisiPruner's "
+                "shallow mode), accepted: sdpa, eager; model.set_attn_implementation('sdpa') switches"
+            )
         return (slots >= 0) if padded else None
-    if backend == "sdpa" and not padded and not bound and (aligned or queries.slots.shape[1] == 1):
+    plain = not padded and not bound and hidden is None
+    if backend == "sdpa" and plain and (aligned or queries.slots.shape[1] == 1):
         return None
     places = queries.slots.masked_fill(~queries.valid, torch.iinfo(torch.int64).max)  # padding sees all
     seen = (slots >= 0)[:, None, :] & (slots[:, None, :] <= places[:, :, None])
     if window is not None:
         near = queries.slots[:, :, None] - slots[:, None, :] < window
         seen &= near | ~queries.valid[:, :, None]
+    if hidden is not None:
+        seen &= ~hidden
     if backend == "sdpa":
         return seen[:, None]
     dtype = decoder.dtype
@@ -95,12 +106,14 @@ class KeyValues:
     Attributes:
         stored: the layer's real cache, or None.
         lend: returns keys and values (B, G, L_v, d) of visual tokens, put before the text's own; or None.
-        keys: (B, G, K, d) that the attention went on with, after the call.
+        rewrite: returns what the attention uses in place of all keys and values; or None. Nothing of it is stored.
+        keys: (B, G, K, d) of all tokens, as stored, after the call.
         values: (B, G, K, d) likewise.
     """
 
     stored: StagedLayer | None = None
     lend: Callable[[], tuple[Tensor, Tensor]] | None = None
+    rewrite: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
 
@@ -113,7 +126,7 @@ class KeyValues:
         if self.stored is not None:
             keys, values = self.stored.update(keys, values)
         self.keys, self.values = keys.detach(), values.detach()
-        return keys, values
+        return (keys, values) if self.rewrite is None else self.rewrite(keys, values)
 
 
 def run_layer(
@@ -133,10 +146,12 @@ def lent_keys(layer: Any, visual: Tensor, rotary: Rotary) -> tuple[Tensor, Tenso
     Source: ViCA (arXiv 2602.07574), rotary at the visual tokens' own positions.
     """
     normed = layer.input_layernorm(visual)
-    keys = _heads(layer.self_attn, "k", normed)
-    if getattr(layer.self_attn, "use_rope", True):  # SmolLM3 has layers without
-        keys = apply_rotary_pos_emb(keys, keys, *rotary)[1]
-    return keys, _heads(layer.self_attn, "v", normed)
+    return _rotated_keys(layer.self_attn, normed, rotary), _heads(layer.self_attn, "v", normed)
+
+
+def projected_keys(layer: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
+    """Returns the keys (B, G, L, d) that a layer makes of hidden states (B, L, D)."""
+    return _rotated_keys(layer.self_attn, layer.input_layernorm(hidden), rotary)
 
 
 def query_weights(layer: Any, hidden: Tensor, keys: Tensor, seen: Tensor, rotary: Rotary) -> Tensor:
@@ -153,9 +168,16 @@ def query_weights(layer: Any, hidden: Tensor, keys: Tensor, seen: Tensor, rotary
     queries = _heads(attention, "q", layer.input_layernorm(hidden))
     if getattr(attention, "use_rope", True):
         queries = apply_rotary_pos_emb(queries, queries, *rotary)[0]
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    scores = (queries.float() @ keys.float().transpose(2, 3)) * attention.scaling
+    grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, G, H / G, Q, d): the heads that share a key
+    scores = (grouped @ keys.float().transpose(2, 3)[:, :, None]).flatten(1, 2) * attention.scaling
     return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
+
+
+def _rotated_keys(attention: Any, normed: Tensor, rotary: Rotary) -> Tensor:
+    keys = _heads(attention, "k", normed)
+    if getattr(attention, "use_rope", True):  # SmolLM3 has layers without
+        keys = apply_rotary_pos_emb(keys, keys, *rotary)[1]
+    return keys
 
 
 def _heads(attention: Any, name: str, normed: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_fused_llava import FusedLlavaConfig
 from .decoder import run_decoder
 from .plan import StagePlan
-from .schedule import Dense, Fused, Schedule
+from .schedule import Dense, Fused, Schedule, Within
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's own
 
@@ -36,11 +36,17 @@ class FusedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of forward() and generate(). Assign another to switch; None goes back to the trained plan."""
-        if self._chosen_schedule is not None:
-            return self._chosen_schedule
-        stages = self.config.stages
-        return Dense() if stages is None else Fused(StagePlan.from_dict(stages))
+        """The schedule of forward() and generate(). Assign another to switch; None goes back to the trained plan.
+
+        A pruner on a model with a plan prunes inside the plan's window.
+        """
+        chosen, stages = self._chosen_schedule, self.config.stages
+        if stages is None:
+            return Dense() if chosen is None else chosen
+        plan = StagePlan.from_dict(stages)
+        if chosen is None:
+            return Fused(plan)
+        return chosen if chosen.trainable or isinstance(chosen, Within) else Within(plan, chosen)
 
     @schedule.setter
     def schedule(self, schedule: Schedule | None) -> None:

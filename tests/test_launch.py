@@ -113,14 +113,14 @@ def test_an_unknown_command_is_named(sandbox):
 def test_train_runs_deepspeed_on_the_cpu_where_there_is_no_gpu(sandbox):
     code, _, _ = launch(sandbox, "train", "recipes/x.yaml", "train.max_steps=2", "model.stages=null")
     assert code == 0
-    expected = "deepspeed --num_accelerators 1 train/run.py recipes/x.yaml train.max_steps=2 model.stages=null"
-    assert calls(sandbox)[-1] == f"{expected} DS_ACCELERATOR=cpu"
+    expected = "--num_accelerators 1 train/run.py recipes/x.yaml train.max_steps=2 model.stages=null"
+    assert calls(sandbox)[-1] == f"deepspeed --log_level warning {expected} DS_ACCELERATOR=cpu"
 
 
 def test_train_takes_every_gpu(sandbox):
     (sandbox / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
     assert launch(sandbox, "train", "x")[0] == 0
-    assert calls(sandbox)[-1] == "deepspeed train/run.py x DS_ACCELERATOR="
+    assert calls(sandbox)[-1] == "deepspeed --log_level warning train/run.py x DS_ACCELERATOR="
 
 
 def test_the_exit_code_is_the_run_s(sandbox):
@@ -130,7 +130,7 @@ def test_the_exit_code_is_the_run_s(sandbox):
 def test_a_hostfile_is_handed_on(sandbox):
     (sandbox / "hostfile").write_text("a slots=8\nb slots=8\n")
     launch(sandbox, "train", "x")
-    assert calls(sandbox)[-1].startswith("deepspeed --hostfile hostfile train/run.py x")
+    assert calls(sandbox)[-1].startswith("deepspeed --log_level warning --hostfile hostfile train/run.py x")
 
 
 def test_a_slurm_task_is_a_rank(sandbox):

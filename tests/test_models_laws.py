@@ -6,7 +6,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from models import run_decoder
 from models.plan import StagePlan
-from models.schedule import Dense, Fused
+from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, VisiPruner, Within
 
 PLANS = {
     "window": {"enter": 2, "exit": 4},
@@ -18,7 +18,20 @@ PLANS = {
     "kv_layers": {"layers": [0, 2, 3, 5], "update": "kv"},
     "kv_pyramid": {"layers": [0, 2, 3, 5], "update": "kv", "keep": {3: 2, 5: 1}},
 }
-SCHEDULES = {"dense": Dense(), **{name: Fused(StagePlan.from_dict(plan)) for name, plan in PLANS.items()}}
+STATIC = {
+    "dense": Dense(),
+    **{name: Fused(StagePlan.from_dict(plan)) for name, plan in PLANS.items()},
+    "vtw": VTW(3),
+}
+# those that choose by what they read have slow references of their own in test_models_schedules_*.py
+CHOOSING = {
+    "fastv": FastV(2, 0.4),
+    "pyramiddrop": PyramidDrop((2, 4), (0.5, 0.25), renumber=True),
+    "visipruner": VisiPruner(1, 0.95, 0.3, 0.8, modes=("middle", "deep")),
+    "visipruner_masks": VisiPruner(3, 0.95, 0.3, 0.8, first_layer="half"),
+    "within_kv": Within(StagePlan.from_dict(PLANS["kv_layers"]), FastV(2, 0.4)),
+}
+SCHEDULES = STATIC | CHOOSING
 LAYOUTS = ("tttItttt", "ItIttttt", "ttttt", "tIt")  # one image, two, none, short
 
 
@@ -87,6 +100,8 @@ def merged(model, batch):
 def reference_live(schedule, number, visual, live, scores):
     if isinstance(schedule, Dense):
         return visual, True
+    if isinstance(schedule, VTW):
+        return visual, number < schedule.layer
     amount = schedule.plan.keep.get(number)
     if amount is not None:
         total = int(visual.sum())
@@ -117,8 +132,10 @@ def reference_attention(decoder, layer, hidden, mask, positions, rotary):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_staged_equals_the_slow_reference(model, schedule, make_batch, layout):
-    batch = make_batch(layout)
+@pytest.mark.parametrize("name", sorted(STATIC))
+def test_staged_equals_the_slow_reference(make_model, family, make_batch, name, layout):
+    schedule, model, batch = STATIC[name], make_model(family), make_batch(layout)
+    model.schedule = schedule
     with torch.no_grad():
         expected, keys = slow_reference(model, batch, schedule)
         embeds, visual = merged(model, batch)
@@ -236,7 +253,9 @@ def test_generation_with_the_cache_equals_generation_without(model, make_batch):
 
 
 def test_one_decode_step_equals_a_longer_prefill(model, schedule, make_batch):
-    batch = make_batch("ttIttt", "ttttt", "tItItt", side="left")
+    if "shallow" in getattr(schedule, "modes", ()):
+        pytest.skip("shallow masks are for the prompt: decode steps see the image again, by the rule")
+    batch = make_batch("ttIttt", "ttttt", "tItIttt", side="left")
     with torch.no_grad():
         embeds, visual = merged(model, batch)
         mask, decoder = batch["attention_mask"], model.model.language_model
@@ -301,7 +320,9 @@ def test_beams_and_samples_run_on_the_cache(model, make_batch):
 # -- gradients, weights -------------------------------------------------------------------------------------------
 
 
-def test_gradients_reach_the_projector(model, make_batch):
+def test_gradients_reach_the_projector(model, schedule, make_batch):
+    if not schedule.trainable:
+        pytest.skip("a pruner does not train")
     batch = make_batch("ttIttt", "ttt")
     model.train()
     model(**batch, labels=batch["input_ids"].where(torch.arange(9) > 6, -100)).loss.backward()
@@ -311,6 +332,8 @@ def test_gradients_reach_the_projector(model, make_batch):
 
 @pytest.mark.parametrize("layouts", [("ttIttt", "ttt"), ("ttttt", "ttt")])
 def test_gradient_checkpointing_changes_nothing(make_model, make_batch, family, schedule, layouts):
+    if not schedule.trainable:
+        pytest.skip("a pruner does not train")
     batch = make_batch(*layouts)
     grads = []
     for checkpointing in (False, True):

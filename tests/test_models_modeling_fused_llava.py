@@ -17,7 +17,7 @@ from transformers import (
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan, run_decoder
 from models.hf import UnsupportedDecoderError, unwrap
-from models.schedule import Dense, Fused
+from models.schedules import VTW, Dense, Fused, Within
 
 WINDOW = {"enter": 2, "exit": 4}
 KV = {"layers": [2, 4], "update": "kv"}
@@ -280,3 +280,11 @@ def test_what_began_as_llava_is_saved_as_fused(make_model, tmp_path):
     assert saved["model_type"] == "fused_llava"
     assert saved["architectures"] == ["FusedLlavaForConditionalGeneration"]
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "fused").schedule == Fused(StagePlan(**WINDOW))
+
+
+def test_a_pruner_on_a_trained_plan_stays_inside_its_window(make_model, make_batch):
+    model, batch = make_model("llama", WINDOW), make_batch("ttItttt")
+    model.schedule = VTW(layer=3)
+    assert model.schedule == Within(StagePlan(**WINDOW), VTW(layer=3))
+    cache = model(**batch, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [6, 6, 10, 6, 6, 6]

@@ -33,7 +33,9 @@ def prepare() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        threads = max(1, len(os.sched_getaffinity(0)) // local)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate warns, and takes its own number
     # DeepSpeed compiles with the ninja of this environment, active or not.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     disable_progress_bar()  # of reading and writing weights: the one bar is the training's

@@ -1,0 +1,99 @@
+"""Weights that are taken away after the softmax, without ever making the weights.
+
+A weight that is set to 0 after the softmax, nothing renormalised, is a weight on a value vector of zeros; a weight
+that is given to another token is a weight on that token's value vector. So the layer's own attention runs as it is on
+changed values, under any back end. Where text and visual queries want different values of the same visual keys, those
+keys are there twice, and a mask shows each query its own copy: as many more keys as there are visual tokens, and no
+matrix of weights.
+
+Letters: B batch, S sequence, L live rows, C columns (keys of this call), V visual columns, G heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .live import LiveSet
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """What the weights on visual keys count for, after the softmax, in one layer of a prefill.
+
+    Attributes:
+        text: (B, S) int64: for text queries, the place in the input whose value vector a visual key at each place
+            brings; -1: none, the weight is lost. Only visual places are looked at. None: each its own.
+        visual: the same for visual queries; the very same object where text and visual queries do not differ.
+    """
+
+    text: Tensor | None
+    visual: Tensor | None
+
+
+class Rewritten:
+    """A Rewrite, worked out for the columns that a layer's attention adds in this call.
+
+    Attributes:
+        copies: the visual columns that are there a second time, for the text's eyes only; or None.
+    """
+
+    def __init__(self, rule: Rewrite, slots: Tensor, visual: Tensor, offset: int, copies: LiveSet | None) -> None:
+        """Works out which column's value each column brings.
+
+        Args:
+            rule: what the schedule wants.
+            slots: (B, C), places of the columns, -1 on padding.
+            visual: (B, S) bool.
+            offset: place of the input's first token in the whole sequence.
+            copies: the visual tokens among the columns, where they run queries too; None where text alone asks.
+        """
+        self.visual, self.offset = visual, offset
+        self.copies = copies if copies is not None and rule.text is not rule.visual else None
+        places = (slots - offset).clamp(min=0)
+        self.is_visual = visual.gather(1, places) & (slots >= 0)  # (B, C)
+        numbers = torch.arange(slots.shape[1], device=slots.device).expand(len(slots), -1)
+        size = visual.shape[1]
+        # column of each place; padding writes to a place of its own, where "none" (-1) also finds its -1
+        self.column = numbers.new_full((len(slots), size + 1), -1)
+        self.column.scatter_(1, places.where(slots >= 0, size), numbers)
+        self.column[:, size] = -1
+        wanted = rule.text if copies is None else rule.visual
+        brought = None if wanted is None else self._brought(wanted, places)
+        self.own = None if brought is None else brought.where(self.is_visual, numbers)
+        if self.copies is not None:
+            at = self.copies.slots - offset
+            self.copied = self.column.gather(1, at)
+            self.copied_values = self.copied if rule.text is None else self._brought(rule.text, at)
+
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values (B, G, K + V, d) that the attention shall use; the last C of K are this call's."""
+        columns = self.is_visual.shape[1]
+        before = values.shape[2] - columns
+        new_keys, new_values = keys[:, :, before:], values[:, :, before:]
+        changed = values if self.own is None else torch.cat([values[:, :, :before], _take(new_values, self.own)], dim=2)
+        if self.copies is None:
+            return keys, changed
+        keys = torch.cat([keys, _take(new_keys, self.copied)], dim=2)
+        return keys, torch.cat([changed, _take(new_values, self.copied_values)], dim=2)
+
+    def hidden_from(self, rows: LiveSet, keys: int) -> Tensor:
+        """Returns (B, L, K + V) bool: what no query of `rows` may see, because the other kind's copy is meant."""
+        asks = self.visual.gather(1, rows.slots - self.offset)[..., None]  # (B, L, 1): a visual query
+        shown = torch.nn.functional.pad(self.is_visual, (keys - self.is_visual.shape[1], 0))
+        originals = ~asks & shown[:, None]
+        size = 0 if self.copies is None else self.copies.slots.shape[1]
+        return torch.cat([originals, asks.expand(-1, -1, size)], dim=2)
+
+    def _brought(self, wanted: Tensor, places: Tensor) -> Tensor:
+        """Returns the column whose value the key at each of `places` brings, or -1."""
+        brought = wanted.gather(1, places)
+        return self.column.gather(1, brought.where(brought >= 0, self.visual.shape[1]))
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Returns (B, G, X, d): columns `index` (B, X) of `rows` (B, G, C, d), zeros where it is -1."""
+    wide = index.clamp(min=0)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+    return rows.gather(2, wide).masked_fill((index < 0)[:, None, :, None], 0.0)

@@ -1,0 +1,164 @@
+"""VisiPruner: mask vision in shallow layers, keep the few tokens that matter from the fusion layer on, let them go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.rewrite import Rewrite
+from models.schedule import Schedule, View
+from models.schedules.settings import ScheduleError, is_int, is_number, require, require_depth
+
+ALL_STAY, NONE_STAYS = -1.0, float("inf")  # lengths of a contribution that all, and none, are above
+MODES = ("shallow", "middle", "deep")
+FIRST_LAYERS = ("merge", "half")
+RELEASED = {  # the released code's key: our field
+    "mode": "modes",
+    "shallow_mid_layer": "shallow_end",
+    "layer_threshold": "layer_threshold",
+    "tokens_threshold": "token_threshold",
+}
+
+
+@dataclass(frozen=True)
+class VisiPruner(Schedule):
+    """Prunes by what a visual token adds to the last token's attention output, in three stages.
+
+    o is that output in a layer (heads concatenated, before the output projection), c_j = w_j v_j what visual token j
+    adds to it, s is `shallow_end`.
+
+    - shallow, layers l < s of a prefill: text after the image loses its weights on visual keys, after the softmax,
+      nothing renormalised. Layer 0 has a rule of its own, `first_layer`. No token is dropped here.
+    - middle, layers l > s until it fires once: where cos(o - c_j, o) < `layer_threshold` for any j, only the tokens
+      with |c_j| > `token_threshold` stay from layer l + 1 on (it can be none). Layer s is never tested.
+    - deep, later layers: one where cos(o - c_j, o) >= `exit_threshold` for every kept j is counted; when the count
+      reaches `exit_patience`, all visual tokens are dropped from the next layer on.
+
+    Every sample of a batch has its own fusion layer, kept tokens and exit. The tests take one row of attention a
+    layer, O(n), under any back end. The masks make no matrix of weights: the layer's own attention runs on changed
+    values (models/rewrite.py). Where text and visual queries want different ones (layer 0, and layers 1 ... s - 1
+    with `visual_self_attention`) the visual keys are there twice under an explicit mask, which flash-attention
+    cannot take and refuses by name; without visual self-attention layers 1 ... s - 1 need neither.
+
+    Attributes:
+        shallow_end: s, in layers.
+        layer_threshold: cosine, 0 ... 1; lower fires later.
+        token_threshold: length of a contribution; higher keeps fewer tokens.
+        exit_threshold: cosine, 0 ... 1.
+        exit_patience: how many such layers, at least 1.
+        modes: the stages that are on. `deep` does nothing without `middle`, which it waits for.
+        first_layer: layer 0. In both rules visual queries lose their weights on visual keys; `merge` (released for
+            7B): text after the image gives the weight of all visual keys to the first of them; `half` (13B): it
+            loses its weights on the first half of them.
+        visual_self_attention: visual queries keep their weights on visual keys in layers 1 ... s - 1, as in the
+            released code. False is the paper's rule.
+        consecutive_exit: a layer that fails the exit test sets the count back to 0, as in the paper. False: never,
+            as in the released code.
+
+    Source: arXiv 2510.17205 and github.com/EIT-NLP/VisiPruner at d778622, which takes one sample of one prompt length
+    under eager attention. Differences: tests are in float32 whatever the model's type; with several images, "first"
+    and "first half" are over all of a sample's visual tokens.
+    """
+
+    shallow_end: int = 6
+    layer_threshold: float = 0.995
+    token_threshold: float = 0.2
+    exit_threshold: float = 0.999
+    exit_patience: int = 2
+    modes: Sequence[str] = MODES
+    first_layer: str = "merge"
+    visual_self_attention: bool = True
+    consecutive_exit: bool = False
+
+    def __post_init__(self) -> None:
+        require(is_int(self.shallow_end, 0), "VisiPruner.shallow_end", self.shallow_end, "a layer number (int >= 0)")
+        for field in ("layer_threshold", "exit_threshold"):
+            value = getattr(self, field)
+            require(is_number(value, 0.0, 1.0), f"VisiPruner.{field}", value, "a cosine, 0 to 1")
+        good = is_number(self.token_threshold, 0.0)
+        require(good, "VisiPruner.token_threshold", self.token_threshold, "a length, at least 0")
+        require(is_int(self.exit_patience, 1), "VisiPruner.exit_patience", self.exit_patience, "an int >= 1")
+        listed = isinstance(self.modes, list | tuple) and len(self.modes) > 0
+        good = listed and all(mode in MODES for mode in self.modes)
+        require(good, "VisiPruner.modes", self.modes, f"a list of {', '.join(MODES)}")
+        good = self.first_layer in FIRST_LAYERS
+        require(good, "VisiPruner.first_layer", self.first_layer, " or ".join(FIRST_LAYERS))
+        object.__setattr__(self, "modes", tuple(self.modes))
+
+    @classmethod
+    def from_released(cls, settings: Mapping[str, Any]) -> VisiPruner:
+        """Returns the schedule of a released VisiPruner JSON, read into a dict.
+
+        Args:
+            settings: any of `mode`, `shallow_mid_layer`, `layer_threshold`, `tokens_threshold`.
+
+        Raises:
+            ScheduleError: an unknown key, or a value outside its range.
+        """
+        for key in settings:
+            if key not in RELEASED:
+                raise ScheduleError(f"VisiPruner settings: found key {key!r}, accepted: {', '.join(RELEASED)}")
+        return cls(**{RELEASED[key]: value for key, value in settings.items()})
+
+    @property
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        """Only the middle's test, and the deep one after it, read."""
+        return "middle" in self.modes
+
+    def check(self, num_layers: int) -> None:
+        """Raises ScheduleError where the shallow part is deeper than the decoder."""
+        require_depth("VisiPruner.shallow_end", self.shallow_end, num_layers, num_layers)
+
+    def live(self, view: View) -> Tensor:
+        """Returns all visual tokens, those that matter after the fusion layer, none after the exit."""
+        if "middle" not in self.modes or view.live is view.none:
+            return view.live
+        if view.seen_at is None or view.seen_at <= self.shallow_end:
+            return view.live
+        row = view.row()
+        cosine, squared = row.influence()
+        lowest = cosine.where(row.at_keys(view.live), torch.inf).amin(dim=1).tolist()  # the layer's one sync
+        samples = view.memory.setdefault("samples", [_Sample() for _ in lowest])
+        limits = [self._limit(sample, low) for sample, low in zip(samples, lowest, strict=True)]
+        if max(limits) < 0:
+            return view.live
+        lengths = row.spread(squared.sqrt(), view.live.shape[1], 0.0)
+        kept = view.live & (lengths > torch.tensor(limits, device=lengths.device)[:, None])
+        return kept if kept.any() else view.none
+
+    def rewrite(self, view: View) -> Rewrite | None:
+        """Returns the masks of the shallow layers."""
+        if "shallow" not in self.modes or view.layer >= self.shallow_end:
+            return None
+        nothing = torch.full(view.visual.shape, -1, device=view.visual.device)
+        if view.layer > 0:
+            rule = Rewrite(text=nothing, visual=None if self.visual_self_attention else nothing)
+            return view.memory.setdefault("masked", rule)
+        if self.first_layer == "merge":
+            return Rewrite(text=view.visual.long().argmax(dim=1, keepdim=True).expand_as(nothing), visual=nothing)
+        rank, half = view.visual.cumsum(dim=1), view.visual.sum(dim=1, keepdim=True) // 2
+        own = torch.arange(nothing.shape[1], device=nothing.device).expand_as(nothing)
+        return Rewrite(text=own.where(rank > half, -1), visual=nothing)
+
+    def _limit(self, sample: _Sample, lowest: float) -> float:
+        """Returns the length above which a sample's tokens stay after a layer; notes what that layer told."""
+        if not sample.fired:
+            sample.fired = lowest < self.layer_threshold
+            return self.token_threshold if sample.fired else ALL_STAY
+        if "deep" not in self.modes:
+            return ALL_STAY
+        quiet = lowest >= self.exit_threshold
+        sample.quiet = sample.quiet + quiet if quiet or not self.consecutive_exit else 0
+        return NONE_STAYS if quiet and sample.quiet == self.exit_patience else ALL_STAY
+
+
+@dataclass
+class _Sample:
+    """What is known of one sample of a batch: whether the middle has fired, and how many quiet layers followed."""
+
+    fired: bool = False
+    quiet: int = 0

@@ -1,0 +1,35 @@
+"""VTW: all visual tokens leave at one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.schedule import Schedule, View
+from models.schedules.settings import is_int, require, require_depth
+
+
+@dataclass(frozen=True)
+class VTW(Schedule):
+    """Visual token withdrawal: all visual tokens are live before layer `layer`, none from it on.
+
+    Attributes:
+        layer: K, at least 1; the decoder's depth means "never".
+
+    Source: arXiv 2405.05803 (K=16 of 32 for LLaVA-1.5-7B). The paper chooses K on a small calibration set, as the
+    first layer after which dropping vision hardly changes the output (KL divergence); here K is given.
+    """
+
+    layer: int = 16
+
+    def __post_init__(self) -> None:
+        require(is_int(self.layer, 1), "VTW.layer", self.layer, "a layer number (int >= 1)")
+
+    def check(self, num_layers: int) -> None:
+        """Raises ScheduleError where the layer is beyond the decoder."""
+        require_depth("VTW.layer", self.layer, num_layers, num_layers)
+
+    def live(self, view: View) -> Tensor:
+        """Returns all visual tokens, then none."""
+        return view.visual if view.layer < self.layer else view.none

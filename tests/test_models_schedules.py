@@ -1,0 +1,320 @@
+"""FastV, PyramidDrop, Random and Within against slow references; settings, names, and pruners at work in a model."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from models import StagePlan, run_decoder
+from models.schedules import (
+    SCHEDULES,
+    VTW,
+    Dense,
+    FastV,
+    Fused,
+    PyramidDrop,
+    Random,
+    VisiPruner,
+    Within,
+    published,
+)
+
+PRUNERS = {
+    "visipruner": VisiPruner(2, 0.95, 0.3, 0.8),
+    "fastv": FastV(2, 0.4),
+    "pyramiddrop": PyramidDrop((2, 4), (0.5, 0.25)),
+    "pyramiddrop_renumbered": PyramidDrop((2, 4), (0.5, 0.25), renumber=True),
+    "vtw": VTW(3),
+    "random": Random(1, 0.5, seed=3),
+}
+
+
+@pytest.fixture(params=sorted(PRUNERS))
+def pruner(request):
+    return PRUNERS[request.param]
+
+
+def inputs(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    visual = batch["input_ids"] == 50
+    if batch["pixel_values"] is not None:
+        features = torch.cat(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
+        embeds = embeds.masked_scatter(visual[..., None], features)
+    return embeds, visual
+
+
+def forward(model, batch, **more):
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if value is not None}, **more).logits
+
+
+# -- the slow reference: the live tokens of one sample, gathered by hand, eager layers, whole attention matrices -------
+
+
+def slow_run(model, embeds, visual, choose, renumber=False):
+    """Returns (logits of the last token, live places of every layer).
+
+    `choose(number, kept, before, ahead)` returns the visual places that stay; before() and ahead() are the last
+    token's mean attention, by place, in the layer before and in this one.
+    """
+    decoder = model.model.language_model
+    text = (~visual[0]).nonzero().flatten().tolist()
+    kept, hidden, live, seen = visual[0].nonzero().flatten().tolist(), embeds, list(range(visual.shape[1])), None
+    places = []
+    for number, layer in enumerate(decoder.layers):
+        ahead = attention_by_place(decoder, layer, number, hidden, live, live if not renumber else None)
+        kept = choose(number, kept, seen, ahead)
+        now = sorted(text + kept)
+        hidden = hidden[:, [live.index(place) for place in now]]
+        live = now
+        seen = attention_by_place(decoder, layer, number, hidden, live, live if not renumber else None)
+        positions, mask, rotary = surroundings(decoder, number, hidden, live, live if not renumber else None)
+        hidden = layer(hidden, mask, positions, None, False, rotary)
+        places.append(live)
+    return model.lm_head(decoder.norm(hidden))[0, -1], places
+
+
+def surroundings(decoder, number, hidden, live, positions):
+    positions = torch.tensor([list(range(len(live))) if positions is None else positions])
+    at = torch.tensor(live)
+    allowed = at[None] <= at[:, None]
+    window = getattr(
+        decoder.layers[number].self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None)
+    )
+    if window is not None:
+        allowed &= at[:, None] - at[None] < window
+    mask = torch.zeros(1, 1, len(live), len(live)).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return positions, mask, decoder.rotary_emb(hidden, positions)
+
+
+def attention_by_place(decoder, layer, number, hidden, live, positions):
+    _, mask, rotary = surroundings(decoder, number, hidden, live, positions)
+    _, weights = layer.self_attn(layer.input_layernorm(hidden), rotary, mask)
+    return dict(zip(live, weights[0, :, -1].mean(dim=0).tolist(), strict=True))
+
+
+def highest(kept, scores, count):
+    return sorted(sorted(kept, key=lambda place: -scores[place])[:count])
+
+
+def chooser(schedule, total):
+    def choose(number, kept, before, ahead):
+        if isinstance(schedule, FastV) and number == schedule.layer:
+            return highest(kept, before, round(total * (1 - schedule.drop)))
+        if isinstance(schedule, PyramidDrop) and number in schedule.layers:
+            return highest(kept, ahead, int(total * schedule.shares[schedule.layers.index(number)]))
+        return kept
+
+    return choose
+
+
+@pytest.mark.parametrize("layout", ["tttItttt", "ItIttttt"])
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "pyramiddrop_renumbered"])
+def test_what_stays_and_what_comes_out_equal_the_slow_reference(make_model, make_batch, family, name, layout):
+    schedule, model = PRUNERS[name], make_model(family, attention="eager")
+    with torch.no_grad():
+        embeds, visual = inputs(model, make_batch(layout))
+        expected, places = slow_run(
+            model, embeds, visual, chooser(schedule, int(visual.sum())), renumber=schedule.renumbers
+        )
+        for use_cache in (False, True):
+            output = run_decoder(model.model.language_model, embeds, visual, schedule=schedule, use_cache=use_cache)
+            assert [live[0].tolist() for live in output.live] == places
+            logits = model.lm_head(output.last_hidden_state)[0, -1]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_random_keeps_the_same_tokens_of_a_sample_in_any_batch(make_model, make_batch):
+    model, schedule = make_model(), Random(1, 0.5, seed=3)
+    kept = []
+    for layouts in (["tItt"], ["IItttt", "tItt", "tt"]):
+        batch = make_batch(*layouts, side="left")
+        with torch.no_grad():
+            embeds, visual = inputs(model, batch)
+            output = run_decoder(
+                model.model.language_model, embeds, visual, attention_mask=batch["attention_mask"], schedule=schedule
+            )
+        kept.append([live[layouts.index("tItt")].tolist() for live in output.live])
+    assert kept[0] == kept[1]
+    assert [len(live) for live in kept[0]] == [7] + [5] * 5
+    with torch.no_grad():
+        embeds, visual = inputs(model, make_batch("IItttt"))
+        drawn = {
+            tuple(
+                run_decoder(model.model.language_model, embeds, visual, schedule=Random(1, 0.5, seed))
+                .live[1][0]
+                .tolist()
+            )
+            for seed in range(4)
+        }
+    assert len(drawn) > 1
+
+
+# -- inside a trained plan ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "pruner", "counts"),
+    [
+        ({"enter": 1, "exit": 5}, FastV(3, 0.5), [0, 4, 4, 2, 2, 0]),
+        ({"enter": 2, "exit": 5}, FastV(1, 0.5), [0, 0, 4, 2, 2, 0]),  # a cut before vision came: right after it did
+        ({"enter": 1, "exit": 6}, PyramidDrop((1, 3), (0.5, 0.25)), [0, 4, 2, 1, 1, 1]),
+        ({"enter": 1, "exit": 5}, VTW(3), [0, 4, 4, 0, 0, 0]),
+        ({"enter": 1, "exit": 5}, Dense(), [0, 4, 4, 4, 4, 0]),
+        ({"enter": 1, "exit": 5, "keep": {2: 2}}, FastV(3, 0.75), [0, 4, 2, 1, 1, 0]),
+        ({"layers": [0, 2, 3, 5], "update": "kv"}, PyramidDrop((1, 3), (0.5, 0.25)), [4, 0, 2, 1, 0, 1]),
+        ({"layers": [0, 2, 3, 5], "update": "kv"}, VisiPruner(0, 1.0, 1e6, modes=["middle"]), [4, 0, 4, 0, 0, 0]),
+    ],
+)
+def test_a_pruner_prunes_inside_the_trained_window(make_model, make_batch, plan, pruner, counts):
+    model, plan = make_model(), StagePlan.from_dict(plan)
+    with torch.no_grad():
+        embeds, visual = inputs(model, make_batch("tttItttt"))
+        output = run_decoder(model.model.language_model, embeds, visual, schedule=Within(plan, pruner))
+    assert [len(live[0]) - 7 for live in output.live] == counts
+
+
+def test_a_pruner_that_keeps_all_leaves_the_plan_as_it_is(make_model, make_batch, family):
+    model = make_model(family)
+    batch = make_batch("tttItttt", "ttItI", "ttt", side="left")
+    for plan in (StagePlan(1, 5, keep={3: 2}), StagePlan(layers=[0, 2, 5], update="kv")):
+        model.schedule = Fused(plan)
+        expected = forward(model, batch)
+        for pruner in (VisiPruner(0, 0.0, modes=["middle", "deep"]), FastV(1, 0.0), Random(0, 1.0)):
+            model.schedule = Within(plan, pruner)
+            valid = (batch["attention_mask"] == 1) & (batch["input_ids"] != 50)
+            torch.testing.assert_close(forward(model, batch)[valid], expected[valid], rtol=1e-5, atol=1e-5)
+
+
+# -- at work -----------------------------------------------------------------------------------------------------------
+
+
+def test_switching_back_leaves_no_trace(make_model, make_batch, pruner):
+    model = make_model()
+    batch = make_batch("tttItttt", "ttttt", side="left")
+    before, state = forward(model, batch), {name: value.clone() for name, value in model.state_dict().items()}
+    model.schedule = pruner
+    assert not torch.equal(forward(model, batch), before)
+    model.schedule = None
+    assert torch.equal(forward(model, batch), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_generation_samples_and_follows_the_prompts_choice(make_model, make_batch, pruner):
+    model = make_model()
+    model.schedule = pruner
+    batch = make_batch("tttItttt", "ttttt", "tItI", side="left")
+    options = {"max_new_tokens": 5, "pad_token_id": 59, "eos_token_id": None, "bad_words_ids": [[50]]}
+    for how in ({"do_sample": True, "temperature": 1.5}, {"do_sample": False, "num_beams": 2}):
+        answers = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            answers.append(model.generate(**batch, **options, **how))
+        assert torch.equal(*answers)
+        assert answers[0].shape == (3, batch["input_ids"].shape[1] + 5)
+
+
+def test_a_second_chunk_of_the_prompt_is_pruned_like_the_whole(make_model, make_batch, family, pruner):
+    model = make_model(family)
+    decoder = model.model.language_model
+    with torch.no_grad():
+        embeds, visual = inputs(model, make_batch("tttItItt", "tttIItt", side="left", seed=1))
+        whole = run_decoder(decoder, embeds, visual, schedule=pruner)
+        first = run_decoder(decoder, embeds[:, :3], visual[:, :3], schedule=pruner, use_cache=True)
+        rest = run_decoder(
+            decoder,
+            embeds[:, 3:],
+            visual[:, 3:],
+            schedule=pruner,
+            past_key_values=first.past_key_values,
+            use_cache=True,
+        )
+    assert [[row.tolist() for row in live] for live in whole.live] == [
+        [early.tolist() + late.tolist() for early, late in zip(*pair, strict=True)]
+        for pair in zip(first.live, rest.live, strict=True)
+    ]
+    text = ~visual[:, 3:]
+    torch.testing.assert_close(rest.last_hidden_state[text], whole.last_hidden_state[:, 3:][text], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_ends_with_its_image_is_read_from_its_last_text(make_model, make_batch, pruner):
+    model = make_model()
+    model.schedule = pruner
+    batch = make_batch("tttI", "tItttt", side="left")
+    assert forward(model, batch)[batch["input_ids"] != 50].isfinite().all()
+
+
+def test_an_adapted_decoder_is_pruned_by_its_adapted_projections(make_model, make_batch, pruner):
+    torch.manual_seed(0)
+    model = make_model()
+    adapted = get_peft_model(
+        model.model.language_model,
+        LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False),
+    ).eval()
+    with torch.no_grad():
+        embeds, visual = inputs(model, make_batch("tttItttt", "tIttttt", side="right"))
+        mask = torch.ones_like(visual)
+        wrapped = run_decoder(adapted, embeds, visual, attention_mask=mask, schedule=pruner)
+        merged = run_decoder(adapted.merge_and_unload(), embeds, visual, attention_mask=mask, schedule=pruner)
+    assert [[row.tolist() for row in live] for live in wrapped.live] == [
+        [row.tolist() for row in live] for live in merged.live
+    ]
+    text = ~visual
+    torch.testing.assert_close(wrapped.last_hidden_state[text], merged.last_hidden_state[text], rtol=1e-3, atol=1e-3)
+
+
+def test_a_pruner_does_not_train(make_model, make_batch, pruner):
+    model = make_model().train()
+    model.schedule = pruner
+    batch = make_batch("tttItttt")
+    with pytest.raises(ValueError, match=f"found {type(pruner).__name__}, accepted in training"):
+        model(**batch, labels=batch["input_ids"].where(torch.arange(11) > 8, -100))
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FastV(0), r"FastV.layer: found 0, accepted: a layer number \(int >= 1\)"),
+        (lambda: FastV(2, 1.5), r"FastV.drop: found 1.5, accepted: a share, 0 to 1"),
+        (lambda: FastV(True), r"FastV.layer: found True"),
+        (lambda: VTW(-1), r"VTW.layer: found -1"),
+        (lambda: Random(2, float("nan")), r"Random.share: found nan"),
+        (lambda: Random(seed=-1), r"Random.seed: found -1"),
+        (lambda: PyramidDrop((2, 2), (0.5, 0.25)), r"PyramidDrop.layers: found \(2, 2\), accepted: .*ascending"),
+        (lambda: PyramidDrop(8, 0.5), "PyramidDrop.layers: found 8"),
+        (lambda: PyramidDrop((), ()), r"PyramidDrop.layers: found \(\)"),
+        (lambda: PyramidDrop((2, 4), (0.5,)), r"PyramidDrop.shares: found \(0.5,\), accepted: .*each of layers"),
+        (lambda: PyramidDrop((2, 4), (0.25, 0.5)), r"PyramidDrop.shares: .*not growing"),
+    ],
+)
+def test_a_wrong_setting_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (FastV(6), "FastV.layer: found 6, accepted: at most 5, because the decoder has 6 layers"),
+        (PyramidDrop(), "PyramidDrop.layers: found 24, accepted: at most 5"),
+        (VTW(7), "VTW.layer: found 7, accepted: at most 6"),
+        (Random(9), "Random.layer: found 9"),
+        (Within(StagePlan(1, 3), VTW(7)), "VTW.layer: found 7"),
+        (Within(StagePlan(1, 9), VTW(3)), "stages.exit: found 9"),
+    ],
+)
+def test_a_layer_beyond_the_decoder_is_refused(make_model, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().schedule = schedule
+
+
+def test_every_published_schedule_fits_other_depths():
+    assert published("visipruner", 32) == VisiPruner()
+    assert published("pyramiddrop", 32) == PyramidDrop()
+    assert published("pyramiddrop", 8).layers == (2, 4, 6)
+    assert published("vtw", 40).layer == 20
+    for name in SCHEDULES:
+        for depth in (6, 8, 24, 28, 40):
+            published(name, depth).check(depth)
