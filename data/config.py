@@ -19,7 +19,7 @@ class DataConfig(BaseModel):
         image_aspect: `pad` to a square first, as LLaVA-1.5 does, or the image `processor`'s default.
         max_bad_rows: rows with a fault that may be skipped, counted and listed; 0 fails at the first.
         group_by_length: batches of samples of like length, with images or without.
-        workers: processes that open images, for each rank.
+        workers: processes that check rows and then open images, for each rank.
         expected_rows: published number of rows, for estimates where the files are not at hand.
         expected_text_tokens: text tokens of a mean sample, likewise.
     """

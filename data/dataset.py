@@ -1,9 +1,10 @@
-"""Conversations as training samples: checked once as a whole, then read one at a time."""
+"""Conversations as training samples: checked and tokenised once as a whole, then read one at a time."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import datasets
@@ -11,21 +12,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import easy_vqa
-from data.chat import ChatFormat, truncate
+from data.chat import IGNORE_INDEX, ChatFormat
 from data.config import DataConfig
-from data.images import check_image, open_image, pixel_values, visual_tokens
-from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, parse, read_rows
+from data.faults import check_rows, faults_of, fingerprint, folder_of, processes
+from data.images import open_image, pixel_values, visual_tokens
+from data.records import DataError, Fault, Record, RowError, parse
 
 SHOWN_FAULTS = 5  # faults that an error lists
-_CHECK_VERSION = "2"  # part of the cache key of checked rows: raise it when a check changes
-_CHECKED = {
+_TOKENS = {
+    "file": datasets.Value("string"),
+    "row": datasets.Value("int64"),
     "fault": datasets.Value("string"),
     "images": datasets.List(datasets.Value("string")),
-    "turns": datasets.Value("int32"),
     "ids": datasets.List(datasets.Value("int32")),
     "labels": datasets.List(datasets.Value("int32")),
     "length": datasets.Value("int32"),
+    "is_cut": datasets.Value("bool"),
 }
 
 
@@ -33,7 +35,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     """LLaVA conversations as token ids, labels and pixel values.
 
     Building it reads, checks and tokenises every row (JSON, roles, marks, images, length), in parallel and once:
-    the result is cached on disk. Training then meets no surprise hours later, and opens images alone.
+    both results are cached on disk. Training then meets no surprise hours later, and opens images alone.
 
     Args:
         config: the recipe's data section.
@@ -42,27 +44,25 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     Attributes:
         lengths: tokens of each sample, visual tokens included.
         has_image: whether each sample has an image.
+        num_cut: samples that lost turns at their end to `config.max_length`.
         skipped: the rows left out, at most `config.max_bad_rows`.
 
     Raises:
-        DataError: more rows have faults than the recipe allows; lists the first of them.
+        DataError: more rows have faults than the recipe allows, and the first of them; or no row is left.
+        TokenizerError: the tokenizer cannot label conversations.
     """
 
     def __init__(self, config: DataConfig, processor: Any) -> None:
         self.config, self.processor = config, processor
-        self.format = ChatFormat(config.format, processor.tokenizer)
-        self.image_tokens = visual_tokens(processor)
-        rows = check_rows(config, self)
-        self.skipped = faults_of(rows)
-        if len(self.skipped) > config.max_bad_rows:
-            raise DataError(_too_many(self.skipped, config.max_bad_rows))
-        if self.skipped:
-            rows = rows.select([number for number, reason in enumerate(rows["fault"]) if not reason])
-        if len(rows) == 0:
-            raise DataError(f"{', '.join(config.files)}: found no rows, accepted: at least one conversation")
+        self.encoder = Encoder(
+            ChatFormat(config.format, processor.tokenizer), visual_tokens(processor), config.max_length
+        )
+        rows, unusable = _without_faults(check_rows(config), config)
+        rows, self.skipped = _without_faults(_tokenised(rows, self.encoder, config), config, unusable)
         self.rows = rows
-        self.lengths: list[int] = list(rows["length"])
-        self.has_image: list[bool] = [bool(names) for names in rows["images"]]
+        self.lengths: list[int] = rows["length"][:]
+        self.has_image: list[bool] = [bool(names) for names in rows["images"][:]]
+        self.num_cut: int = sum(rows["is_cut"][:])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,11 +71,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """Returns input_ids (S,), labels (S,) and, with images, pixel_values (images, 3, height, width).
 
         Raises:
-            DataError: an image changed since it was checked.
+            DataError: an image has changed since it was checked, or is broken inside.
         """
         row = self.rows[int(index)]
         ids = torch.tensor(row["ids"], dtype=torch.int64)
-        repeats = torch.where(ids == self.format.image_token_id, self.image_tokens, 1)
+        repeats = torch.where(ids == self.encoder.chat.image_token_id, self.encoder.image_tokens, 1)
         sample = {
             "input_ids": ids.repeat_interleave(repeats),
             "labels": torch.tensor(row["labels"], dtype=torch.int64).repeat_interleave(repeats),
@@ -91,85 +91,118 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             raise DataError(str(Fault(row["file"], row["row"], str(error)))) from error
         return pixel_values(image, self.processor.image_processor, aspect=self.config.image_aspect)
 
-    def encode(self, record: Record) -> tuple[list[int], list[int], int]:
-        """Returns ids and labels, one image token an image, and the length with all visual tokens.
+
+@dataclass(frozen=True)
+class Sample:
+    """A record as tokens.
+
+    Attributes:
+        images: its image paths.
+        ids: token ids, one image token an image.
+        labels: ids where supervised, IGNORE_INDEX elsewhere.
+        length: tokens when each image token has become its visual tokens.
+        is_cut: turns at its end were cut off.
+    """
+
+    images: tuple[str, ...]
+    ids: list[int]
+    labels: list[int]
+    length: int
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns records into token ids and labels that fit into a sample.
+
+    Attributes:
+        chat: the format.
+        image_tokens: visual tokens of one image.
+        max_length: tokens that a sample may have, visual tokens included.
+    """
+
+    chat: ChatFormat
+    image_tokens: int
+    max_length: int
+
+    def encode(self, record: Record) -> Sample:
+        """Returns the record's sample; one too long ends after the last answer that fits, its later images go too.
 
         Raises:
-            RowError: nothing to learn from fits into the limit, or an image would be cut away from its question.
+            RowError: no label is left.
         """
-        turns = truncate(record.turns, lambda some: self._length(self.format.encode(some)[0]), self.config.max_length)
-        if sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user") != len(record.images):
-            raise RowError(f"an image stands after the {self.config.max_length} tokens that a sample may have")
-        ids, labels = self.format.encode(turns)
-        return ids, labels, self._length(ids)
+        ids, labels = self.chat.encode(record.turns)
+        marks = ids.count(self.chat.image_token_id)
+        if marks != len(record.images):
+            raise RowError(f"found {marks} image tokens for {len(record.images)} images: the tokenizer misses a mark")
+        lengths = list(accumulate(self.image_tokens if token == self.chat.image_token_id else 1 for token in ids))
+        kept = self._kept(labels, lengths)
+        images = record.images[: ids[:kept].count(self.chat.image_token_id)]
+        return Sample(images, ids[:kept], labels[:kept], lengths[kept - 1], is_cut=kept < len(ids))
 
-    def _length(self, ids: list[int]) -> int:
-        return len(ids) + (self.image_tokens - 1) * ids.count(self.format.image_token_id)
+    def _kept(self, labels: Sequence[int], lengths: Sequence[int]) -> int:
+        """Returns how many ids to keep: all, or up to the end of an answer."""
+        following = [*labels[1:], IGNORE_INDEX]
+        ends = [
+            place + 1
+            for place, (label, after) in enumerate(zip(labels, following, strict=True))
+            if label != IGNORE_INDEX and after == IGNORE_INDEX
+        ]
+        if not ends:
+            raise RowError("no label is left: the tokenizer makes no token of the answers")
+        if lengths[-1] <= self.max_length:
+            return len(labels)
+        fitting = [end for end in ends if lengths[end - 1] <= self.max_length]
+        if not fitting:
+            first = lengths[ends[0] - 1]
+            raise RowError(
+                f"no label is left: the first answer ends after {first} tokens, accepted: up to {self.max_length}"
+            )
+        return fitting[-1]
 
 
-def check_rows(config: DataConfig, samples: ConversationDataset | None = None) -> datasets.Dataset:
-    """Returns every row with what its check found: columns file, row, text, fault, images, turns, ids, labels, length.
-
-    Args:
-        config: the recipe's data section.
-        samples: tokenises and cuts the samples; None leaves that out (rows and images are checked all the same).
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    rows = read_rows(config.files)
+def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> datasets.Dataset:
+    tokenizer = encoder.chat.tokenizer
     return rows.map(
-        _inspect,
-        fn_kwargs={"config": config, "samples": samples},
-        num_proc=config.workers or None,
-        desc="checking rows",
-        new_fingerprint=_fingerprint(rows, config, samples),
-        features=datasets.Features({**rows.features, **_CHECKED}),
+        _tokenise,
+        fn_kwargs={"encoder": encoder},
+        num_proc=processes(config, rows),
+        desc="tokenising rows",
+        new_fingerprint=fingerprint(
+            "tokens",
+            rows._fingerprint,  # of the rows without a fault
+            config.format,
+            encoder.max_length,
+            encoder.image_tokens,
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            tokenizer.backend_tokenizer.to_str(),
+        ),
+        features=datasets.Features(_TOKENS),
+        remove_columns=[name for name in rows.column_names if name not in _TOKENS],
     )
 
 
-def faults_of(rows: datasets.Dataset) -> list[Fault]:
-    """Returns the faults among checked rows."""
-    found = [number for number, reason in enumerate(rows["fault"]) if reason]
-    return [Fault(row["file"], row["row"], row["fault"]) for row in rows.select(found)]
-
-
-def folder_of(file: str, config: DataConfig) -> Path | None:
-    """Returns the image folder of a file's rows."""
-    if easy_vqa.is_built_in(file):
-        return easy_vqa.image_folder(easy_vqa.name_of(file))
-    return None if config.images is None else Path(config.images)
-
-
-def _inspect(row: dict[str, Any], config: DataConfig, samples: ConversationDataset | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"fault": "", "images": [], "turns": 0, "ids": [], "labels": [], "length": 0}
+def _tokenise(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
     try:
-        record = parse(row["text"])
-        found |= {"images": list(record.images), "turns": len(record.turns)}
-        for name in record.images:
-            check_image(folder_of(row["file"], config), name)
-        if samples is not None:
-            found["ids"], found["labels"], found["length"] = samples.encode(record)
+        return {"fault": "", **vars(encoder.encode(parse(row["text"])))}
     except RowError as error:
-        found["fault"] = str(error)
-    return found
+        return {"fault": str(error), **vars(Sample((), [], [], 0, is_cut=False))}
 
 
-def _fingerprint(rows: datasets.Dataset, config: DataConfig, samples: ConversationDataset | None) -> str:
-    """Returns a name for the checked rows, so that a second run or rank finds them in the cache."""
-    parts = [_CHECK_VERSION, rows._fingerprint, config.format, str(config.max_length), str(config.images)]
-    if config.images is not None:
-        parts.append(str(Path(config.images).resolve()))
-    if samples is not None:
-        tokenizer = samples.processor.tokenizer
-        parts += [str(samples.image_tokens), str(tokenizer.chat_template), tokenizer.backend_tokenizer.to_str()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _too_many(faults: list[Fault], allowed: int) -> str:
-    shown = "; ".join(map(str, faults[:SHOWN_FAULTS]))
-    more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-    return (
-        f"data: found {len(faults)} rows with faults, accepted: up to {allowed} (data.max_bad_rows): {shown}{more}; "
-        "`python -m data.check RECIPE` lists them all"
-    )
+def _without_faults(
+    rows: datasets.Dataset, config: DataConfig, before: Sequence[Fault] = ()
+) -> tuple[datasets.Dataset, list[Fault]]:
+    """Returns the rows without a fault, and the faults of these rows and `before`, unless they are too many."""
+    faults = [*before, *faults_of(rows)]
+    if len(faults) > config.max_bad_rows:
+        shown = "; ".join(map(str, faults[:SHOWN_FAULTS]))
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise DataError(
+            f"data: found {len(faults)} rows with faults, accepted: up to {config.max_bad_rows} (data.max_bad_rows): "
+            f"{shown}{more}; `python -m data.check RECIPE` lists all that are wrong with rows and images"
+        )
+    good = rows.select([number for number, reason in enumerate(rows["fault"][:]) if not reason])
+    if len(good) == 0:
+        raise DataError(f"{', '.join(config.files)}: found no rows without a fault, accepted: at least one")
+    return good, faults

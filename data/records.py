@@ -1,20 +1,14 @@
-"""LLaVA rows: read from JSON or JSONL into a memory-mapped table of raw text, parsed one at a time."""
+"""One row of a data file: raw JSON text -> checked Record."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import datasets
-
-from data import easy_vqa
-
 IMAGE_MARK = "<image>"
-ROLES = {"human": "user", "gpt": "assistant"}
-_CHUNK = 1 << 20  # characters read at a time from a JSON array
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's word -> ours
+_SHOWN = 40  # characters of a broken row that its fault shows
 
 
 class DataError(ValueError):
@@ -47,123 +41,43 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: image paths as written in the file, and turns, a user's first."""
+    """One conversation.
+
+    Attributes:
+        images: image paths as written in the file, in the order of their marks.
+        turns: user and assistant in turns, a user first.
+        is_cut_in_front: the row began with an answer to no question, which `turns` leaves out, as LLaVA does.
+    """
 
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
-
-
-def read_rows(files: list[str]) -> datasets.Dataset:
-    """Returns the rows of all files as a memory-mapped table with columns file, row and text (raw JSON).
-
-    The table is built once and cached by the files' names, sizes and times.
-
-    Raises:
-        DataError: a file is missing, is neither a JSON array nor JSONL, or breaks off in the middle of the array.
-    """
-    stamps = [f"{file}:{_stamp(file)}" for file in files]
-    try:
-        return datasets.Dataset.from_generator(
-            _rows, gen_kwargs={"files": files, "stamps": stamps}, features=_FEATURES, split="train"
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
+    is_cut_in_front: bool = False
 
 
 def parse(text: str) -> Record:
-    """Returns the row's record.
-
-    A leading answer without a question is left out and a single image stands first in its turn, as LLaVA does.
+    """Returns the row's record; with a single image its mark stands first in its turn, as in LLaVA.
 
     Raises:
         RowError: broken JSON, a missing key, an unknown role, turns out of order, or marks that do not match images.
     """
     try:
         row = json.loads(text)
-    except ValueError as error:
-        raise RowError(f"broken JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"broken JSON: {error}, found {text[:_SHOWN]!r}") from None
     if not isinstance(row, dict):
         raise RowError(f"found {type(row).__name__}, accepted: an object with conversations")
     images = _images(row.get("image"))
     turns = _turns(row)
+    is_cut_in_front = turns[0].role == "assistant"
+    if is_cut_in_front:
+        turns = turns[1:]
+    _check_order(turns)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
     if marks != len(images):
         raise RowError(f"found {marks} {IMAGE_MARK} in the questions for {len(images)} images, accepted: one for each")
     if len(images) == 1:
         turns = [_image_first(turn) for turn in turns]
-    return Record(images, tuple(turns))
-
-
-def starts_with_answer(text: str) -> bool:
-    """Returns whether the row's first turn is an answer, which `parse` leaves out."""
-    turns = json.loads(text)["conversations"]
-    return bool(turns) and turns[0]["from"] == "gpt"
-
-
-_FEATURES = datasets.Features(
-    {"file": datasets.Value("string"), "row": datasets.Value("int64"), "text": datasets.Value("large_string")}
-)
-
-
-def _stamp(file: str) -> str:
-    if easy_vqa.is_built_in(file):
-        return easy_vqa.VERSION
-    try:
-        status = Path(file).stat()
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}, accepted: a LLaVA JSON or JSONL file") from None
-    return f"{status.st_size}:{status.st_mtime_ns}"
-
-
-def _rows(files: list[str], stamps: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields every row; `stamps` only make the cache notice a changed file."""
-    for file in files:
-        if easy_vqa.is_built_in(file):
-            texts: Iterator[str] = map(json.dumps, easy_vqa.conversations(easy_vqa.name_of(file)))
-        else:
-            texts = _texts(Path(file))
-        for number, text in enumerate(texts):
-            yield {"file": file, "row": number, "text": text}
-
-
-def _texts(file: Path) -> Iterator[str]:
-    """Yields the raw JSON of each row of an array or of JSONL, without holding the file in memory."""
-    with file.open(encoding="utf-8") as stream:
-        start = stream.read(1)
-        while start.isspace():
-            start = stream.read(1)
-        if start == "[":
-            yield from _array_elements(stream, file)
-        elif start:
-            yield from (line for line in _joined(start, stream) if line.strip())
-
-
-def _joined(start: str, lines: Iterator[str]) -> Iterator[str]:
-    yield start + next(iter(lines), "")
-    yield from lines
-
-
-def _array_elements(stream: Any, file: Path) -> Iterator[str]:
-    """Yields the raw text of each element of a JSON array whose `[` was read."""
-    decoder, buffer, number, ended = json.JSONDecoder(), "", 0, False
-    while True:
-        buffer = buffer.lstrip(", \t\r\n")
-        if buffer.startswith("]"):
-            return
-        try:
-            _, end = decoder.raw_decode(buffer)
-        except ValueError as error:
-            more = stream.read(_CHUNK)
-            ended = not more
-            if ended:
-                reason = str(error) if buffer else "the array is not closed"
-                raise DataError(f"{file}:{number}: broken JSON: {reason}; the rows after it cannot be read") from None
-            buffer += more
-            continue
-        yield buffer[:end]
-        buffer, number = buffer[end:], number + 1
+    return Record(images, tuple(turns), is_cut_in_front)
 
 
 def _images(image: Any) -> tuple[str, ...]:
@@ -172,7 +86,7 @@ def _images(image: Any) -> tuple[str, ...]:
     images = [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise RowError(f"image: found {image!r}, accepted: a path or a list of paths")
-    return tuple(images)
+    return tuple(_unicode(name, "image") for name in images)
 
 
 def _turns(row: dict[str, Any]) -> list[Turn]:
@@ -181,23 +95,39 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
     given = row["conversations"]
     if not isinstance(given, list) or not given:
         raise RowError("conversations: found no turns, accepted: a list of {from, value}")
-    turns = []
-    for number, turn in enumerate(given):
-        for key in ("from", "value"):
-            if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
-                raise RowError(f"conversations[{number}]: missing key '{key}' (a string)")
-        if turn["from"] not in ROLES:
-            raise RowError(f"conversations[{number}].from: unknown role {turn['from']!r}, accepted: human, gpt")
-        turns.append(Turn(ROLES[turn["from"]], turn["value"]))
-    if turns[0].role == "assistant":
-        turns = turns[1:]
-    expected = ["user", "assistant"] * len(turns)
-    if len(turns) < 2 or any(turn.role != role for turn, role in zip(turns, expected, strict=False)):
+    return [_turn(turn, f"conversations[{number}]") for number, turn in enumerate(given)]
+
+
+def _turn(given: Any, where: str) -> Turn:
+    if not isinstance(given, dict):
+        raise RowError(f"{where}: found {type(given).__name__}, accepted: an object with from and value")
+    for key in ("from", "value"):
+        if key not in given:
+            raise RowError(f"{where}: missing key '{key}'")
+        if not isinstance(given[key], str):
+            raise RowError(f"{where}.{key}: found {type(given[key]).__name__}, accepted: text")
+    if given["from"] not in ROLES:
+        raise RowError(f"{where}.from: unknown role {given['from']!r}, accepted: {', '.join(ROLES)}")
+    return Turn(ROLES[given["from"]], _unicode(given["value"], f"{where}.value"))
+
+
+def _check_order(turns: list[Turn]) -> None:
+    roles = [turn.role for turn in turns]
+    if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         raise RowError("conversations: found turns out of order, accepted: human and gpt in turns, at least one answer")
-    return turns
+
+
+def _unicode(text: str, where: str) -> str:
+    """Returns `text`; JSON can spell half of a character, which no tokenizer and no file system takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{where}: found {text[error.start]!r}, half a character, accepted: Unicode text") from None
+    return text
 
 
 def _image_first(turn: Turn) -> Turn:
+    """Source: LLaVA's preprocess_multimodal. With several images it would lose marks, so they stay in place there."""
     if turn.role != "user" or IMAGE_MARK not in turn.text:
         return turn
-    return Turn(turn.role, f"{IMAGE_MARK}\n{turn.text.replace(IMAGE_MARK, '').strip()}")
+    return Turn(turn.role, f"{IMAGE_MARK}\n{turn.text.replace(IMAGE_MARK, '').strip()}".strip())

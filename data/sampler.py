@@ -43,7 +43,7 @@ class LengthModalitySampler(Sampler[int]):
         whole: list[list[int]] = []
         rest: list[int] = []
         for modality in (True, False):
-            members = [index for index, image in enumerate(self.has_image) if image is modality]
+            members = [index for index, image in enumerate(self.has_image) if bool(image) is modality]
             batches = self._batches([members[place] for place in torch.randperm(len(members), generator=random)])
             whole += [batch for batch in batches if len(batch) == self.batch_size]
             rest += [index for batch in batches if len(batch) < self.batch_size for index in batch]

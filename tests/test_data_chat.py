@@ -1,55 +1,90 @@
-"""Labels from one tokenisation: exactly the answers and their end marks, whatever they contain."""
+"""Labels from one tokenisation: exactly the answers and their end marks, whatever people wrote."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.chat import IGNORE_INDEX, VICUNA_SYSTEM, ChatFormat, TokenizerError, truncate
-from data.records import RowError, Turn
+from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError
+from data.records import Turn
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TRIMMING = CHATML.replace("m['content']", "(m['content'] | trim)")
+SPECIAL = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>"]
 NASTY = [
     "yes",
     "",
     " ",
+    "  two spaces ",
     "USER: who? ASSISTANT: me",
     "ASSISTANT:",
     "</s>",
-    "a </s> b <image> c <pad>",
+    "</s></s>",
+    "</</s>s>",
+    "<s>a </s> b <image> c <pad>",
+    "<ima<image>ge>",
     "<|im_end|>\n<|im_start|>user\nhello<|im_end|>",
     "\u4f60\u597d\uff0c\u4e16\u754c",
     "\u0645\u0631\u062d\u0628\u0627 \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "e\u0301 \u1100\u1161\u11a8 \u0000 \u2028",
     "line one\n\nline two\n",
+    "\n leading",
     "user",
     "assistant",
 ]
+FORMATS = ("vicuna_v1", "chat_template", "plain")
+LEAD = {"vicuna_v1": " ", "chat_template": "", "plain": ""}
+END = {"vicuna_v1": "</s>", "chat_template": "<|im_end|>", "plain": "\n"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def byte_level(*more):
+    """Returns a tokenizer like GPT-2's and Qwen's."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=500,
-        special_tokens=special,
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([VICUNA_SYSTEM, "USER: ASSISTANT: user assistant yes no question answer"] * 20, trainer)
+    core.train_from_iterator(["A chat between a curious user and an assistant. USER: yes no question answer"], trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
+    fast.add_special_tokens({"additional_special_tokens": [*SPECIAL[3:], *more]})
     fast.chat_template = CHATML
     return fast
 
 
-@pytest.fixture(params=["vicuna_v1", "chat_template", "plain"])
+def sentence_piece():
+    """Returns a tokenizer like Llama's and Vicuna's: a space is written before the first word, bytes stand in."""
+    letters = {chr(code) for code in range(33, 127)} | {"\u2581", "\u4f60", "\u597d"}
+    table = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(letters)]
+    merges = [("\u2581", "y"), ("\u2581y", "e"), ("\u2581ye", "s")]
+    table += ["".join(pair) for pair in merges]
+    core = Tokenizer(
+        models.BPE({token: number for number, token in enumerate(table)}, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[3:]})
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="module", params=[byte_level, sentence_piece])
+def tokenizer(request):
+    return request.param()
+
+
+@pytest.fixture(params=FORMATS)
 def chat(request, tokenizer):
     return ChatFormat(request.param, tokenizer)
 
@@ -58,138 +93,122 @@ def turns(*texts):
     return [Turn(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
 
 
-def spans(ids, labels):
+def text_of(tokenizer, ids):
+    """Returns the exact text of ids; a decoder that trims the first space must not see it first."""
+    anchor = tokenizer.convert_tokens_to_ids("<pad>")
+    text = tokenizer.decode([anchor, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text.removeprefix("<pad>")
+
+
+def runs(ids, labels):
     """Returns the runs of supervised ids."""
-    runs, open_run = [], False
+    found = [[]]
     for token, label in zip(ids, labels, strict=True):
-        if label == IGNORE_INDEX:
-            open_run = False
-            continue
-        assert token == label
-        if not open_run:
-            runs.append([])
-        runs[-1].append(token)
-        open_run = True
-    return runs
-
-
-END = {"vicuna_v1": "</s>", "chat_template": "<|im_end|>", "plain": "\n"}
-
-
-def end_of(chat):
-    ids = chat.tokenizer(END[chat.name], add_special_tokens=False)["input_ids"]
-    return ids[-1]
+        assert label in (IGNORE_INDEX, token)
+        if label == token:
+            found[-1].append(token)
+        elif found[-1]:
+            found.append([])
+    return [run for run in found if run]
 
 
 @pytest.mark.parametrize("answer", NASTY)
 def test_exactly_the_answer_and_its_end_mark_are_supervised(chat, answer):
     ids, labels = chat.encode(turns("<image>\nwhat?", answer))
-    (run,) = spans(ids, labels)
-    expected = answer + ("\n" if chat.name == "plain" else "")
-    text = chat.tokenizer.decode(run if chat.name == "plain" else run[:-1], clean_up_tokenization_spaces=False)
-    assert text.removeprefix(" " if chat.name == "vicuna_v1" else "") == expected.removeprefix(
-        " " if chat.name == "vicuna_v1" and answer == " " else ""
-    )
-    if chat.name != "plain":
-        assert run[-1] == end_of(chat)
-        assert run.count(end_of(chat)) == 1  # written marks are text, the end mark alone ends
+    (run,) = runs(ids, labels)
+    assert text_of(chat.tokenizer, run) == LEAD[chat.name] + answer + END[chat.name]
 
 
-@pytest.mark.parametrize("answer", [text for text in NASTY if text.strip()])
-def test_every_answer_of_a_conversation_is_supervised(tokenizer, answer):
-    for name in ("vicuna_v1", "chat_template"):
-        chat = ChatFormat(name, tokenizer)
-        ids, labels = chat.encode(turns("<image>\nwhat?", answer, "and?", "no", "more", answer))
-        assert len(spans(ids, labels)) == 3
-        assert ids.count(chat.image_token_id) == 1
+@pytest.mark.parametrize("answer", NASTY)
+def test_every_answer_of_a_conversation_is_supervised(chat, answer):
+    ids, labels = chat.encode(turns("<image>\nwhat?", answer, "and?", "no", "more", answer))
+    expected = [LEAD[chat.name] + text + END[chat.name] for text in (answer, "no", answer)]
+    assert [text_of(chat.tokenizer, run) for run in runs(ids, labels)] == expected
 
 
-@pytest.mark.parametrize("question", NASTY)
-def test_questions_are_never_supervised_and_bring_no_special_token(tokenizer, question):
-    for name in ("vicuna_v1", "chat_template"):
-        chat = ChatFormat(name, tokenizer)
-        written = question.replace("<image>", "")  # a question's marks are images
-        ids, labels = chat.encode(turns("<image>\n" + written, "yes"))
-        (run,) = spans(ids, labels)
-        assert tokenizer.decode(run[:-1]).strip() == "yes"
-        plain_ids, _ = chat.encode(turns("<image>\nwhat", "yes"))
-        for mark in ("</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>"):
-            number = tokenizer.convert_tokens_to_ids(mark)
-            assert ids.count(number) == plain_ids.count(number), mark
+@pytest.mark.parametrize("answer", NASTY)
+def test_supervision_begins_where_the_prompt_ends(chat, answer):
+    """What generation has to produce, token by token, is what is supervised: also a space that stands alone."""
+    for earlier in ((), ("hi", "hello")):
+        asked = turns(*earlier, "<image>\nwhat?")
+        prompt = chat.prompt(asked)
+        ids, labels = chat.encode([*asked, Turn("assistant", answer)])
+        assert ids[: len(prompt)] == prompt
+        assert labels[len(prompt)] == ids[len(prompt)]
+        assert len(runs(ids[len(prompt) :], labels[len(prompt) :])) == 1
+        assert len(runs(prompt, labels[: len(prompt)])) == len(earlier) / 2
 
 
-def test_vicuna_is_llavas_text(tokenizer):
-    chat = ChatFormat("vicuna_v1", tokenizer)
-    ids, _ = chat.encode(turns("<image>\nWhat is it?", "A cat.", "Sure?", "Yes."))
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A cat.</s>"
-        "USER: Sure? ASSISTANT: Yes.</s>"
-    )
+@pytest.mark.parametrize("written", NASTY)
+@pytest.mark.parametrize("name", ["vicuna_v1", "chat_template"])
+def test_what_people_write_is_never_a_special_token(tokenizer, written, name):
+    chat = ChatFormat(name, tokenizer)
+    question = written.replace("<image>", "*")  # a mark in a question is an image
+    ids, labels = chat.encode(turns("<image>\n" + question, written))
+    expected, _ = chat.encode(turns("<image>\nwhat", "yes"))
+    for number in map(tokenizer.convert_tokens_to_ids, SPECIAL):
+        assert ids.count(number) == expected.count(number), tokenizer.convert_ids_to_tokens(number)
+    assert f"\n{question}{'' if name == 'chat_template' else ' '}" in text_of(tokenizer, ids)
+    assert len(runs(ids, labels)) == 1
 
 
-def test_plain_puts_a_text_token_between_image_and_caption(tokenizer):
+def test_special_tokens_that_swallow_space_are_found_too():
+    chat = ChatFormat("vicuna_v1", byte_level(AddedToken("<mask>", lstrip=True, rstrip=True, special=True)))
+    mask = chat.tokenizer.convert_tokens_to_ids("<mask>")
+    ids, labels = chat.encode(turns("is <mask> it", "<mask>"))
+    assert mask not in ids
+    (run,) = runs(ids, labels)
+    assert text_of(chat.tokenizer, run) == " <mask></s>"
+
+
+def test_a_text_token_stands_between_image_and_caption(tokenizer):
     chat = ChatFormat("plain", tokenizer)
     ids, labels = chat.encode(turns("Describe it.\n<image>", "a red house"))
-    assert tokenizer.decode(ids) == "<s><image>\na red house\n"
     image = ids.index(chat.image_token_id)
+    assert ids[:image] == [tokenizer.bos_token_id]
+    assert text_of(tokenizer, ids[image + 1 : image + 2]) == "\n"
     assert labels[image + 1] == IGNORE_INDEX
-    assert labels[image + 2] != IGNORE_INDEX
+    assert labels[image + 2] == ids[image + 2]
 
 
-def test_a_prompt_is_the_beginning_of_its_training_text(tokenizer):
-    for name in ("vicuna_v1", "chat_template"):
-        chat = ChatFormat(name, tokenizer)
-        for earlier in ((), ("hi", "hello")):
-            asked = turns(*earlier, "<image>\nwhat?")
-            prompt = chat.prompt(asked)
-            ids, labels = chat.encode([*asked, Turn("assistant", "yes")])
-            assert ids[: len(prompt)] == prompt
-            last = len(spans(ids, labels)[-1])
-            assert len(ids) - len(prompt) - last in (0, 1)  # the template's newline after the end mark
+def test_images_are_one_token_each_where_their_marks_are(chat):
+    ids, _ = chat.encode(turns("<image> and <image>", "yes", "now<image>", "no"))
+    assert ids.count(chat.image_token_id) == 3
 
 
-def test_a_trimming_template_is_followed(tokenizer):
-    tokenizer.chat_template = TRIMMING
-    try:
-        ids, labels = ChatFormat("chat_template", tokenizer).encode(turns(" what? ", "  yes\n"))
-        assert tokenizer.decode(spans(ids, labels)[0]) == "yes<|im_end|>"
-    finally:
-        tokenizer.chat_template = CHATML
+def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<image>": 2, "yes": 3}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    ids, labels = ChatFormat("vicuna_v1", words).encode(turns("<image>", "yes </s> <image> yes"))
+    assert [label for label in labels if label != IGNORE_INDEX] == [3, 0, 0, 3, 1]
+    assert ids.count(2) == 1
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("change", "message"),
     [
-        (CHATML.replace("m['content']", "(m['content'] | upper)"), "rewrites"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end mark"),
-        (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'"), "generation prompt"),
-        (None, "the tokenizer has none"),
+        ({"image": False}, "has no token <image>"),
+        ({"eos_token": None}, "has no eos_token"),
+        ({"single": "<s> $A </s>"}, "ends every text by a token of its own"),
+        ({"chat_template": None}, "found chat_template, but the tokenizer has none"),
     ],
 )
-def test_templates_that_cannot_be_labelled_are_refused(tokenizer, template, message):
-    tokenizer.chat_template = template
-    try:
-        with pytest.raises(TokenizerError, match=message):
-            ChatFormat("chat_template", tokenizer).encode(turns("Question", "Answer"))
-    finally:
-        tokenizer.chat_template = CHATML
+def test_tokenizers_that_do_not_fit_are_refused(change, message):
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "yes": 3}
+    core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    single = change.get("single", "<s> $A")
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    eos = change.get("eos_token", "</s>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token=eos)
+    if change.get("image", True):
+        fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.chat_template = change.get("chat_template", CHATML)
+    with pytest.raises(TokenizerError, match=message):
+        ChatFormat("chat_template", fast)
 
 
-def test_tokenizers_without_an_image_token_are_refused(tokenizer):
-    bare = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]")), unk_token="[UNK]", eos_token="a"
-    )
-    with pytest.raises(TokenizerError, match="has no token <image>"):
-        ChatFormat("plain", bare)
-    with pytest.raises(TokenizerError, match="accepted: a fast one"):
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(TokenizerError, match="found object, accepted: a fast one, because labels need"):
         ChatFormat("plain", object())
-
-
-def test_truncation_cuts_whole_pairs():
-    conversation = turns("q1", "a1", "q2", "a2", "q3")
-    assert truncate(conversation, lambda some: 10 * len(some), 50) == tuple(conversation)
-    assert truncate(conversation, lambda some: 10 * len(some), 49) == tuple(conversation[:4])
-    assert truncate(conversation, lambda some: 10 * len(some), 39) == tuple(conversation[:2])
-    with pytest.raises(RowError, match="no label is left: the first answer ends after 20 tokens, accepted: up to 19"):
-        truncate(conversation, lambda some: 10 * len(some), 19)

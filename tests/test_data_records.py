@@ -1,10 +1,10 @@
+"""Rows become records; every fault of a row has its words."""
+
 import json
-import tracemalloc
 
 import pytest
 
-from data import easy_vqa
-from data.records import DataError, Record, RowError, Turn, parse, read_rows, starts_with_answer
+from data.records import Fault, Record, RowError, Turn, parse
 
 
 def row(*texts, image=None, roles=("human", "gpt"), **more):
@@ -12,99 +12,71 @@ def row(*texts, image=None, roles=("human", "gpt"), **more):
     return json.dumps({**({} if image is None else {"image": image}), "conversations": turns, **more})
 
 
-ROWS = [
-    row("<image>\nhi", "yes", image="a.jpg", id=1),
-    row("<image> <image> which?", "left", image=["a.jpg", "b.jpg"], extra={"model": ""}),
-    row("text only", "fine"),
-]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" + ", ".join(ROWS) + "]",
-        "[\n" + ",\n".join(ROWS) + "\n]\n",
-        "\n".join(ROWS),
-        "\n\n".join(ROWS) + "\n\n",
-    ],
-)
-def test_arrays_and_lines_give_the_same_rows(tmp_path, text):
-    file = tmp_path / "data.json"
-    file.write_text(text, encoding="utf-8")
-    rows = read_rows([str(file)])
-    assert [json.loads(row) for row in rows["text"]] == [json.loads(row) for row in ROWS]
-    assert rows["row"][:] == [0, 1, 2]
-    assert set(rows["file"]) == {str(file)}
-
-
-def test_a_changed_file_is_read_again(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text(ROWS[0])
-    assert len(read_rows([str(file)])) == 1
-    file.write_text("\n".join(ROWS))
-    assert len(read_rows([str(file)])) == 3
-
-
-def test_an_array_is_not_held_in_memory(tmp_path):
-    file = tmp_path / "data.json"
-    long = row("question", "word " * 2000)
-    file.write_text("[" + ",".join([long] * 3000) + "]")  # 30 MB
-    tracemalloc.start()
-    rows = read_rows([str(file)])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(rows) == 3000
-    assert peak < 24e6
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[" + ROWS[0] + ", {broken]", r"data.json:1: broken JSON.*rows after it cannot be read"),
-        ("[" + ROWS[0], r"data.json:1: broken JSON: the array is not closed"),
-    ],
-)
-def test_an_array_that_breaks_off_is_an_error(tmp_path, text, message):
-    (tmp_path / "data.json").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_rows([str(tmp_path / "data.json")])
-
-
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"nothing.json: No such file or directory, accepted: a LLaVA JSON"):
-        read_rows([str(tmp_path / "nothing.json")])
-
-
-def test_parse():
-    record = parse(ROWS[1])
+def test_a_row_with_several_images_keeps_its_marks():
+    record = parse(row("<image> <image> which?", "left", image=["a.jpg", "b.jpg"], extra={"model": ""}))
     assert record == Record(("a.jpg", "b.jpg"), (Turn("user", "<image> <image> which?"), Turn("assistant", "left")))
-    assert parse(row("what is it?\n<image>", "x", image="a.jpg")).turns[0].text == "<image>\nwhat is it?"
-    assert parse(ROWS[2]).images == ()
+
+
+def test_a_row_without_image():
+    for image in (None, []):
+        assert parse(row("hi", "", image=image)) == Record((), (Turn("user", "hi"), Turn("assistant", "")))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("what is it?\n<image>", "<image>\nwhat is it?"),
+        ("<image>\nwhat is it?", "<image>\nwhat is it?"),
+        ("  what <image> is it?  ", "<image>\nwhat  is it?"),
+        ("<image>", "<image>"),
+    ],
+)
+def test_a_single_image_stands_first(given, expected):
+    for image in ("a.jpg", ["a.jpg"]):
+        assert parse(row(given, "x", image=image)).turns[0].text == expected
 
 
 def test_a_leading_answer_is_left_out_and_seen():
-    text = row("hello", "question", "answer", roles=("gpt", "human"))
-    assert parse(text).turns == (Turn("user", "question"), Turn("assistant", "answer"))
-    assert starts_with_answer(text)
-    assert not starts_with_answer(ROWS[0])
+    record = parse(row("hello", "question", "answer", roles=("gpt", "human")))
+    assert record.turns == (Turn("user", "question"), Turn("assistant", "answer"))
+    assert record.is_cut_in_front
+    assert not parse(row("question", "answer")).is_cut_in_front
+
+
+def test_an_image_mark_in_an_answer_is_text():
+    record = parse(row("<image> what does it mean?", "<image> is a tag", image="a.jpg"))
+    assert record.turns[1].text == "<image> is a tag"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "broken JSON"),
+        ("{", "broken JSON: .*, found '{'"),
+        ("", "broken JSON"),
+        ("[" * 100_000, "broken JSON: .*recursion"),
+        ("9" * 10_000, "broken JSON"),
         ("[1]", "found list, accepted: an object"),
         ("{}", "missing key 'conversations'"),
         ('{"conversations": []}', "found no turns"),
+        ('{"conversations": {"from": "human"}}', "found no turns"),
+        ('{"conversations": ["hi"]}', r"conversations\[0\]: found str, accepted: an object"),
         ('{"conversations": [{"from": "human"}]}', r"conversations\[0\]: missing key 'value'"),
         ('{"conversations": [{"value": "x"}]}', r"conversations\[0\]: missing key 'from'"),
-        (row("a", "b", roles=("human", "bot")), "unknown role 'bot', accepted: human, gpt"),
+        ('{"conversations": [{"from": "human", "value": 7}]}', r"conversations\[0\]\.value: found int, accepted: text"),
+        (row("a", "b", roles=("human", "bot")), r"conversations\[1\]\.from: unknown role 'bot', accepted: human, gpt"),
         (row("a", "b", roles=("human", "human")), "turns out of order"),
+        (row("a", "b", roles=("gpt", "gpt")), "turns out of order"),
         (row("only a question"), "at least one answer"),
+        (row("only an answer", roles=("gpt", "gpt")), "at least one answer"),
         (row("no mark", "x", image="a.jpg"), "found 0 <image> in the questions for 1 images"),
+        (row("what", "<image>", image="a.jpg"), "found 0 <image> in the questions for 1 images"),
         (row("<image>", "x"), "found 1 <image> in the questions for 0 images"),
+        (row("<image>", "x", image=["a.jpg", "b.jpg"]), "found 1 <image> in the questions for 2 images"),
         (row("<image>", "x", image=7), "image: found 7"),
+        (row("<image>", "x", image=""), "image: found ''"),
         (row("<image>", "x", image=[""]), "image: found"),
+        (row("half of \ud83d", "x"), r"conversations\[0\]\.value: found '\\ud83d', half a character"),
+        (row("<image>", "x", image="\ud83d.jpg"), "image: found .*half a character"),
     ],
 )
 def test_faults_of_a_row(text, message):
@@ -112,15 +84,5 @@ def test_faults_of_a_row(text, message):
         parse(text)
 
 
-def test_an_image_mark_in_an_answer_is_text():
-    assert parse(row("what does <image> mean?", "<image> is a tag", image="a.jpg")).turns[1].text == "<image> is a tag"
-
-
-def test_easy_vqa_is_complete():
-    rows = list(easy_vqa.conversations("train"))
-    assert len(rows) == 4000
-    assert sum(len(row["conversations"]) for row in rows) == 2 * 38_575
-    asked = easy_vqa.questions("test")
-    assert len(asked) == 9673
-    assert {question.kind for question in asked} == {"yes/no", "shape", "colour"}
-    assert round(100 * sum(question.answer == "yes" for question in asked) / len(asked), 2) == 37.33
+def test_a_fault_says_where():
+    assert str(Fault("data.json", 7, "missing key 'x'")) == "data.json:7: missing key 'x'"
