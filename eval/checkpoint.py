@@ -23,8 +23,8 @@ class Checkpoint:
     Attributes:
         name: the folder's name, as in tables.
         weights: folder with config.json and safetensors.
-        run: contents of run.json (seconds, steps, samples, samples_per_second, ...); empty for others.
-        log: the lines of log.jsonl, in order; empty for others.
+        run: seconds, steps, samples and samples_per_second of the training, all phases together; empty for others.
+        log: the lines of log.jsonl of all phases, `seconds` and `step` counted through; empty for others.
     """
 
     name: str
@@ -41,10 +41,7 @@ class Checkpoint:
         """
         for weights in (folder / "final", folder):
             if (weights / "config.json").is_file():
-                record, log = weights / "run.json", folder / "log.jsonl"
-                run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-                lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-                return cls(folder.name, weights, run, [json.loads(line) for line in lines])
+                return cls(folder.name, weights, *_history([folder / "align", folder]))
         raise CheckpointError(
             f"{folder}: no checkpoint found, accepted: a run folder with final/, or a folder with config.json"
         )
@@ -53,3 +50,23 @@ class Checkpoint:
         """Returns the model, ready for inference, and its processor."""
         model = FusedLlavaForConditionalGeneration.from_pretrained(self.weights)
         return model.eval(), AutoProcessor.from_pretrained(self.weights)
+
+
+def _history(phases: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns what the phases of a run took together, and their log lines one after the other."""
+    total = {"seconds": 0.0, "steps": 0, "samples": 0}
+    lines: list[dict[str, Any]] = []
+    for folder in phases:
+        record, log = folder / "final" / "run.json", folder / "log.jsonl"
+        if not record.is_file():
+            continue
+        if log.is_file():
+            for text in log.read_text(encoding="utf-8").splitlines():
+                line = json.loads(text)
+                counted = {"seconds": line["seconds"] + total["seconds"], "step": line["step"] + total["steps"]}
+                lines.append({**line, **counted})
+        run = json.loads(record.read_text(encoding="utf-8"))
+        total = {key: value + run[key] for key, value in total.items()}
+    if not total["steps"]:
+        return {}, []
+    return {**total, "samples_per_second": total["samples"] / total["seconds"]}, lines

@@ -27,9 +27,11 @@ def run_folder(tmp_path_factory):
     model = FusedLlavaForConditionalGeneration(FusedLlavaConfig(**fields, stages={"enter": 2, "exit": 5}))
     model.save_pretrained(folder / "final")
     AutoProcessor.from_pretrained(QUICKSTART).save_pretrained(folder / "final")
-    (folder / "final/run.json").write_text(json.dumps({"seconds": 12.5, "steps": 30, "samples_per_second": 99.0}))
-    lines = [{"step": step, "seconds": step / 2, "loss": 3 / step} for step in (1, 2, 3)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for phase in (folder / "align", folder):
+        (phase / "final").mkdir(parents=True, exist_ok=True)
+        (phase / "final/run.json").write_text(json.dumps({"seconds": 12.5, "steps": 15, "samples": 50}))
+        lines = [{"step": step, "seconds": step / 2, "loss": 3 / step} for step in (1, 2, 3)]
+        (phase / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -50,6 +52,13 @@ def test_compare_writes_table_and_picture(run_folder, tmp_path, capsys):
     assert "| fused | trained |" in table
     assert table in capsys.readouterr().out
     assert (out / "learning_curves.png").stat().st_size > 5000
+
+
+def test_phases_of_a_run_count_together(run_folder):
+    checkpoint = Checkpoint.find(run_folder)
+    assert checkpoint.run == {"seconds": 25.0, "steps": 30, "samples": 100, "samples_per_second": 4.0}
+    assert [line["seconds"] for line in checkpoint.log] == [0.5, 1.0, 1.5, 13.0, 13.5, 14.0]
+    assert Checkpoint.find(run_folder / "final").run == {}
 
 
 def test_batched_answers_equal_answers_one_by_one(run_folder):
