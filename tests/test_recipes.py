@@ -73,7 +73,7 @@ def test_the_first_phase_writes_below_the_run_folder():
     align, tune = load_recipe("recipes/llava_fused.yaml").phases
     assert (align.name, str(align.folder)) == ("align", "outputs/llava_fused/align")
     assert (tune.name, str(tune.folder)) == ("tune", "outputs/llava_fused")
-    assert [phase.name for phase in load_recipe("recipes/quickstart.yaml").phases] == ["train"]
+    assert [phase.name for phase in load_recipe("recipes/llava_pretrain.yaml").phases] == ["train"]
 
 
 def test_overrides_are_yaml_on_dotted_keys():
