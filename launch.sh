@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=.venv
 STAMP=$VENV/.setup-done
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # why: train/run.py
 
 die() {
   echo "launch.sh: $*" >&2

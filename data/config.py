@@ -11,7 +11,7 @@ class DataConfig(BaseModel):
     """The data of a training.
 
     Attributes:
-        files: LLaVA JSON or JSONL files; or `easy_vqa:train`, `easy_vqa:shapes`, `easy_vqa:test`, the built-in set.
+        files: LLaVA JSON or JSONL files; or `easy_vqa:train`, `open`, `short` or `test`, the built-in set.
         images: folder that the rows' image paths start from; the built-in set brings its own.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's own) or `plain`
             (image and caption, for alignment).

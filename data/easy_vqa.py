@@ -10,9 +10,10 @@ from typing import Any
 import easy_vqa as package
 
 VERSION = "1.0"
-NAMES = ("train", "test", "shapes")
+NAMES = ("train", "test", "open", "short")
 SHAPES = ("circle", "rectangle", "triangle")
 _PREFIX = "easy_vqa:"
+_SHORT = 3  # questions of a conversation in `short`
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,23 @@ def image_folder(name: str) -> Path:
 
 
 def conversations(name: str) -> Iterator[dict[str, Any]]:
-    """Yields one LLaVA row an image, with all its questions: 4,000 rows for `train`, 1,000 for `test`.
+    """Yields LLaVA rows, one an image with all its questions: 4,000 for `train`, 1,000 for `test`.
 
-    `shapes` is the part of `train` whose answer names a shape: 3,107 images.
+    Two more show `train` otherwise. `open` leaves out the questions whose answer is yes or no: 3,816 images. `short`
+    has three questions a row, because later ones of a long row can be answered from the words of earlier ones.
     """
     by_image: dict[int, list[tuple[str, str]]] = {}
     for text, answer, number in _questions("test" if name == "test" else "train"):
-        if name != "shapes" or answer in SHAPES:
+        if name != "open" or _kind(answer) != "yes/no":
             by_image.setdefault(number, []).append((text, answer))
     for number, pairs in by_image.items():
-        turns = []
-        for place, (text, answer) in enumerate(pairs):
-            mark = "<image>\n" if place == 0 else ""
-            turns += [{"from": "human", "value": mark + text}, {"from": "gpt", "value": answer}]
-        yield {"id": f"easy_vqa_{name}_{number}", "image": f"{number}.png", "conversations": turns}
+        size = _SHORT if name == "short" else len(pairs)
+        for start in range(0, len(pairs), size):
+            turns = []
+            for place, (text, answer) in enumerate(pairs[start : start + size]):
+                mark = "<image>\n" if place == 0 else ""
+                turns += [{"from": "human", "value": mark + text}, {"from": "gpt", "value": answer}]
+            yield {"id": f"easy_vqa_{name}_{number}_{start}", "image": f"{number}.png", "conversations": turns}
 
 
 def questions(split: str) -> list[Question]:

@@ -82,7 +82,7 @@ class TrainSection(_Section):
 
     Attributes:
         global_batch: samples of one optimizer step, over all ranks and accumulation.
-        per_device_batch: samples of one forward pass on one rank; accumulation follows from the two.
+        per_device_batch: samples of one forward pass on one rank, at most; accumulation follows from the two.
         epochs: passes over the data; `max_steps` and `max_seconds` replace it where they are set.
         max_steps: optimizer steps.
         max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.

@@ -6,13 +6,13 @@ from data import easy_vqa
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "asked"), [("train", 4000, 38_575), ("test", 1000, 9673), ("shapes", 3107, None)]
+    ("name", "images", "asked"), [("train", 4000, 38_575), ("test", 1000, 9673), ("open", 3816, 10_168)]
 )
 def test_every_image_is_one_conversation(name, images, asked):
     rows = list(easy_vqa.conversations(name))
     folder = easy_vqa.image_folder(name)
     assert len(rows) == images
-    assert asked in (None, sum(len(row["conversations"]) for row in rows) / 2)
+    assert sum(len(row["conversations"]) for row in rows) / 2 == asked
     assert len({row["id"] for row in rows}) == images
     for row in rows:
         first, *others = [turn["value"] for turn in row["conversations"] if turn["from"] == "human"]
@@ -21,10 +21,24 @@ def test_every_image_is_one_conversation(name, images, asked):
         assert (folder / row["image"]).is_file()
 
 
-def test_shapes_are_the_part_of_train_that_asks_for_one():
-    rows = list(easy_vqa.conversations("shapes"))
+def test_open_is_the_part_of_train_without_yes_and_no():
+    rows = list(easy_vqa.conversations("open"))
     answers = {turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt"}
-    assert answers == set(easy_vqa.SHAPES)
+    assert answers > set(easy_vqa.SHAPES)
+    assert not answers & {"yes", "no"}
+
+
+def test_short_is_train_in_rows_of_up_to_three_questions():
+    rows = list(easy_vqa.conversations("short"))
+    assert {len(row["conversations"]) for row in rows} == {2, 4, 6}
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(row["conversations"][0]["value"].startswith("<image>\n") for row in rows)
+
+    def asked(name):
+        turns = [(row["image"], turn) for row in easy_vqa.conversations(name) for turn in row["conversations"]]
+        return [(image, turn["from"], turn["value"].removeprefix("<image>\n")) for image, turn in turns]
+
+    assert asked("short") == asked("train")
 
 
 def test_questions_stand_one_by_one():

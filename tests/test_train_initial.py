@@ -14,7 +14,7 @@ from recipes.schema import Recipe, RecipeError
 from train.initial import build_initial, load_checkpoint, read_processor
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes/configs/quickstart"
-WORDS = 33  # the tokenizer below without <image> and <pad>
+WORDS = 382  # the tokenizer below without <image> and <pad>
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 
 
@@ -35,11 +35,11 @@ def parts(tmp_path):
     tokens["added_tokens"] = []
     (tmp_path / "decoder/tokenizer.json").write_text(json.dumps(tokens))
     (tmp_path / "decoder/tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {"image_token_index": len(names), "pad_token_id": len(names) + 1, "image_seq_length": 16}
-    config["text_config"] |= {**NARROW, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 40}
+    config["text_config"] |= {**NARROW, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 390}
     config["vision_config"] |= {**NARROW, "num_hidden_layers": 2, "patch_size": 16}
     (folder / "config.json").write_text(json.dumps(config))
     return tmp_path
@@ -63,7 +63,7 @@ def test_a_llava_is_assembled_from_pretrained_parts_and_its_vocabulary_extended(
     decoder = LlamaForCausalLM.from_pretrained(parts / "decoder")
     tower = CLIPVisionModel.from_pretrained(parts / "tower")
     assert model.config.stages["exit"] == 1
-    assert model.lm_head.weight.shape == (40, 16)
+    assert model.lm_head.weight.shape == (390, 16)
     torch.testing.assert_close(model.lm_head.weight[:WORDS], decoder.lm_head.weight[:WORDS])
     assert bool(torch.isfinite(model.get_input_embeddings().weight).all())
     for name, weight in tower.state_dict().items():

@@ -7,7 +7,7 @@ import torch
 
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
-from train.arguments import accumulation
+from train.arguments import share_out
 from train.checkpoints import (
     MARKER,
     Progress,
@@ -149,6 +149,6 @@ def test_a_marker_is_json_that_tells_how_far_the_run_was(run_folder):
 
 def test_accumulation_follows_from_the_global_batch():
     train = load_recipe("recipes/llava_fused.yaml").train
-    assert [accumulation(train, ranks) for ranks in (1, 4, 8)] == [8, 2, 1]
+    assert [share_out(train, ranks) for ranks in (1, 4, 8, 16)] == [(16, 8), (16, 2), (16, 1), (8, 1)]
     with pytest.raises(RecipeError, match="found 128 on 3 ranks of 16 samples, accepted: a multiple of 48"):
-        accumulation(train, 3)
+        share_out(train, 3)

@@ -15,19 +15,19 @@ from train.precision import resolve_precision
 _ENDLESS = 10**9  # steps; a run that the clock ends
 
 
-def accumulation(train: TrainSection, num_ranks: int) -> int:
-    """Returns the forward passes of one rank in one optimizer step.
+def share_out(train: TrainSection, num_ranks: int) -> tuple[int, int]:
+    """Returns the samples of one forward pass on one rank, and its forward passes in one optimizer step.
 
     Raises:
         RecipeError: the global batch cannot be shared out evenly.
     """
-    each = train.per_device_batch * num_ranks
-    if train.global_batch % each:
+    each = min(train.per_device_batch, max(1, train.global_batch // num_ranks))
+    if train.global_batch % (each * num_ranks):
         raise RecipeError(
-            f"train.global_batch: found {train.global_batch} on {num_ranks} ranks of {train.per_device_batch} samples, "
-            f"accepted: a multiple of {each}"
+            f"train.global_batch: found {train.global_batch} on {num_ranks} ranks of {each} samples, "
+            f"accepted: a multiple of {each * num_ranks}"
         )
-    return train.global_batch // each
+    return each, train.global_batch // (each * num_ranks)
 
 
 def check_deepspeed(train: TrainSection) -> None:
@@ -47,14 +47,15 @@ def training_arguments(recipe: Recipe, phase: Phase) -> TrainingArguments:
     """Returns the arguments of one phase; from here on, weights are loaded as its DeepSpeed configuration says."""
     train = phase.train
     rates = train.learning_rate
+    each, passes = share_out(train, ranks.count())
     peak = max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate)
     return TrainingArguments(
         output_dir=str(phase.folder),
         run_name=f"{recipe.name}-{phase.name}" if recipe.align else recipe.name,
         seed=recipe.seed,
         deepspeed=train.deepspeed,
-        per_device_train_batch_size=train.per_device_batch,
-        gradient_accumulation_steps=accumulation(train, ranks.count()),
+        per_device_train_batch_size=each,
+        gradient_accumulation_steps=passes,
         num_train_epochs=train.epochs,
         max_steps=_ENDLESS if is_timed(train) else train.max_steps or -1,
         learning_rate=peak,

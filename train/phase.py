@@ -14,7 +14,7 @@ from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import ranks
 from train.adapters import add_adapters
-from train.arguments import accumulation, check_deepspeed, training_arguments
+from train.arguments import check_deepspeed, share_out, training_arguments
 from train.callbacks import LogCallback, RunCallback, start_tracking, stop_tracking
 from train.checkpoints import (
     RECIPE,
@@ -83,7 +83,7 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
 def _check(recipe: Recipe) -> None:
     """Refuses, before any weight is loaded, what would fail later."""
     for phase in recipe.phases:
-        accumulation(phase.train, ranks.count())
+        share_out(phase.train, ranks.count())
         check_deepspeed(phase.train)
     check_same_run(recipe, Path(recipe.output))
 

@@ -52,7 +52,7 @@ class FusedTrainer(Trainer):
         """Returns this rank's share of the forward passes, in the recipe's order."""
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
-            batch_size=self.phase.train.per_device_batch,
+            batch_size=self.args.per_device_train_batch_size,
             sampler=self.order,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
