@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,20 +46,29 @@ def answer(model: Any, processor: Any, *, limit: int | None, title: str, batch: 
         batch: questions of one generate() call.
     """
     asked = questions("test")[:limit]
-    chat = ChatFormat("chat_template", processor.tokenizer)
-    images, prompts = pixels_of(asked, processor), [prompt(question, chat, processor) for question in asked]
     said: list[str] = []
-    for start in tqdm(range(0, len(asked), batch), desc=title, unit="batch"):
-        part = slice(start, start + batch)
-        inputs = pad_left(prompts[part], processor.tokenizer.pad_token_id)
-        inputs["pixel_values"] = torch.cat([images[question.image.name] for question in asked[part]])
+    text_tokens = 0
+    for inputs in tqdm(batches(asked, processor, size=batch), desc=title, unit="batch", total=-(-len(asked) // batch)):
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         said += [text.strip().lower() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-    visual = visual_tokens(processor)
-    return Answers(asked, said, sum(len(ids) - visual for ids in prompts) / len(prompts))
+        text_tokens += int(
+            (inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)).sum()
+        )
+    return Answers(asked, said, text_tokens / len(asked))
+
+
+def batches(asked: Sequence[Question], processor: Any, *, size: int) -> Iterator[dict[str, Tensor]]:
+    """Yields the questions as inputs of generate(): input_ids, attention_mask and pixel_values, padded on the left."""
+    chat = ChatFormat("chat_template", processor.tokenizer)
+    images, prompts = pixels_of(asked, processor), [prompt(question, chat, processor) for question in asked]
+    for start in range(0, len(asked), size):
+        part = slice(start, start + size)
+        inputs = pad_left(prompts[part], processor.tokenizer.pad_token_id)
+        inputs["pixel_values"] = torch.cat([images[question.image.name] for question in asked[part]])
+        yield inputs
 
 
 def accuracy(answers: Answers) -> dict[str, float]:

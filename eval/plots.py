@@ -38,6 +38,29 @@ def draw_learning_curves(checkpoints: Sequence[Checkpoint], file: Path) -> None:
     plt.close(figure)
 
 
+def draw_live_tokens(name: str, counts: Sequence[Sequence[int]], file: Path) -> None:
+    """Draws the live visual tokens of each layer: the mean over samples as bars, their range as whiskers.
+
+    Args:
+        name: the schedule.
+        counts: [layer][sample] visual tokens that the layer ran on.
+        file: PNG to write.
+    """
+    means = [sum(layer) / len(layer) for layer in counts]
+    below = [mean - min(layer) for mean, layer in zip(means, counts, strict=True)]
+    above = [max(layer) - mean for mean, layer in zip(means, counts, strict=True)]
+    figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    axes.bar(range(len(means)), means, yerr=[below, above], capsize=4, color="C0", ecolor="0.4", width=0.7)
+    axes.set(
+        xlabel="decoder layer", ylabel="live visual tokens", title=f"{name}: mean and range of {len(counts[0])} prompts"
+    )
+    axes.set_xticks(range(len(means)))
+    axes.set_ylim(0, max(map(max, counts)) * 1.08 + 1)
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Returns the running mean of `values`, right from the first one on."""
     means, total, weight = [], 0.0, 0.0

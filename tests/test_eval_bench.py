@@ -1,48 +1,101 @@
-"""The benchmark measures what it says: the same weights and text in every row. Nothing here is timed."""
+"""The benchmarks measure what they say: the same weights and text in every row. Nothing here is timed."""
 
 import pytest
 import torch
 
-from eval.bench import Shape, build, make_batch, step, train_table, train_variants
+from eval import bench_prefill, bench_train, measure
+from eval.live import live_visual
+from eval.measure import Shape
+from models.schedules import VisiPruner
 
 SHAPE = Shape(4, 64, 16, 24)
+DEEP = Shape(8, 64, 64, 24)
 
 
-def test_every_row_has_the_same_weights_and_answer():
-    variants = train_variants(SHAPE)
-    states = [build(SHAPE, row).state_dict() for row in variants]
+def build(variant, shape=SHAPE):
+    return measure.build(shape, plan=variant.plan, hugging_face=variant.hugging_face)
+
+
+def test_every_training_row_has_the_same_weights_and_answer():
+    variants = bench_train.variants(SHAPE)
+    states = [build(row).state_dict() for row in variants]
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(state[name], states[0][name]) for name in state)
     for row in variants:
-        batch = make_batch(SHAPE, row)
+        batch = measure.make_batch(SHAPE, text_only=row.text_only)
         assert int((batch["labels"] != -100).sum()) == SHAPE.text // 2
         assert ("pixel_values" in batch) != row.text_only
 
 
 def test_hugging_face_and_dense_compute_the_same_loss():
-    theirs, ours = train_variants(SHAPE)[:2]
-    batch = make_batch(SHAPE, ours)
-    assert build(SHAPE, theirs)(**batch).loss.item() == pytest.approx(build(SHAPE, ours)(**batch).loss.item(), rel=1e-6)
+    theirs, ours = bench_train.variants(SHAPE)[:2]
+    batch = measure.make_batch(SHAPE)
+    assert build(theirs)(**batch).loss.item() == pytest.approx(build(ours)(**batch).loss.item(), rel=1e-6)
 
 
 def test_a_step_leaves_no_gradients():
-    row = train_variants(SHAPE)[2]
-    model = build(SHAPE, row)
-    step(model, make_batch(SHAPE, row))
+    model = build(bench_train.variants(SHAPE)[2])
+    bench_train.step(model, measure.make_batch(SHAPE))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_table_has_a_row_for_each_variant():
-    table = train_table(SHAPE, repeats=2)
-    assert [row.name for row in train_variants(SHAPE)] == [
-        line.split("|")[1].strip() for line in table.splitlines()[4:]
-    ]
-    dense = next(line for line in table.splitlines() if line.startswith("| dense"))
-    assert "| 1.00 |" in dense
-    assert dense.endswith(f"| {4 * (16 + 24)} |")
+def cells(table):
+    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table[4:]}
+
+
+def test_the_training_table_has_a_row_for_each_variant(monkeypatch):
+    monkeypatch.setattr(measure, "added_memory", lambda *_: 2**20)  # a fresh process for each takes half a minute
+    rows = cells(bench_train.table(SHAPE, repeats=2).splitlines())
+    assert list(rows) == [row.name for row in bench_train.variants(SHAPE)]
+    assert rows["dense"][2] == "1.00"
+    assert rows["dense"][-1] == f"{4 * (16 + 24)}"
+
+
+def test_memory_is_measured_in_a_fresh_process():
+    assert measure.added_memory(_allocator, 64) >= 64 * 2**20
+
+
+def _allocator(mebibytes):
+    return lambda: torch.ones(mebibytes, 2**18)
 
 
 def test_the_pyramid_stands_where_its_layers_do():
-    names = [row.name for row in train_variants(Shape(32, 64, 576, 8))]
+    names = [row.name for row in bench_train.variants(Shape(32, 64, 576, 8))]
     assert "pyramid (HiDrop 64)" in names
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return bench_prefill.prepare_model(DEEP)
+
+
+def test_visipruner_fires_keeps_a_tenth_and_lets_go(prompt):
+    pruner = bench_prefill.firing_visipruner(*prompt)
+    counts = live_visual(*prompt, pruner).sum(dim=(1, 2)).tolist()
+    first = pruner.shallow_end + 2
+    assert counts[:first] == [64] * first
+    assert 0 < counts[first] <= 0.2 * 64
+    assert counts[-1] == 0
+
+
+@pytest.mark.parametrize("modes", [("shallow", "middle", "deep"), ("middle", "deep")])
+def test_the_given_choice_computes_what_visipruner_computes(prompt, modes):
+    model, batch = prompt
+    fired = bench_prefill.firing_visipruner(model, batch)
+    pruner = VisiPruner(**{**vars(fired), "modes": modes})
+    twin = bench_prefill.given(model, batch, pruner)
+    assert torch.equal(live_visual(model, batch, twin), live_visual(model, batch, pruner))
+    ours, theirs = (bench_prefill.prefill(model, batch, schedule) for schedule in (twin, pruner))
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys)
+
+
+def test_the_prefill_table_has_a_row_for_each_schedule(monkeypatch):
+    monkeypatch.setattr(measure, "added_memory", lambda *_: 2**20)
+    monkeypatch.setattr(bench_prefill, "DECODE_STEPS", 2)
+    rows = cells(bench_prefill.table(DEEP, repeats=2).splitlines())
+    assert list(rows) == list(bench_prefill.schedules(*bench_prefill.prepare_model(DEEP)))
+    assert rows["dense"][2:5] == ["1.00", "1.00", "1.00"]
+    assert rows["fused full"][-2] == f"{4 * 64 + 8 * 24}"
+    assert rows["vtw"][-2] == f"{4 * 64 + 8 * 24}"

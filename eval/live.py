@@ -1,0 +1,84 @@
+"""`python -m eval.live CHECKPOINT --out DIR`: which visual tokens each schedule has at each layer, drawn from real runs.
+
+Runs every schedule with its published settings, layer numbers scaled to the decoder, over test questions of easy-VQA,
+and the checkpoint's own plan where it has one. Draws one picture a schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.easy_vqa import questions
+from eval.checkpoint import Checkpoint, CheckpointError
+from eval.easy_vqa import batches
+from eval.plots import draw_live_tokens
+from models.decoder import run_decoder
+from models.schedule import Schedule
+from models.schedules import SCHEDULES, published
+
+
+def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> Tensor:
+    """Returns (layers, B, S) bool: the visual tokens that each layer runs on in a prefill under a schedule.
+
+    Args:
+        model: a FusedLlavaForConditionalGeneration.
+        inputs: input_ids (B, S), pixel_values and, where samples are padded, attention_mask.
+        schedule: as in `model.schedule`.
+    """
+    ids = inputs["input_ids"]
+    visual = ids == model.config.image_token_id
+    with torch.inference_mode():
+        images = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        embeds = model.get_input_embeddings()(ids)
+        output = run_decoder(
+            model.model.language_model,
+            embeds,
+            visual,
+            attention_mask=inputs.get("attention_mask"),
+            position_ids=torch.arange(ids.shape[1], device=ids.device)[None],  # so `live` counts as `visual` does
+            schedule=schedule,
+            visual_embeds=torch.cat(list(images.pooler_output)).to(embeds.dtype),
+        )
+    live = torch.zeros(len(output.live), *visual.shape, dtype=torch.bool, device=ids.device)
+    for layer, samples in zip(live, output.live, strict=True):
+        for row, positions in zip(layer, samples, strict=True):
+            row[positions] = True
+    return live & visual
+
+
+def main() -> int:
+    """Runs and draws; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eval.live", description="Draws live visual tokens per layer.")
+    parser.add_argument("checkpoint", type=Path, help="run folder, or folder with config.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--limit", type=int, default=200, help="test questions (default 200)")
+    args = parser.parse_args()
+    try:
+        model, processor = Checkpoint.find(args.checkpoint).load()
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 2
+    depth = model.config.text_config.num_hidden_layers
+    chosen = {name: published(name, depth) for name in SCHEDULES}
+    if model.config.stages is not None:
+        chosen["trained"] = None
+    parts = list(batches(questions("test")[: args.limit], processor, size=50))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, schedule in tqdm(chosen.items(), unit="schedule"):
+        model.schedule = schedule  # a pruner on a fused checkpoint prunes within its plan
+        counts = torch.cat([live_visual(model, inputs, model.schedule).sum(dim=2) for inputs in parts], dim=1)
+        draw_live_tokens(name, counts.tolist(), args.out / f"live_{name}.png")
+    print(f"written: {args.out}/live_*.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What the benchmarks share: random models of LLaVA-1.5-7B's proportions, one sample for them, time and memory."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+
+IMAGE_TOKEN, VOCABULARY = 8000, 8192
+WIDE = 1024  # decoders from this width on have heads of 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one benchmark: layers x width, visual and text tokens of the sample."""
+
+    layers: int
+    width: int
+    visual: int
+    text: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers x {self.width}, {self.visual} visual + {self.text} text tokens"
+
+
+def device() -> torch.device:
+    """Returns the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def setting() -> str:
+    """Returns where and how the figures of this process are measured, in words."""
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{torch.get_num_threads()} threads, {platform.machine()}"
+    return f"batch 1, sdpa, {machine}, torch {torch.__version__}"
+
+
+def text_config(shape: Shape) -> LlamaConfig:
+    """Returns a decoder of LLaVA-1.5-7B's proportions; its heads are as wide as there from a width of 1024 on."""
+    heads = max(1, shape.width // (128 if shape.width >= WIDE else 64))
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.width,
+        intermediate_size=int(shape.width * 2.6875),  # 11008 / 4096
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+
+
+def build(shape: Shape, *, plan: StagePlan | None = None, hugging_face: bool = False) -> PreTrainedModel:
+    """Returns a LLaVA whose random weights depend on the shape alone; its tower is a dwarf."""
+    side = int(shape.visual**0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=side * 2,
+        patch_size=2,
+    )
+    common: dict[str, Any] = {
+        "text_config": text_config(shape),
+        "vision_config": vision,
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -1,
+        "attn_implementation": "sdpa",
+    }
+    torch.manual_seed(0)
+    if hugging_face:
+        return LlavaForConditionalGeneration(LlavaConfig(**common))
+    stages = None if plan is None else plan.to_dict()
+    return FusedLlavaForConditionalGeneration(FusedLlavaConfig(**common, stages=stages))
+
+
+def make_batch(shape: Shape, *, text_only: bool = False) -> dict[str, Tensor]:
+    """Returns one sample: a few tokens, the image, a question, and as labels an answer of half the text."""
+    random = torch.Generator().manual_seed(1)
+    words = torch.randint(0, IMAGE_TOKEN, (1, shape.text), generator=random)
+    labels = words.where(torch.arange(shape.text) >= shape.text // 2, -100)
+    if text_only:
+        return {"input_ids": words, "labels": labels}
+    image = torch.full((1, shape.visual), IMAGE_TOKEN)
+    side = int(shape.visual**0.5) * 2
+    return {
+        "input_ids": torch.cat([words[:, :8], image, words[:, 8:]], dim=1),
+        "labels": torch.cat([labels[:, :8], torch.full_like(image, -100), labels[:, 8:]], dim=1),
+        "pixel_values": torch.randn(1, 3, side, side, generator=random),
+    }
+
+
+def time_side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Returns seconds of each call, `repeats` times each in turns, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in tqdm(range(repeats + 1), desc="rounds", leave=False):
+        for name, call in calls.items():
+            spent = seconds_of(call)
+            if number > 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Returns how long a call takes, up to its last kernel."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def added_memory(prepare: Callable[..., Callable[[], object]], *given: object) -> int:
+    """Returns the bytes that a call adds at its peak: on the GPU here, on the CPU in a fresh process.
+
+    Args:
+        prepare: a module's function that returns the call; what it holds by then does not count.
+        given: the function's arguments.
+    """
+    if torch.cuda.is_available():
+        call = prepare(*given)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_added_on_cpu, (prepare, *given))
+
+
+def _added_on_cpu(prepare: Callable[..., Callable[[], object]], *given: object) -> int:
+    call = prepare(*given)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew from here
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
