@@ -16,7 +16,7 @@ from eval import measure
 from eval.live import live_visual
 from eval.measure import Shape
 from models import StagePlan
-from models.cost import live_cost
+from models.cost import Cost, live_cost
 from models.rewrite import Rewrite
 from models.schedule import Dense, Fused, Schedule, View
 from models.schedules import VisiPruner, published
@@ -143,18 +143,11 @@ def table(shape: Shape, repeats: int) -> str:
     """Returns the markdown table of one shape."""
     model, batch = prepare_model(shape)
     rows = schedules(model, batch)
-    seconds = measure.time_side_by_side(
-        {name: partial(prefill, model, batch, row) for name, row in rows.items()}, repeats
-    )
+    calls = {name: partial(prefill, model, batch, row) for name, row in rows.items()}
+    seconds = measure.time_side_by_side(calls, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     decoding = _decode_seconds(model, batch, rows, repeats)
-    config = model.config.text_config
-    costs = {
-        name: live_cost(
-            config, live_visual(model, batch, row).sum(dim=(1, 2)).tolist(), text=shape.text, kv=row.update == "kv"
-        )
-        for name, row in rows.items()
-    }
+    costs = {name: _cost(model, batch, row) for name, row in rows.items()}
     lines = [
         f"### {shape}",
         "",
@@ -174,6 +167,13 @@ def table(shape: Shape, repeats: int) -> str:
             f"| {costs[name].token_layers:,} | {costs[name].cache_bytes / 2**20:.1f} MiB |"
         )
     return "\n".join(lines)
+
+
+def _cost(model: Any, batch: dict[str, Tensor], schedule: Schedule) -> Cost:
+    live = live_visual(model, batch, schedule)
+    text = live.shape[2] - int((batch["input_ids"] == measure.IMAGE_TOKEN).sum())
+    counts = live.sum(dim=(1, 2)).tolist()
+    return live_cost(model.config.text_config, counts, text=text, kv=schedule.update == "kv")
 
 
 def _decode_seconds(model: Any, batch: dict[str, Tensor], rows: dict[str, Schedule], repeats: int) -> dict[str, float]:

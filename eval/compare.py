@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.easy_vqa import KINDS, accuracy, always_yes, answer
+from eval.easy_vqa import KINDS, accuracy, always_yes, answer, batches
+from eval.live import live_visual
 from eval.plots import draw_learning_curves
-from models.cost import plan_cost
-from models.plan import StagePlan
-from models.schedules import Dense
+from models.cost import live_cost
+from models.schedules import SCHEDULES, published
 
-SCHEDULES = {"trained": None, "dense": Dense()}
+TRAINED = "trained"  # the checkpoint's own plan
 TASKS = ("easy_vqa",)
+COSTED = 100  # questions over which the cost of a schedule is averaged, because a pruner's depends on the question
 Row = dict[str, Any]
 
 
@@ -29,17 +31,18 @@ def compare(checkpoints: Sequence[Checkpoint], schedules: Sequence[str], limit: 
 
     Args:
         checkpoints: what to evaluate.
-        schedules: names in `SCHEDULES`.
+        schedules: `trained`, or names in `SCHEDULES`, with published settings scaled to the checkpoint's depth.
         limit: only the first so many questions; None is all of them.
     """
     rows: list[Row] = [{"run": "always yes", "schedule": "-", **always_yes(limit)}]
     for checkpoint in checkpoints:
         model, processor = checkpoint.load()
         for name in schedules:
-            model.schedule = SCHEDULES[name]
+            depth = model.config.text_config.num_hidden_layers
+            model.schedule = None if name == TRAINED else published(name, depth)
             answers = answer(model, processor, limit=limit, title=f"{checkpoint.name} ({name})")
             rows.append({"run": checkpoint.name, "schedule": name, **accuracy(answers)})
-            rows[-1].update(run_record(checkpoint), **costs(model, name, answers.text_tokens))
+            rows[-1].update(run_record(checkpoint), **costs(model, processor, limit))
     return rows
 
 
@@ -48,12 +51,21 @@ def run_record(checkpoint: Checkpoint) -> Row:
     return {key: checkpoint.run.get(key) for key in ("seconds", "steps", "samples_per_second")}
 
 
-def costs(model: Any, schedule: str, text: float) -> Row:
-    """Returns visual token-layers and decoder FLOPs of one question about one image."""
-    config = model.config
-    plan = None if schedule == "dense" or config.stages is None else StagePlan.from_dict(config.stages)
-    cost = plan_cost(config.text_config, plan, visual=config.image_seq_length, text=round(text))
-    return {"visual_token_layers": cost.visual_token_layers, "decoder_flops": cost.flops}
+def costs(model: Any, processor: Any, limit: int | None) -> Row:
+    """Returns visual token-layers and decoder FLOPs of the prompt of one question, a mean over questions."""
+    asked = questions("test")[: min(COSTED, limit or COSTED)]
+    schedule, config = model.schedule, model.config
+    (inputs,) = batches(asked, processor, size=len(asked))
+    counts = live_visual(model, inputs, schedule).sum(dim=2).T.tolist()
+    texts = inputs["attention_mask"].sum(dim=1) - (inputs["input_ids"] == config.image_token_id).sum(dim=1)
+    each = [
+        live_cost(config.text_config, count, text=text, kv=schedule.update == "kv")
+        for count, text in zip(counts, texts.tolist(), strict=True)
+    ]
+    return {
+        "visual_token_layers": round(sum(cost.visual_token_layers for cost in each) / len(each)),
+        "decoder_flops": round(sum(cost.flops for cost in each) / len(each)),
+    }
 
 
 COLUMNS = {
@@ -91,12 +103,12 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint")
-    parser.add_argument("--schedules", default="trained", help=f"comma-separated: {', '.join(SCHEDULES)}")
+    parser.add_argument("--schedules", default="trained", help=f"comma-separated: {', '.join((TRAINED, *SCHEDULES))}")
     parser.add_argument("--tasks", default="easy_vqa", help=f"comma-separated: {', '.join(TASKS)}")
     parser.add_argument("--limit", type=int, default=None, help="only the first N questions")
     parser.add_argument("--out", type=Path, required=True, help="folder for table.md, table.json and pictures")
     args = parser.parse_args(given)
-    args.schedules = names(parser, "--schedules", args.schedules, SCHEDULES)
+    args.schedules = names(parser, "--schedules", args.schedules, (TRAINED, *SCHEDULES))
     args.tasks = names(parser, "--tasks", args.tasks, TASKS)
     return args
 

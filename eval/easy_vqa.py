@@ -27,12 +27,10 @@ class Answers:
     Attributes:
         questions: the questions, in order.
         said: the generated text of each, lower case, without white space around it.
-        text_tokens: text tokens of a mean prompt.
     """
 
     questions: Sequence[Question]
     said: Sequence[str]
-    text_tokens: float
 
 
 def answer(model: Any, processor: Any, *, limit: int | None, title: str, batch: int = 256) -> Answers:
@@ -47,17 +45,13 @@ def answer(model: Any, processor: Any, *, limit: int | None, title: str, batch: 
     """
     asked = questions("test")[:limit]
     said: list[str] = []
-    text_tokens = 0
     for inputs in tqdm(batches(asked, processor, size=batch), desc=title, unit="batch", total=-(-len(asked) // batch)):
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         said += [text.strip().lower() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-        text_tokens += int(
-            (inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)).sum()
-        )
-    return Answers(asked, said, text_tokens / len(asked))
+    return Answers(asked, said)
 
 
 def batches(asked: Sequence[Question], processor: Any, *, size: int) -> Iterator[dict[str, Tensor]]:
@@ -85,7 +79,7 @@ def accuracy(answers: Answers) -> dict[str, float]:
 def always_yes(limit: int | None) -> dict[str, float]:
     """Returns the accuracy of answering "yes" to everything: the floor that a trained model has to leave behind."""
     asked = questions("test")[:limit]
-    return accuracy(Answers(asked, ["yes"] * len(asked), 0.0))
+    return accuracy(Answers(asked, ["yes"] * len(asked)))
 
 
 def prompt(question: Question, chat: ChatFormat, processor: Any) -> list[int]:

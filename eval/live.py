@@ -1,4 +1,4 @@
-"""`python -m eval.live CHECKPOINT --out DIR`: which visual tokens each schedule has at each layer, drawn from real runs.
+"""`python -m eval.live CHECKPOINT --out DIR`: the visual tokens of each layer, drawn from real runs.
 
 Runs every schedule with its published settings, layer numbers scaled to the decoder, over test questions of easy-VQA,
 and the checkpoint's own plan where it has one. Draws one picture a schedule.
@@ -67,7 +67,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     depth = model.config.text_config.num_hidden_layers
-    chosen = {name: published(name, depth) for name in SCHEDULES}
+    chosen: dict[str, Schedule | None] = {name: published(name, depth) for name in SCHEDULES}
     if model.config.stages is not None:
         chosen["trained"] = None
     parts = list(batches(questions("test")[: args.limit], processor, size=50))

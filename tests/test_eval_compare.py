@@ -54,6 +54,17 @@ def test_compare_writes_table_and_picture(run_folder, tmp_path, capsys):
     assert (out / "learning_curves.png").stat().st_size > 5000
 
 
+def test_pruners_are_rows_with_the_cost_of_what_they_kept(run_folder, tmp_path):
+    names = "fastv,vtw,random,visipruner"
+    assert main([str(run_folder), "--schedules", names, "--limit", "8", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["schedule"] for row in rows] == ["-", *names.split(",")]
+    layers = {row["schedule"]: row.get("visual_token_layers") for row in rows}
+    assert layers["vtw"] == 2 * 64  # the plan's layers 2 and 3: VTW lets go at 4
+    assert layers["fastv"] == 64 + 2 * 32  # it needs a layer that saw vision before it can choose
+    assert layers["random"] == 3 * 32
+
+
 def test_phases_of_a_run_count_together(run_folder):
     checkpoint = Checkpoint.find(run_folder)
     assert checkpoint.run == {"seconds": 25.0, "steps": 30, "samples": 100, "samples_per_second": 4.0}
@@ -72,9 +83,9 @@ def test_batched_answers_equal_answers_one_by_one(run_folder):
 def test_accuracy_counts_each_kind():
     asked = questions("test")
     truth = [question.answer for question in asked]
-    assert set(accuracy(Answers(asked, truth, 0.0)).values()) == {1.0}
+    assert set(accuracy(Answers(asked, truth)).values()) == {1.0}
     half = [word if question.kind == "shape" else "?" for word, question in zip(truth, asked, strict=True)]
-    shares = accuracy(Answers(asked, half, 0.0))
+    shares = accuracy(Answers(asked, half))
     assert (shares["shape"], shares["colour"], shares["yes/no"]) == (1.0, 0.0, 0.0)
     assert round(100 * always_yes(None)["all"], 2) == 37.33
 
@@ -103,7 +114,7 @@ def test_a_folder_without_checkpoint_is_named(tmp_path, capsys):
     assert "accepted: a run folder with final/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flag", "known"), [("--schedules", "trained, dense"), ("--tasks", "easy_vqa")])
+@pytest.mark.parametrize(("flag", "known"), [("--schedules", "trained, dense, visipruner"), ("--tasks", "easy_vqa")])
 def test_unknown_names_leave_with_2(run_folder, tmp_path, capsys, flag, known):
     with pytest.raises(SystemExit) as left:
         main([str(run_folder), flag, "gqq", "--out", str(tmp_path)])
