@@ -10,10 +10,11 @@ import matplotlib
 matplotlib.use("agg")  # before pyplot: there may be no display
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter
 
 from eval.checkpoint import Checkpoint
 
-SMOOTHING = 0.9  # weight of the running mean in a drawn curve; the raw points stay behind it, pale
+SMOOTHING = 0.7  # weight of the running mean in a drawn curve; the raw points stay behind it, pale
 
 
 def draw_learning_curves(checkpoints: Sequence[Checkpoint], file: Path) -> None:
@@ -32,6 +33,8 @@ def draw_learning_curves(checkpoints: Sequence[Checkpoint], file: Path) -> None:
         axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
         axes.plot(seconds, smooth(losses), color=f"C{number}", label=checkpoint.name)
     axes.set(xlabel="seconds of training", ylabel="loss on answer tokens", yscale="log", title="Learning curves")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(FormatStrFormatter("%g"))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(file, dpi=150)
