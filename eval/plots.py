@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("agg")  # before pyplot: there may be no display
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from eval.checkpoint import Checkpoint
 
@@ -33,8 +33,9 @@ def draw_learning_curves(checkpoints: Sequence[Checkpoint], file: Path) -> None:
         axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
         axes.plot(seconds, smooth(losses), color=f"C{number}", label=checkpoint.name)
     axes.set(xlabel="seconds of training", ylabel="loss on answer tokens", yscale="log", title="Learning curves")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FormatStrFormatter("%g"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(file, dpi=150)
