@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,14 @@ def questions(split: str) -> list[Question]:
     return [
         Question(folder / f"{number}.png", text, answer, _kind(answer)) for text, answer, number in _questions(split)
     ]
+
+
+def answers_by_words() -> dict[str, str]:
+    """Returns the most frequent training answer to each question text: what can be known without any image."""
+    counts: dict[str, Counter[str]] = {}
+    for text, answer, _ in _questions("train"):
+        counts.setdefault(text, Counter())[answer] += 1
+    return {text: count.most_common(1)[0][0] for text, count in counts.items()}
 
 
 def _questions(split: str) -> Iterator[tuple[str, str, int]]:

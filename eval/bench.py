@@ -14,6 +14,9 @@ import torch
 from eval import bench_prefill, bench_train, measure
 
 TITLES = {"train": "Training step, side by side", "prefill": "Prefill and decode steps, side by side"}
+MEMORY_NOTE = (
+    "Peak memory is what one call adds; on a CPU it is the resident set of one fresh process, good to a fifth or so."
+)
 PREFILL_NOTES = """
 Columns: "to token-layers" is the time as a multiple of what the live token-layers predict from the dense row (1 = as
 predicted, below 1 = faster), "to FLOPs" the same with the cost model's decoder FLOPs. VisiPruner's thresholds are set
@@ -30,17 +33,19 @@ def main() -> None:
     )
     parser.add_argument("what", choices=list(TITLES))
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: a minute")
-    parser.add_argument("--repeats", type=int, default=None, help="timed rounds (default 9, quick 5)")
+    parser.add_argument("--repeats", type=measure.positive, default=None, help="timed rounds (default 9, quick 5)")
     parser.add_argument("--out", type=Path, default=None, help="also write the tables to this file")
     args = parser.parse_args()
     bench = bench_train if args.what == "train" else bench_prefill
     shapes = bench.GPU_SHAPES if torch.cuda.is_available() else bench.SHAPES
     repeats = args.repeats or (5 if args.quick else 9)
+    if repeats == 1:
+        parser.error("--repeats: found 1, accepted: at least 2, because quartiles are printed")
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    command = f"python -m eval.bench {args.what}" + (" --quick" if args.quick else "")
+    command = f"python -m eval.bench {args.what}" + (" --quick" if args.quick else "") + f" --repeats {repeats}"
     header = (
         f"# {TITLES[args.what]}\n\n`{command}`: {precision}, {measure.setting()}; medians of {repeats} rounds in turns "
-        "after a warm-up.\n"
+        f"after a warm-up. {MEMORY_NOTE}\n"
     )
     if args.what == "prefill":
         header += PREFILL_NOTES

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoProcessor
 
+from eval.measure import device
 from models import FusedLlavaForConditionalGeneration
 
 
@@ -47,9 +48,17 @@ class Checkpoint:
         )
 
     def load(self) -> tuple[FusedLlavaForConditionalGeneration, Any]:
-        """Returns the model, ready for inference, and its processor."""
-        model = FusedLlavaForConditionalGeneration.from_pretrained(self.weights)
-        return model.eval(), AutoProcessor.from_pretrained(self.weights)
+        """Returns the model, ready for inference, on the GPU where there is one, and its processor.
+
+        Raises:
+            CheckpointError: weights or processor cannot be read.
+        """
+        try:
+            model = FusedLlavaForConditionalGeneration.from_pretrained(self.weights)
+            processor = AutoProcessor.from_pretrained(self.weights)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.weights}: cannot be loaded: {' '.join(str(error).split())}") from error
+        return model.eval().to(device()), processor
 
 
 def _history(phases: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.chat import TokenizerError
 from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.easy_vqa import KINDS, accuracy, always_yes, answer, batches
+from eval.easy_vqa import KINDS, accuracy, always_yes, answer, batches, words_only
 from eval.live import live_visual
+from eval.measure import positive
 from eval.plots import draw_learning_curves
 from models.cost import live_cost
 from models.schedules import SCHEDULES, published
@@ -27,14 +29,17 @@ Row = dict[str, Any]
 
 
 def compare(checkpoints: Sequence[Checkpoint], schedules: Sequence[str], limit: int | None) -> list[Row]:
-    """Returns one row for each checkpoint and schedule, after the always-yes row.
+    """Returns one row for each checkpoint and schedule, after the two that need no image.
 
     Args:
         checkpoints: what to evaluate.
         schedules: `trained`, or names in `SCHEDULES`, with published settings scaled to the checkpoint's depth.
         limit: only the first so many questions; None is all of them.
     """
-    rows: list[Row] = [{"run": "always yes", "schedule": "-", **always_yes(limit)}]
+    rows: list[Row] = [
+        {"run": "always yes", "schedule": "-", **always_yes(limit)},
+        {"run": "words only", "schedule": "-", **words_only(limit)},
+    ]
     for checkpoint in checkpoints:
         model, processor = checkpoint.load()
         for name in schedules:
@@ -105,7 +110,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint")
     parser.add_argument("--schedules", default="trained", help=f"comma-separated: {', '.join((TRAINED, *SCHEDULES))}")
     parser.add_argument("--tasks", default="easy_vqa", help=f"comma-separated: {', '.join(TASKS)}")
-    parser.add_argument("--limit", type=int, default=None, help="only the first N questions")
+    parser.add_argument("--limit", type=positive, default=None, help="only the first N questions")
     parser.add_argument("--out", type=Path, required=True, help="folder for table.md, table.json and pictures")
     args = parser.parse_args(given)
     args.schedules = names(parser, "--schedules", args.schedules, (TRAINED, *SCHEDULES))
@@ -130,8 +135,15 @@ def main(given: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2
+    if args.out.exists() and not args.out.is_dir():
+        print(f"--out: found the file {args.out}, accepted: a folder", file=sys.stderr)
+        return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = compare(checkpoints, args.schedules, args.limit)
+    try:
+        rows = compare(checkpoints, args.schedules, args.limit)
+    except (CheckpointError, TokenizerError) as error:
+        print(error, file=sys.stderr)
+        return 2
     table = markdown(rows)
     (args.out / "table.md").write_text(table, encoding="utf-8")
     (args.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.chat import ChatFormat
-from data.easy_vqa import Question, questions
+from data.easy_vqa import Question, answers_by_words, questions
 from data.images import pixel_values, visual_tokens
 from data.records import IMAGE_MARK, Turn
 
@@ -77,9 +77,15 @@ def accuracy(answers: Answers) -> dict[str, float]:
 
 
 def always_yes(limit: int | None) -> dict[str, float]:
-    """Returns the accuracy of answering "yes" to everything: the floor that a trained model has to leave behind."""
+    """Returns the accuracy of answering "yes" to everything."""
     asked = questions("test")[:limit]
     return accuracy(Answers(asked, ["yes"] * len(asked)))
+
+
+def words_only(limit: int | None) -> dict[str, float]:
+    """Returns the accuracy of the most frequent training answer to the same words: the floor of a model that looks."""
+    asked, known = questions("test")[:limit], answers_by_words()
+    return accuracy(Answers(asked, [known.get(question.text, "") for question in asked]))
 
 
 def prompt(question: Question, chat: ChatFormat, processor: Any) -> list[int]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.easy_vqa import batches
+from eval.measure import positive
 from eval.plots import draw_live_tokens
 from models.decoder import run_decoder
 from models.schedule import Schedule
@@ -33,6 +34,7 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
         inputs: input_ids (B, S), pixel_values and, where samples are padded, attention_mask.
         schedule: as in `model.schedule`.
     """
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     ids = inputs["input_ids"]
     visual = ids == model.config.image_token_id
     with torch.inference_mode():
@@ -59,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.live", description="Draws live visual tokens per layer.")
     parser.add_argument("checkpoint", type=Path, help="run folder, or folder with config.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--limit", type=int, default=200, help="test questions (default 200)")
+    parser.add_argument("--limit", type=positive, default=200, help="test questions (default 200)")
     args = parser.parse_args()
     try:
         model, processor = Checkpoint.find(args.checkpoint).load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,13 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.layers} layers x {self.width}, {self.visual} visual + {self.text} text tokens"
+
+
+def positive(text: str) -> int:
+    """Returns a whole number above 0, for a command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: a whole number above 0")
+    return int(text)
 
 
 def device() -> torch.device:
@@ -114,7 +122,9 @@ def time_side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int) -
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Returns how long a call takes, up to its last kernel."""
+    """Returns how long a call takes, up to its last kernel; what ran before it does not count."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():

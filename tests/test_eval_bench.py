@@ -57,7 +57,7 @@ def test_memory_is_measured_in_a_fresh_process():
 
 
 def _allocator(mebibytes):
-    return lambda: torch.ones(mebibytes, 2**18)
+    return lambda: torch.ones(mebibytes, 2**18, device=measure.device())
 
 
 def test_the_pyramid_stands_where_its_layers_do():

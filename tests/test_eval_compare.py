@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoProcessor
 from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import cell, main
-from eval.easy_vqa import Answers, accuracy, always_yes, answer, pad_left
+from eval.easy_vqa import Answers, accuracy, always_yes, answer, pad_left, words_only
 from eval.plots import smooth
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 
@@ -41,13 +41,14 @@ def test_compare_writes_table_and_picture(run_folder, tmp_path, capsys):
     rows = json.loads((out / "table.json").read_text())
     assert [(row["run"], row["schedule"]) for row in rows] == [
         ("always yes", "-"),
+        ("words only", "-"),
         ("fused", "trained"),
         ("fused", "dense"),
     ]
-    assert rows[1]["steps"] == 30
-    assert rows[1]["visual_token_layers"] == 3 * 64
-    assert rows[2]["visual_token_layers"] == 8 * 64
-    assert rows[1]["decoder_flops"] < rows[2]["decoder_flops"]
+    assert rows[2]["steps"] == 30
+    assert rows[2]["visual_token_layers"] == 3 * 64
+    assert rows[3]["visual_token_layers"] == 8 * 64
+    assert rows[2]["decoder_flops"] < rows[3]["decoder_flops"]
     table = (out / "table.md").read_text()
     assert "| fused | trained |" in table
     assert table in capsys.readouterr().out
@@ -58,7 +59,7 @@ def test_pruners_are_rows_with_the_cost_of_what_they_kept(run_folder, tmp_path):
     names = "fastv,vtw,random,visipruner"
     assert main([str(run_folder), "--schedules", names, "--limit", "8", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["schedule"] for row in rows] == ["-", *names.split(",")]
+    assert [row["schedule"] for row in rows] == ["-", "-", *names.split(",")]
     layers = {row["schedule"]: row.get("visual_token_layers") for row in rows}
     assert layers["vtw"] == 2 * 64  # the plan's layers 2 and 3: VTW lets go at 4
     assert layers["fastv"] == 64 + 2 * 32  # it needs a layer that saw vision before it can choose
@@ -88,6 +89,20 @@ def test_accuracy_counts_each_kind():
     shares = accuracy(Answers(asked, half))
     assert (shares["shape"], shares["colour"], shares["yes/no"]) == (1.0, 0.0, 0.0)
     assert round(100 * always_yes(None)["all"], 2) == 37.33
+    assert {kind: round(100 * share, 2) for kind, share in words_only(None).items()}["all"] == 67.0
+
+
+def test_a_folder_without_weights_is_named(tmp_path, capsys):
+    assert main([str(QUICKSTART), "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("limit", ["0", "-5", "many"])
+def test_a_limit_below_one_leaves_with_2(run_folder, tmp_path, capsys, limit):
+    with pytest.raises(SystemExit) as left:
+        main([str(run_folder), "--limit", limit, "--out", str(tmp_path)])
+    assert left.value.code == 2
+    assert "accepted: a whole number above 0" in capsys.readouterr().err
 
 
 def test_padding_is_on_the_left():

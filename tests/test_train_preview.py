@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from models.cost import plan_cost
+from recipes.errors import RecipeError
 from recipes.schema import load_recipe
 from train.initial import read_config
 from train.preview import preview
@@ -32,6 +33,11 @@ def test_published_recipes_are_checked_without_weights_or_data(name):
     if name != "llava_pretrain":
         assert "steps: 5,198 of 128 samples" in text  # 665,298 rows
         assert "language_model 6,738,939,904" in text
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(RecipeError, match="found 128 on 3 ranks"):
+        list(preview(load_recipe("recipes/llava_fused.yaml", ["align=null"]), num_ranks=3))
 
 
 def test_adapters_are_counted_and_lower_what_learns():

@@ -14,18 +14,19 @@ from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe
 from train.adapters import add_adapters
-from train.arguments import check_deepspeed, is_timed
+from train.arguments import check_deepspeed, is_timed, share_out
 from train.checkpoints import check_same_run
 from train.groups import freeze, trainable_counts
 from train.initial import read_config, read_processor
 from train.samples import read_samples
 
 
-def preview(recipe: Recipe) -> Iterator[str]:
+def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
     """Yields the lines of a check; data and weights that are not at hand are notes, not errors.
 
     Args:
         recipe: the recipe.
+        num_ranks: processes that it is to run on.
 
     Raises:
         RecipeError: the recipe cannot be run, here or anywhere.
@@ -38,6 +39,7 @@ def preview(recipe: Recipe) -> Iterator[str]:
         if place is not None and not Path(place).exists():
             yield f"note: model.{part}: {place} is no folder here; the run fetches it from the hub"
     for phase in recipe.phases:
+        share_out(phase.train, num_ranks)
         check_deepspeed(phase.train)
         yield from _preview_phase(recipe, phase, config)
 

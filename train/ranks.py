@@ -43,6 +43,8 @@ def prepare() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     # Trainer counts accumulation itself, so accelerate's own count of 1 is no mismatch.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # a machine with nvcc and no GPU is no reason to warn
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def rank() -> int:

@@ -36,7 +36,8 @@ def main() -> int:
         if arguments.check:
             from train.preview import preview
 
-            print("\n".join(preview(recipe)))
+            if ranks.rank() == 0:
+                print("\n".join(preview(recipe, ranks.count())))
             return 0
         from train.phase import run_phase
 
