@@ -32,7 +32,7 @@ def main() -> None:
         prog="python -m eval.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=list(TITLES))
-    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: a minute")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: two minutes")
     parser.add_argument("--repeats", type=measure.positive, default=None, help="timed rounds (default 9, quick 5)")
     parser.add_argument("--out", type=Path, default=None, help="also write the tables to this file")
     args = parser.parse_args()
