@@ -43,6 +43,16 @@ FAMILIES = {
 }
 
 
+def merged_inputs(model, batch):
+    """Returns the embeddings of a batch with its image features in their places, and where these are."""
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    visual = batch["input_ids"] == IMAGE
+    if batch["pixel_values"] is not None:
+        features = torch.cat(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
+        embeds = embeds.masked_scatter(visual[..., None], features)
+    return embeds, visual
+
+
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request):
     return request.param

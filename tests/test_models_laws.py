@@ -7,6 +7,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from models import run_decoder
 from models.plan import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, VisiPruner, Within
+from tests.conftest import merged_inputs
 
 PLANS = {
     "window": {"enter": 2, "exit": 4},
@@ -69,7 +70,7 @@ def generate(model, batch, **more):
 def slow_reference(model, batch, schedule):
     """Returns the logits (1, S, vocab) of one unpadded sample, computed on every position at every layer."""
     decoder = model.model.language_model
-    embeds, visual = merged(model, batch)
+    embeds, visual = merged_inputs(model, batch)
     text, live, keys_seen = ~visual, visual.clone(), []
     positions = torch.arange(embeds.shape[1])[None]
     rotary = decoder.rotary_emb(embeds, positions)
@@ -86,15 +87,6 @@ def slow_reference(model, batch, schedule):
         hidden = torch.where(runs[0][:, None], output, hidden)
         keys_seen.append(keys)
     return model.lm_head(decoder.norm(hidden)), keys_seen
-
-
-def merged(model, batch):
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    visual = batch["input_ids"] == 50
-    if batch["pixel_values"] is not None:
-        features = torch.cat(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
-        embeds = embeds.masked_scatter(visual[..., None], features)
-    return embeds, visual
 
 
 def reference_live(schedule, number, visual, live, scores):
@@ -138,7 +130,7 @@ def test_staged_equals_the_slow_reference(make_model, family, make_batch, name, 
     model.schedule = schedule
     with torch.no_grad():
         expected, keys = slow_reference(model, batch, schedule)
-        embeds, visual = merged(model, batch)
+        embeds, visual = merged_inputs(model, batch)
         output = run_decoder(model.model.language_model, embeds, visual, schedule=schedule)
     text = text_of(batch)
     torch.testing.assert_close(forward(model, batch).logits[text], expected[text], rtol=1e-4, atol=1e-4)
@@ -230,7 +222,7 @@ def test_a_sample_alone_equals_itself_in_a_batch(model, make_batch, side):
 def test_live_positions_do_not_depend_on_padding(model, schedule, make_batch, side):
     together = make_batch(*LAYOUTS, side=side)
     with torch.no_grad():
-        embeds, visual = merged(model, together)
+        embeds, visual = merged_inputs(model, together)
         output = run_decoder(
             model.model.language_model, embeds, visual, attention_mask=together["attention_mask"], schedule=schedule
         )
@@ -257,7 +249,7 @@ def test_one_decode_step_equals_a_longer_prefill(model, schedule, make_batch):
         pytest.skip("shallow masks are for the prompt: decode steps see the image again, by the rule")
     batch = make_batch("ttIttt", "ttttt", "tItIttt", side="left")
     with torch.no_grad():
-        embeds, visual = merged(model, batch)
+        embeds, visual = merged_inputs(model, batch)
         mask, decoder = batch["attention_mask"], model.model.language_model
         size = embeds.shape[1] - 2
         queries = torch.zeros_like(visual)
@@ -290,7 +282,7 @@ def test_one_decode_step_equals_a_longer_prefill(model, schedule, make_batch):
 def test_a_layers_cache_holds_what_was_live_there(model, schedule, make_batch):
     batch = make_batch("tttItttt")
     with torch.no_grad():
-        embeds, visual = merged(model, batch)
+        embeds, visual = merged_inputs(model, batch)
         output = run_decoder(model.model.language_model, embeds, visual, schedule=schedule, use_cache=True)
     held = [layer.keys.shape[2] for layer in output.past_key_values.layers]
     assert held == [len(live[0]) for live in output.live]

@@ -17,6 +17,7 @@ from models.schedules import (
     Within,
     published,
 )
+from tests.conftest import merged_inputs
 
 PRUNERS = {
     "visipruner": VisiPruner(2, 0.95, 0.3, 0.8),
@@ -31,15 +32,6 @@ PRUNERS = {
 @pytest.fixture(params=sorted(PRUNERS))
 def pruner(request):
     return PRUNERS[request.param]
-
-
-def inputs(model, batch):
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    visual = batch["input_ids"] == 50
-    if batch["pixel_values"] is not None:
-        features = torch.cat(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
-        embeds = embeds.masked_scatter(visual[..., None], features)
-    return embeds, visual
 
 
 def forward(model, batch, **more):
@@ -112,7 +104,7 @@ def chooser(schedule, total):
 def test_what_stays_and_what_comes_out_equal_the_slow_reference(make_model, make_batch, family, name, layout):
     schedule, model = PRUNERS[name], make_model(family, attention="eager")
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch(layout))
+        embeds, visual = merged_inputs(model, make_batch(layout))
         expected, places = slow_run(
             model, embeds, visual, chooser(schedule, int(visual.sum())), renumber=schedule.renumbers
         )
@@ -129,7 +121,7 @@ def test_random_keeps_the_same_tokens_of_a_sample_in_any_batch(make_model, make_
     for layouts in (["tItt"], ["IItttt", "tItt", "tt"]):
         batch = make_batch(*layouts, side="left")
         with torch.no_grad():
-            embeds, visual = inputs(model, batch)
+            embeds, visual = merged_inputs(model, batch)
             output = run_decoder(
                 model.model.language_model, embeds, visual, attention_mask=batch["attention_mask"], schedule=schedule
             )
@@ -137,7 +129,7 @@ def test_random_keeps_the_same_tokens_of_a_sample_in_any_batch(make_model, make_
     assert kept[0] == kept[1]
     assert [len(live) for live in kept[0]] == [7] + [5] * 5
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch("IItttt"))
+        embeds, visual = merged_inputs(model, make_batch("IItttt"))
         drawn = {
             tuple(
                 run_decoder(model.model.language_model, embeds, visual, schedule=Random(1, 0.5, seed))
@@ -168,7 +160,7 @@ def test_random_keeps_the_same_tokens_of_a_sample_in_any_batch(make_model, make_
 def test_a_pruner_prunes_inside_the_trained_window(make_model, make_batch, plan, pruner, counts):
     model, plan = make_model(), StagePlan.from_dict(plan)
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch("tttItttt"))
+        embeds, visual = merged_inputs(model, make_batch("tttItttt"))
         output = run_decoder(model.model.language_model, embeds, visual, schedule=Within(plan, pruner))
     assert [len(live[0]) - 7 for live in output.live] == counts
 
@@ -217,7 +209,7 @@ def test_a_second_chunk_of_the_prompt_is_pruned_like_the_whole(make_model, make_
     model = make_model(family)
     decoder = model.model.language_model
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch("tttItItt", "tttIItt", side="left", seed=1))
+        embeds, visual = merged_inputs(model, make_batch("tttItItt", "tttIItt", side="left", seed=1))
         whole = run_decoder(decoder, embeds, visual, schedule=pruner)
         first = run_decoder(decoder, embeds[:, :3], visual[:, :3], schedule=pruner, use_cache=True)
         rest = run_decoder(
@@ -251,7 +243,7 @@ def test_an_adapted_decoder_is_pruned_by_its_adapted_projections(make_model, mak
         LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False),
     ).eval()
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch("tttItttt", "tIttttt", side="right"))
+        embeds, visual = merged_inputs(model, make_batch("tttItttt", "tIttttt", side="right"))
         mask = torch.ones_like(visual)
         wrapped = run_decoder(adapted, embeds, visual, attention_mask=mask, schedule=pruner)
         merged = run_decoder(adapted.merge_and_unload(), embeds, visual, attention_mask=mask, schedule=pruner)

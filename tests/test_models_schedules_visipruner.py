@@ -10,6 +10,7 @@ from models import run_decoder
 from models.reader import AttentionRow
 from models.schedule import View
 from models.schedules import VisiPruner
+from tests.conftest import merged_inputs
 
 ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
 RULES = {
@@ -140,22 +141,13 @@ def probe(row, values, output, kept, state, rule):
     return stays
 
 
-def inputs(model, batch):
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    visual = batch["input_ids"] == 50
-    if batch["pixel_values"] is not None:
-        features = torch.cat(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
-        embeds = embeds.masked_scatter(visual[..., None], features)
-    return embeds, visual
-
-
 @pytest.mark.parametrize("layout", ["tttItttt", "ItIttttt", "tttt"])
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_rule_equals_the_slow_reference(make_model, make_batch, family, name, layout):
     rule = VisiPruner(**{**THRESHOLDS, **RULES[name]})
     slow, model = make_model(family, attention="eager"), make_model(family)
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch(layout))
+        embeds, visual = merged_inputs(model, make_batch(layout))
         expected, places = slow_reference(slow, embeds, visual, rule)
         output = run_decoder(model.model.language_model, embeds, visual, schedule=rule, use_cache=True)
     assert [live[0].tolist() for live in output.live] == places
@@ -167,7 +159,7 @@ def test_every_rule_equals_the_slow_reference(make_model, make_batch, family, na
 def test_the_cache_holds_the_keys_and_values_that_were_there_before_the_masks(make_model, make_batch):
     model = make_model()
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch("tttItttt"))
+        embeds, visual = merged_inputs(model, make_batch("tttItttt"))
         caches = [
             run_decoder(model.model.language_model, embeds, visual, schedule=schedule, use_cache=True).past_key_values
             for schedule in (None, VisiPruner(2, modes=["shallow"]))
@@ -184,7 +176,7 @@ def test_a_batch_of_unlike_samples_is_its_samples(make_model, make_batch, name, 
     layouts = ("tttItttt", "ItIttttt", "ttttt", "tIt", "IItt")
     batch = make_batch(*layouts, side=side)
     with torch.no_grad():
-        embeds, visual = inputs(model, batch)
+        embeds, visual = merged_inputs(model, batch)
         decoder, mask = model.model.language_model, batch["attention_mask"]
         together = run_decoder(decoder, embeds, visual, attention_mask=mask, schedule=rule)
         for sample in range(len(layouts)):
@@ -280,7 +272,7 @@ def test_a_border_beyond_the_decoder_is_refused(make_model):
 def test_flash_attention_is_refused_where_masks_need_it_to_hide_keys(make_model, make_batch):
     model = make_model()
     with torch.no_grad():
-        embeds, visual = inputs(model, make_batch("tttItttt"))
+        embeds, visual = merged_inputs(model, make_batch("tttItttt"))
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"VisiPruner's shallow mode.*accepted: sdpa, eager"):
         run_decoder(model.model.language_model, embeds, visual, schedule=VisiPruner(2))
