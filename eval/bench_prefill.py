@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from eval import measure
-from eval.live import live_visual
+from eval.live import live_visual, run_costs
 from eval.measure import Shape
 from models import StagePlan
-from models.cost import Cost, live_cost
 from models.rewrite import Rewrite
 from models.schedule import Dense, Fused, Schedule, View
 from models.schedules import VisiPruner, published
@@ -147,7 +146,7 @@ def table(shape: Shape, repeats: int) -> str:
     seconds = measure.time_side_by_side(calls, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     decoding = _decode_seconds(model, batch, rows, repeats)
-    costs = {name: _cost(model, batch, row) for name, row in rows.items()}
+    costs = {name: run_costs(model, batch, row)[0] for name, row in rows.items()}
     lines = [
         f"### {shape}",
         "",
@@ -167,13 +166,6 @@ def table(shape: Shape, repeats: int) -> str:
             f"| {costs[name].token_layers:,} | {costs[name].cache_bytes / 2**20:.1f} MiB |"
         )
     return "\n".join(lines)
-
-
-def _cost(model: Any, batch: dict[str, Tensor], schedule: Schedule) -> Cost:
-    live = live_visual(model, batch, schedule)
-    text = live.shape[2] - int((batch["input_ids"] == measure.IMAGE_TOKEN).sum())
-    counts = live.sum(dim=(1, 2)).tolist()
-    return live_cost(model.config.text_config, counts, text=text, kv=schedule.update == "kv")
 
 
 def _decode_seconds(model: Any, batch: dict[str, Tensor], rows: dict[str, Schedule], repeats: int) -> dict[str, float]:

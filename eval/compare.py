@@ -16,10 +16,9 @@ from data.chat import TokenizerError
 from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.easy_vqa import KINDS, accuracy, always_yes, answer, batches, words_only
-from eval.live import live_visual
+from eval.live import run_costs
 from eval.measure import positive
 from eval.plots import draw_learning_curves
-from models.cost import live_cost
 from models.schedules import SCHEDULES, published
 
 TRAINED = "trained"  # the checkpoint's own plan
@@ -59,14 +58,8 @@ def run_record(checkpoint: Checkpoint) -> Row:
 def costs(model: Any, processor: Any, limit: int | None) -> Row:
     """Returns visual token-layers and decoder FLOPs of the prompt of one question, a mean over questions."""
     asked = questions("test")[: min(COSTED, limit or COSTED)]
-    schedule, config = model.schedule, model.config
     (inputs,) = batches(asked, processor, size=len(asked))
-    counts = live_visual(model, inputs, schedule).sum(dim=2).T.tolist()
-    texts = inputs["attention_mask"].sum(dim=1) - (inputs["input_ids"] == config.image_token_id).sum(dim=1)
-    each = [
-        live_cost(config.text_config, count, text=text, kv=schedule.update == "kv")
-        for count, text in zip(counts, texts.tolist(), strict=True)
-    ]
+    each = run_costs(model, inputs, model.schedule)
     return {
         "visual_token_layers": round(sum(cost.visual_token_layers for cost in each) / len(each)),
         "decoder_flops": round(sum(cost.flops for cost in each) / len(each)),

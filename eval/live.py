@@ -21,6 +21,7 @@ from eval.checkpoint import Checkpoint, CheckpointError
 from eval.easy_vqa import batches
 from eval.measure import positive
 from eval.plots import draw_live_tokens
+from models.cost import Cost, live_cost
 from models.decoder import run_decoder
 from models.schedule import Schedule
 from models.schedules import SCHEDULES, published
@@ -54,6 +55,18 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
         for row, positions in zip(layer, samples, strict=True):
             row[positions] = True
     return live & visual
+
+
+def run_costs(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> list[Cost]:
+    """Returns the decoder's cost of each sample's prefill under a schedule; arguments as of `live_visual`."""
+    ids = inputs["input_ids"]
+    is_text = inputs.get("attention_mask", torch.ones_like(ids)).bool() & (ids != model.config.image_token_id)
+    counts = live_visual(model, inputs, schedule).sum(dim=2).T
+    config, kv = model.config.text_config, schedule.update == "kv"
+    return [
+        live_cost(config, row, text=text, kv=kv)
+        for row, text in zip(counts.tolist(), is_text.sum(dim=1).tolist(), strict=True)
+    ]
 
 
 def main() -> int:
