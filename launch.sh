@@ -11,6 +11,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=.venv
 STAMP=$VENV/.setup-done
+# Installed without its dependencies, of which requirements.lock has those that it needs: the others bring torchvision,
+# whose CUDA build breaks transformers beside a CPU build of torch.
+LMMS_EVAL=lmms-eval==0.7.3
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # why: train/run.py
 
 die() {
@@ -35,7 +38,7 @@ check_compiler() {
 }
 
 fingerprint() {
-  cksum requirements.lock | tr ' ' '-'
+  echo "$(cksum <requirements.lock | tr ' ' '-') $LMMS_EVAL"
 }
 
 setup() {
@@ -50,6 +53,8 @@ setup() {
   echo "set-up: installing the versions of requirements.lock (minutes on a first call)"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock ||
     die "the versions of requirements.lock could not be installed; see above"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$LMMS_EVAL" ||
+    die "$LMMS_EVAL could not be installed; see above"
   echo "set-up: compiling what DeepSpeed needs (half a minute)"
   "$VENV/bin/python" -m train.warm || die "DeepSpeed's operator could not be compiled; see above"
   fingerprint >"$STAMP"

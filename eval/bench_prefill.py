@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from eval import measure
 from eval.live import live_visual, run_costs
 from eval.measure import Shape
+from eval.speed import decode, prefill, times
 from models import StagePlan
 from models.rewrite import Rewrite
 from models.schedule import Dense, Fused, Schedule, View
@@ -103,23 +103,6 @@ def given(model: Any, batch: dict[str, Tensor], schedule: VisiPruner) -> Given:
     return Given(counts, some, schedule if "shallow" in schedule.modes else None)
 
 
-def prefill(model: Any, batch: dict[str, Tensor], schedule: Schedule) -> Any:
-    """Runs the prompt under a schedule; returns the cache, and leaves the model as it was."""
-    model.schedule = schedule
-    with torch.inference_mode():
-        cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-    model.schedule = None
-    return cache
-
-
-def decode(model: Any, cache: Any) -> None:
-    """Runs `DECODE_STEPS` steps of one token after a prefill."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        for _ in range(DECODE_STEPS):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-
-
 def prepare_model(shape: Shape) -> tuple[Any, dict[str, Tensor]]:
     """Returns the model and the prompt of one sample, bfloat16 on a GPU and float32 on a CPU."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -135,17 +118,16 @@ def prepare_memory(shape: Shape, name: str) -> Callable[[], None]:
     """Returns the prefill and decode steps of one row, for a fresh process."""
     model, batch = prepare_model(shape)
     schedule = schedules(model, batch)[name]
-    return lambda: decode(model, prefill(model, batch, schedule))
+    return lambda: decode(model, batch, prefill(model, batch, schedule), DECODE_STEPS)
 
 
 def table(shape: Shape, repeats: int) -> str:
     """Returns the markdown table of one shape."""
     model, batch = prepare_model(shape)
     rows = schedules(model, batch)
-    calls = {name: partial(prefill, model, batch, row) for name, row in rows.items()}
-    seconds = measure.time_side_by_side(calls, repeats)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    decoding = _decode_seconds(model, batch, rows, repeats)
+    seconds = times(model, batch, rows, steps=DECODE_STEPS, repeats=repeats)
+    medians = {name: statistics.median(first) for name, (first, _) in seconds.items()}
+    decoding = {name: statistics.median(following) for name, (_, following) in seconds.items()}
     costs = {name: run_costs(model, batch, row)[0] for name, row in rows.items()}
     lines = [
         f"### {shape}",
@@ -155,7 +137,7 @@ def table(shape: Shape, repeats: int) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in rows:
-        low, _, high = statistics.quantiles(seconds[name], n=4)
+        low, _, high = statistics.quantiles(seconds[name][0], n=4)
         share = medians[name] / medians["dense"]
         to_tokens = share / (costs[name].token_layers / costs["dense"].token_layers)
         to_flops = share / (costs[name].flops / costs["dense"].flops)
@@ -166,15 +148,3 @@ def table(shape: Shape, repeats: int) -> str:
             f"| {costs[name].token_layers:,} | {costs[name].cache_bytes / 2**20:.1f} MiB |"
         )
     return "\n".join(lines)
-
-
-def _decode_seconds(model: Any, batch: dict[str, Tensor], rows: dict[str, Schedule], repeats: int) -> dict[str, float]:
-    """Returns the median seconds of the decode steps alone; each round starts from a prefill of its own."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for number in range(repeats + 1):
-        for name, row in rows.items():
-            cache = prefill(model, batch, row)
-            spent = measure.seconds_of(partial(decode, model, cache))
-            if number > 0:
-                times[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in times.items()}

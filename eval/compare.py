@@ -1,6 +1,8 @@
-"""`python -m eval.compare CHECKPOINT ... --out DIR`: what each checkpoint is worth, and what it cost.
+"""`python -m eval.compare CHECKPOINT ... --out DIR`: what each checkpoint is worth under each schedule, and its cost.
 
-Answers are generated greedily, question by question as a user would ask, and count when they equal the truth.
+Every cell (checkpoint, schedule, task) is answered and scored by lmms-eval, greedily, and kept in DIR/cells: the same
+command goes on where it was stopped, runs failed cells again, and leaves finished ones alone. Writes table.md,
+table.json, table.csv, report.html and plots. Exit code 1: a cell failed; the tables say which.
 """
 
 from __future__ import annotations
@@ -8,141 +10,253 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+from transformers.utils import logging
+
 from data.chat import TokenizerError
-from data.easy_vqa import questions
-from eval.checkpoint import Checkpoint, CheckpointError
-from eval.easy_vqa import KINDS, accuracy, always_yes, answer, batches, words_only
-from eval.live import run_costs
+from eval import rows as tables
+from eval.benchmarks import BENCHMARKS, missing_judge
+from eval.cells import Loaded, Record, Store, run_cell, run_speed
+from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointError
+from eval.lmms import Harness
 from eval.measure import positive
-from eval.plots import draw_learning_curves
-from models.schedules import SCHEDULES, published
+from eval.report import write_report
+from eval.settings import PRECISIONS, ComparisonError, check_settings, fingerprint, named, settings_of
+from models.schedules import SCHEDULES
 
-TRAINED = "trained"  # the checkpoint's own plan
-TASKS = ("easy_vqa",)
-COSTED = 100  # questions over which the cost of a schedule is averaged, because a pruner's depends on the question
-Row = dict[str, Any]
+_NOT_RUN: Record = {"status": "failed", "error": "not run"}
 
 
-def compare(checkpoints: Sequence[Checkpoint], schedules: Sequence[str], limit: int | None) -> list[Row]:
-    """Returns one row for each checkpoint and schedule, after the two that need no image.
+class Comparison:
+    """One comparison: which cells there are, which are still to be run, and where they are kept.
 
     Args:
-        checkpoints: what to evaluate.
-        schedules: `trained`, or names in `SCHEDULES`, with published settings scaled to the checkpoint's depth.
-        limit: only the first so many questions; None is all of them.
+        checkpoints: by the name of their rows.
+        schedules: `trained`, or names in SCHEDULES.
+        tasks: names of lmms-eval.
+        settings: what all cells have in common.
+        out: the comparison's folder.
     """
-    rows: list[Row] = [
-        {"run": "always yes", "schedule": "-", **always_yes(limit)},
-        {"run": "words only", "schedule": "-", **words_only(limit)},
-    ]
-    for checkpoint in checkpoints:
-        model, processor = checkpoint.load()
-        for name in schedules:
-            depth = model.config.text_config.num_hidden_layers
-            model.schedule = None if name == TRAINED else published(name, depth)
-            answers = answer(model, processor, limit=limit, title=f"{checkpoint.name} ({name})")
-            rows.append({"run": checkpoint.name, "schedule": name, **accuracy(answers)})
-            rows[-1].update(run_record(checkpoint), **costs(model, processor, limit))
-    return rows
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        schedules: Sequence[str],
+        tasks: Sequence[str],
+        *,
+        settings: Record,
+        out: Path,
+    ) -> None:
+        self.checkpoints, self.tasks, self.settings, self.out = checkpoints, tasks, settings, out
+        self.schedules = {name: _schedules(checkpoint, schedules) for name, checkpoint in checkpoints.items()}
+        self.stores = {name: Store(out, name, fingerprint(found)) for name, found in checkpoints.items()}
+
+    def run(self, harness: Harness) -> None:
+        """Runs every cell that is not done, and measures the speed of each checkpoint whose speed is not known."""
+        total = sum(len(schedules) * len(self.tasks) + 1 for schedules in self.schedules.values())
+        with tqdm(total=total, unit="cell") as bar:
+            for name in self.checkpoints:
+                self._run_checkpoint(name, harness, bar)
+
+    def _run_checkpoint(self, name: str, harness: Harness, bar: Any) -> None:
+        store, schedules, limit = self.stores[name], self.schedules[name], self.settings["limit"]
+        cells = [(schedule, task) for task in self.tasks for schedule in schedules]
+        missing = [cell for cell in cells if not _is_done(store.read(*cell))]
+        speed = store.read("speed")
+        is_timed = _is_done(speed) and set(schedules) <= set(speed["by_schedule"])  # type: ignore[index]
+        bar.update(len(cells) - len(missing) + is_timed)
+        if not missing and is_timed:
+            return
+        bar.set_description(f"{name}: loading")
+        try:
+            loaded = self._load(name)
+        except (CheckpointError, RuntimeError) as error:  # RuntimeError: no room for it
+            for cell in missing:
+                store.write(_failed(error), *cell)
+            bar.update(len(missing) + (not is_timed))
+            return
+        for schedule, task in missing:
+            bar.set_description(f"{name}, {schedule}, {task}")
+            pictures = self.out / "cells" / name / f"{task}_pictures"
+            run = partial(run_cell, loaded, schedule, task, harness=harness, limit=limit, pictures=pictures)
+            store.write(_attempt(run), schedule, task)
+            bar.update()
+        if not is_timed:
+            bar.set_description(f"{name}: speed and memory")
+            store.write(_attempt(partial(self._measured, loaded, schedules, harness)), "speed")
+            bar.update()
+
+    def _measured(self, loaded: Loaded, schedules: Sequence[str], harness: Harness) -> Record:
+        asked = harness.questions(self.tasks[0], self.settings["limit"], self.settings["batch"])
+        return run_speed(loaded, schedules, list(asked.values()))
+
+    def _load(self, name: str) -> Loaded:
+        checkpoint = self.checkpoints[name]
+        model, processor = checkpoint.load(PRECISIONS[self.settings["precision"]])
+        return Loaded(checkpoint, model, checkpoint.prompter(processor), self.settings["batch"])
+
+    def cell(self, name: str, schedule: str, task: str) -> Record:
+        """Returns a cell's record; of one that was never reached, a failed one."""
+        return self.stores[name].read(schedule, task) or _NOT_RUN
+
+    def rows(self) -> tuple[list[tables.Row], dict[str, str]]:
+        """Returns all rows, and for each task the dense row that the others are compared with, in words."""
+        found: list[tables.Row] = []
+        baselines = {}
+        stages = {name: checkpoint.stages for name, checkpoint in self.checkpoints.items()}
+        for task in self.tasks:
+            rows = [self._row(name, schedule, task) for name in self.checkpoints for schedule in self.schedules[name]]
+            base = tables.baseline_of(rows, stages)
+            if base is not None:
+                baselines[task] = " ".join(base)
+                record = self.cell(*base, task)
+                for row in rows:
+                    if row["status"] == "done" and (row["run"], row["schedule"]) != base:
+                        row.update(tables.compared(self.cell(row["run"], row["schedule"], task), record))
+            found += tables.floor_rows(task, self.settings["limit"]) + rows
+        return found, baselines
+
+    def _row(self, name: str, schedule: str, task: str) -> tables.Row:
+        speed = (self.stores[name].read("speed") or {}).get("by_schedule", {}).get(schedule)
+        return tables.cell_row(name, schedule, task, self.cell(name, schedule, task), speed)
+
+    def failures(self) -> list[str]:
+        """Returns what failed, and why, a line each."""
+        found = []
+        for name, store in self.stores.items():
+            for task in self.tasks:
+                records = {schedule: self.cell(name, schedule, task) for schedule in self.schedules[name]}
+                found += [f"{name}, {of}, {task}: {got['error']}" for of, got in records.items() if not _is_done(got)]
+            speed = store.read("speed") or _NOT_RUN
+            if not _is_done(speed):
+                found.append(f"{name}, speed and memory: {speed['error']}")
+        return found
+
+    def write(self) -> tuple[str, bool]:
+        """Writes tables and report; returns the tables as text, and whether everything is done."""
+        rows, baselines = self.rows()
+        text = self._text(rows, baselines)
+        training = {name: checkpoint.run for name, checkpoint in self.checkpoints.items()}
+        record = {"settings": self.settings, "compared_with": baselines, "training": training, "rows": rows}
+        (self.out / "table.md").write_text(text, encoding="utf-8")
+        (self.out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (self.out / "table.csv").write_text(tables.csv_text(rows), encoding="utf-8")
+        cells = {(row["run"], row["schedule"], row["task"]): self.cell(row["run"], row["schedule"], row["task"])
+                 for row in rows if row["schedule"] != tables.FLOOR}  # fmt: skip
+        write_report(self.out, rows, cells, self.failures(), baselines, self.settings, self.checkpoints)
+        return text, not self.failures()
+
+    def _text(self, rows: Sequence[tables.Row], baselines: Mapping[str, str]) -> str:
+        parts = []
+        for task in self.tasks:
+            members = [row for row in rows if row["task"] == task]
+            parts.append(f"## {task}\n\n" + tables.markdown(tables.score_table(members)))
+            parts.append(tables.markdown(tables.cost_table(members)))
+        training = tables.training_table({name: found.run for name, found in self.checkpoints.items()})
+        if failures := self.failures():
+            parts.append("## Failed\n\n" + "".join(f"- {failure}\n" for failure in failures))
+        if training:
+            parts.append("## Training\n\n" + tables.markdown(training))
+        return "\n".join(parts)
 
 
-def run_record(checkpoint: Checkpoint) -> Row:
-    """Returns what training took: seconds, steps, samples a second."""
-    return {key: checkpoint.run.get(key) for key in ("seconds", "steps", "samples_per_second")}
+def _schedules(checkpoint: Checkpoint, asked: Sequence[str]) -> list[str]:
+    """Returns the schedules of a checkpoint's rows: the trained plan of a dense one is `dense`."""
+    if checkpoint.stages is not None:
+        return list(asked)
+    return list(dict.fromkeys("dense" if name == TRAINED else name for name in asked))
 
 
-def costs(model: Any, processor: Any, limit: int | None) -> Row:
-    """Returns visual token-layers and decoder FLOPs of the prompt of one question, a mean over questions."""
-    asked = questions("test")[: min(COSTED, limit or COSTED)]
-    (inputs,) = batches(asked, processor, size=len(asked))
-    each = run_costs(model, inputs, model.schedule)
-    return {
-        "visual_token_layers": round(sum(cost.visual_token_layers for cost in each) / len(each)),
-        "decoder_flops": round(sum(cost.flops for cost in each) / len(each)),
-    }
+def _is_done(record: Record | None) -> bool:
+    return record is not None and record["status"] == "done"
 
 
-COLUMNS = {
-    "run": "run",
-    "schedule": "schedule",
-    "all": "accuracy",
-    **{kind: kind for kind in KINDS},
-    "seconds": "training seconds",
-    "steps": "steps",
-    "samples_per_second": "samples/s",
-    "visual_token_layers": "visual token-layers",
-    "decoder_flops": "decoder MFLOPs",
-}
+def _failed(error: Exception) -> Record:
+    return {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Returns the rows as a markdown table."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell(key, row.get(key)) for key in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def cell(key: str, value: Any) -> str:
-    """Returns one value as the table shows it."""
-    if value is None:
-        return "-"
-    if key == "all" or key in KINDS:
-        return f"{100 * value:.2f} %"
-    if key == "decoder_flops":
-        return f"{value / 1e6:.1f}"
-    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+def _attempt(run: Callable[[], Record]) -> Record:
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001  # whatever a task or the harness raises is this cell's result
+        tqdm.write(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return _failed(error)
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint")
-    parser.add_argument("--schedules", default="trained", help=f"comma-separated: {', '.join((TRAINED, *SCHEDULES))}")
-    parser.add_argument("--tasks", default="easy_vqa", help=f"comma-separated: {', '.join(TASKS)}")
-    parser.add_argument("--limit", type=positive, default=None, help="only the first N questions")
-    parser.add_argument("--out", type=Path, required=True, help="folder for table.md, table.json and pictures")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run folder, checkpoint or hub name")
+    parser.add_argument("--schedules", default=TRAINED, help=f"comma-separated: {', '.join((TRAINED, *SCHEDULES))}")
+    parser.add_argument(
+        "--tasks", default="easy_vqa", help=f"comma-separated: {', '.join(BENCHMARKS)}, or another of lmms-eval's"
+    )
+    parser.add_argument("--limit", type=positive, help="only the first N questions of a task")
+    parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--chat-format", choices=FORMATS, help="ask so, whatever a checkpoint was trained with")
+    parser.add_argument("--image-aspect", choices=ASPECTS, help="show images so, whatever it was trained with")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables, report and plots")
     args = parser.parse_args(given)
-    args.schedules = names(parser, "--schedules", args.schedules, (TRAINED, *SCHEDULES))
-    args.tasks = names(parser, "--tasks", args.tasks, TASKS)
+    args.tasks = list(dict.fromkeys(args.tasks.split(",")))
+    args.schedules = list(dict.fromkeys(args.schedules.split(",")))
+    for name in args.schedules:
+        if name not in (TRAINED, *SCHEDULES):
+            parser.exit(2, f"--schedules: found '{name}', accepted: {', '.join((TRAINED, *SCHEDULES))}\n")
+    for name in args.tasks:
+        if missing := missing_judge(name):
+            parser.exit(2, f"--tasks: {missing}\n")
     return args
 
 
-def names(parser: argparse.ArgumentParser, flag: str, given: str, known: Any) -> list[str]:
-    """Returns the comma-separated names; leaves with exit code 2 at an unknown one."""
-    found = given.split(",")
-    for name in found:
-        if name not in known:
-            parser.exit(2, f"{flag}: found '{name}', accepted: {', '.join(known)}\n")
-    return found
+def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
+    """Returns the comparison and the harness, after everything that can be checked before a weight is loaded.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be found or read.
+        ComparisonError: its rows would not be comparable.
+        TokenizerError: a tokenizer does not go with its format.
+    """
+    found = [Checkpoint.find(given, args.chat_format, args.image_aspect) for given in args.checkpoints]
+    for checkpoint in found:
+        checkpoint.prompter(checkpoint.processor())
+    checkpoints, settings = (
+        named(found),
+        settings_of(found, limit=args.limit, batch=args.batch, precision=args.precision),
+    )
+    if args.out.exists() and not args.out.is_dir():
+        raise ComparisonError(f"--out: found the file {args.out}, accepted: a folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    harness = Harness(args.out, args.tasks)
+    for task in args.tasks:
+        if not harness.known(task):
+            raise ComparisonError(
+                f"--tasks: found '{task}', accepted: {', '.join(BENCHMARKS)}, or another of lmms-eval's"
+            )
+    check_settings(settings, args.out)
+    return Comparison(checkpoints, args.schedules, args.tasks, settings=settings, out=args.out), harness
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Compares, prints the table, writes everything under --out; returns the exit code."""
+    """Compares, prints the tables, writes everything under --out; returns the exit code."""
     args = arguments(given)
     try:
-        checkpoints = [Checkpoint.find(folder) for folder in args.checkpoints]
-    except CheckpointError as error:
+        comparison, harness = prepare(args)
+    except (CheckpointError, ComparisonError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
-    if args.out.exists() and not args.out.is_dir():
-        print(f"--out: found the file {args.out}, accepted: a folder", file=sys.stderr)
-        return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        rows = compare(checkpoints, args.schedules, args.limit)
-    except (CheckpointError, TokenizerError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    table = markdown(rows)
-    (args.out / "table.md").write_text(table, encoding="utf-8")
-    (args.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    draw_learning_curves(checkpoints, args.out / "learning_curves.png")
-    print(f"\n{table}\nwritten: {args.out}/table.md, table.json, learning_curves.png")
-    return 0
+    logging.disable_progress_bar()  # of loading weights: there is one for all cells
+    comparison.run(harness)
+    text, is_whole = comparison.write()
+    print(f"\n{text}\nwritten: {args.out}/report.html, table.md, table.json, table.csv and plots")
+    return 0 if is_whole else 1
 
 
 if __name__ == "__main__":

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data.chat import TokenizerError
 from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.easy_vqa import batches
 from eval.measure import positive
 from eval.plots import draw_live_tokens
+from eval.prompts import Asked, Prompter
 from models.cost import Cost, live_cost
 from models.decoder import run_decoder
 from models.schedule import Schedule
 from models.schedules import SCHEDULES, published
+
+BATCH = 50
 
 
 def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> Tensor:
@@ -32,15 +36,19 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
 
     Args:
         model: a FusedLlavaForConditionalGeneration.
-        inputs: input_ids (B, S), pixel_values and, where samples are padded, attention_mask.
+        inputs: input_ids (B, S), pixel_values where there are images and attention_mask where samples are padded.
         schedule: as in `model.schedule`.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     ids = inputs["input_ids"]
     visual = ids == model.config.image_token_id
     with torch.inference_mode():
-        images = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         embeds = model.get_input_embeddings()(ids)
+        features = None
+        if "pixel_values" in inputs:
+            pixels = inputs["pixel_values"].to(model.dtype)
+            images = model.model.get_image_features(pixel_values=pixels, return_dict=True)
+            features = torch.cat(list(images.pooler_output)).to(embeds.dtype)
         output = run_decoder(
             model.model.language_model,
             embeds,
@@ -48,7 +56,7 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
             attention_mask=inputs.get("attention_mask"),
             position_ids=torch.arange(ids.shape[1], device=ids.device)[None],  # so `live` counts as `visual` does
             schedule=schedule,
-            visual_embeds=torch.cat(list(images.pooler_output)).to(embeds.dtype),
+            visual_embeds=features,
         )
     live = torch.zeros(len(output.live), *visual.shape, dtype=torch.bool, device=ids.device)
     for layer, samples in zip(live, output.live, strict=True):
@@ -58,15 +66,35 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
 
 
 def run_costs(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> list[Cost]:
-    """Returns the decoder's cost of each sample's prefill under a schedule; arguments as of `live_visual`."""
+    """Returns the decoder's cost of each sample's prefill under a schedule; arguments as of `live_visual`.
+
+    The KV cache is counted in bfloat16.
+    """
+    text = text_tokens(model, inputs)
+    counts = live_visual(model, inputs, schedule).sum(dim=2).T
+    return [
+        costs_of(model, row, text=number, schedule=schedule) for row, number in zip(counts.tolist(), text, strict=True)
+    ]
+
+
+def text_tokens(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
+    """Returns how many text tokens each sample has; inputs as of `live_visual`."""
     ids = inputs["input_ids"]
     is_text = inputs.get("attention_mask", torch.ones_like(ids)).bool() & (ids != model.config.image_token_id)
-    counts = live_visual(model, inputs, schedule).sum(dim=2).T
-    config, kv = model.config.text_config, schedule.update == "kv"
-    return [
-        live_cost(config, row, text=text, kv=kv)
-        for row, text in zip(counts.tolist(), is_text.sum(dim=1).tolist(), strict=True)
-    ]
+    return is_text.sum(dim=1).tolist()
+
+
+def costs_of(model: Any, counts: Sequence[int], *, text: int, schedule: Schedule, value: int = 2) -> Cost:
+    """Returns the decoder's cost of one prefill whose layer l ran on `counts[l]` visual and on `text` text tokens.
+
+    Args:
+        model: a FusedLlavaForConditionalGeneration.
+        counts: live visual tokens of each layer.
+        text: text tokens of the sample.
+        schedule: what the layers ran under.
+        value: bytes of one cached number; 2 for bfloat16.
+    """
+    return live_cost(model.config.text_config, counts, text=text, kv=schedule.update == "kv", value=value)
 
 
 def main() -> int:
@@ -77,15 +105,17 @@ def main() -> int:
     parser.add_argument("--limit", type=positive, default=200, help="test questions (default 200)")
     args = parser.parse_args()
     try:
-        model, processor = Checkpoint.find(args.checkpoint).load()
-    except CheckpointError as error:
+        checkpoint = Checkpoint.find(args.checkpoint)
+        model, processor = checkpoint.load()
+        prompter = checkpoint.prompter(processor)
+    except (CheckpointError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     depth = model.config.text_config.num_hidden_layers
     chosen: dict[str, Schedule | None] = {name: published(name, depth) for name in SCHEDULES}
     if model.config.stages is not None:
         chosen["trained"] = None
-    parts = list(batches(questions("test")[: args.limit], processor, size=50))
+    parts = list(_batches(prompter, args.limit))
     args.out.mkdir(parents=True, exist_ok=True)
     for name, schedule in tqdm(chosen.items(), unit="schedule"):
         model.schedule = schedule  # a pruner on a fused checkpoint prunes within its plan
@@ -93,6 +123,14 @@ def main() -> int:
         draw_live_tokens(name, counts.tolist(), args.out / f"live_{name}.png")
     print(f"written: {args.out}/live_*.png")
     return 0
+
+
+def _batches(prompter: Prompter, limit: int) -> Iterator[dict[str, Tensor]]:
+    """Yields the first `limit` test questions in batches."""
+    asked = questions("test")[:limit]
+    for start in range(0, len(asked), BATCH):
+        part = asked[start : start + BATCH]
+        yield prompter.batch([Asked(question.text, [Image.open(question.image).convert("RGB")]) for question in part])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import platform
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 
 IMAGE_TOKEN, VOCABULARY = 8000, 8192
+_M_MMAP_THRESHOLD = -3  # glibc's mallopt
 WIDE = 1024  # decoders from this width on have heads of 128
 
 
@@ -140,17 +143,48 @@ def added_memory(prepare: Callable[..., Callable[[], object]], *given: object) -
         given: the function's arguments.
     """
     if torch.cuda.is_available():
-        call = prepare(*given)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_added_on_cpu, (prepare, *given))
+        return _added_on_gpu(prepare(*given))
+    return _in_fresh_process(_added_on_cpu, prepare, *given)
+
+
+def added_memory_each(prepare: Callable[..., Mapping[str, Callable[[], object]]], *given: object) -> dict[str, int]:
+    """Returns the bytes that each of several calls adds at its peak; as `added_memory`, all in one process.
+
+    Args:
+        prepare: a module's function that returns the calls by name; what it holds by then does not count.
+        given: the function's arguments.
+    """
+    if torch.cuda.is_available():
+        return {name: _added_on_gpu(call) for name, call in prepare(*given).items()}
+    return _in_fresh_process(_each_on_cpu, prepare, *given)
+
+
+def _in_fresh_process(call: Callable[..., Any], *given: object) -> Any:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *given).result()
+
+
+def _added_on_gpu(call: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _each_on_cpu(prepare: Callable[..., Mapping[str, Callable[[], object]]], *given: object) -> dict[str, int]:
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # so that what one call frees is not the next one's for free
+    added = {}
+    for name, call in prepare(*given).items():
+        call()  # what the first call ever sets up is no part of its peak
+        added[name] = _peak_on_cpu(call)
+    return added
 
 
 def _added_on_cpu(prepare: Callable[..., Callable[[], object]], *given: object) -> int:
-    call = prepare(*given)
+    return _peak_on_cpu(prepare(*given))
+
+
+def _peak_on_cpu(call: Callable[[], object]) -> int:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew from here
     before = _status("VmRSS")
     call()

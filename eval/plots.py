@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -14,24 +16,25 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from eval.checkpoint import Checkpoint
 
+_MARKS = "osD^vPX*"  # one for each run
 SMOOTHING = 0.7  # weight of the running mean in a drawn curve; the raw points stay behind it, pale
 
 
-def draw_learning_curves(checkpoints: Sequence[Checkpoint], file: Path) -> None:
+def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> None:
     """Draws training loss over seconds of training, one curve a run; runs without a log are left out.
 
     Args:
-        checkpoints: the runs.
+        checkpoints: the runs, by name.
         file: PNG to write.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for number, checkpoint in enumerate(checkpoints):
+    for number, (name, checkpoint) in enumerate(checkpoints.items()):
         points = [(line["seconds"], line["loss"]) for line in checkpoint.log if "loss" in line]
         if not points:
             continue
         seconds, losses = zip(*points, strict=True)
         axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
-        axes.plot(seconds, smooth(losses), color=f"C{number}", label=checkpoint.name)
+        axes.plot(seconds, smooth(losses), color=f"C{number}", label=name)
     axes.set(xlabel="seconds of training", ylabel="loss on answer tokens", yscale="log", title="Learning curves")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -62,6 +65,95 @@ def draw_live_tokens(name: str, counts: Sequence[Sequence[int]], file: Path) -> 
     axes.set_ylim(0, max(map(max, counts)) * 1.08 + 1)
     axes.grid(alpha=0.3, axis="y")
     figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row in a plot of score against cost: `error` is the score's standard error, None where there is none."""
+
+    run: str
+    schedule: str
+    cost: float
+    score: float
+    error: float | None
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Returns the points that no other beats in both cost and score, from the cheapest to the dearest."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.score)):
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front
+
+
+def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, floors: Mapping[str, float]) -> None:
+    """Draws score against cost, a mark for each run, a colour for each schedule, with the Pareto front as a line.
+
+    Args:
+        points: the rows.
+        file: PNG to write.
+        cost: what the x axis says.
+        score: what the y axis says.
+        floors: scores of rows that look at no image, drawn across.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    front = pareto_front(points)
+    axes.step(
+        [point.cost for point in front],
+        [point.score for point in front],
+        where="post",
+        color="0.6",
+        linestyle="--",
+        zorder=1,
+        label="Pareto front",
+    )
+    runs = list(dict.fromkeys(point.run for point in points))
+    schedules = list(dict.fromkeys(point.schedule for point in points))
+    for point in points:
+        mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], f"C{schedules.index(point.schedule) % 10}"
+        axes.errorbar(point.cost, point.score, yerr=point.error, fmt=mark, color=colour, markersize=7, capsize=3)
+    for number, run in enumerate(runs):
+        axes.plot([], [], _MARKS[number % len(_MARKS)], color="0.3", label=run)
+    for number, schedule in enumerate(schedules):
+        axes.plot([], [], "_", color=f"C{number % 10}", markersize=12, markeredgewidth=4, label=schedule)
+    for name, value in floors.items():
+        axes.axhline(value, color="0.75", linewidth=1)
+        axes.text(0.995, value, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="0.5")
+    axes.set(xlabel=cost, ylabel=score)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_live_grid(live: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """Draws the live visual tokens of each layer for several rows, one panel each, on the same scale.
+
+    Args:
+        live: for each row's title `mean`, `low` and `high` over prompts, by layer.
+        file: PNG to write.
+    """
+    columns = min(3, len(live))
+    lines = math.ceil(len(live) / columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(3.6 * columns, 2.1 * lines), layout="constrained", sharey=True, squeeze=False
+    )
+    panels = list(grid.flat)
+    for axes, (title, counts) in zip(panels, live.items(), strict=False):
+        means, spread = counts["mean"], range(len(counts["mean"]))
+        below = [mean - low for mean, low in zip(means, counts["low"], strict=True)]
+        above = [high - mean for mean, high in zip(means, counts["high"], strict=True)]
+        axes.bar(spread, means, yerr=[below, above], capsize=2, color="C0", ecolor="0.4", width=0.75)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3, axis="y")
+    for axes in panels[len(live) :]:
+        axes.axis("off")
+    figure.supxlabel("decoder layer", fontsize=9)
+    figure.supylabel("live visual tokens", fontsize=9)
+    figure.savefig(file, dpi=130)
     plt.close(figure)
 
 

@@ -7,13 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from recipes.schema import Recipe
+from data.config import DataConfig
+from recipes.schema import Recipe, RecipeError
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Returns the resolved recipe as YAML; loading it gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=100)
+
+
+def saved_data(saved: Path) -> DataConfig:
+    """Returns the data section of a saved recipe, whatever else it names that is no longer there.
+
+    Raises:
+        RecipeError: the file holds none.
+    """
+    try:
+        return DataConfig.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))["data"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        raise RecipeError(f"{saved}: data: cannot be read, accepted: the recipe.yaml that a run writes") from error
 
 
 def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:

@@ -1,13 +1,18 @@
 """Tiny random models of every supported decoder family; nothing is downloaded."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launch.sh does, before torch is loaded
 
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     MistralConfig,
@@ -18,6 +23,8 @@ from transformers import (
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "recipes/configs/quickstart"
 LAYERS, WIDTH, VOCABULARY, IMAGE, PAD = 6, 32, 60, 50, 59
 VISUAL = 4  # visual tokens of one 8 x 8 image in patches of 4
 
@@ -51,6 +58,28 @@ def merged_inputs(model, batch):
         features = torch.cat(list(model.model.get_image_features(batch["pixel_values"]).pooler_output))
         embeds = embeds.masked_scatter(visual[..., None], features)
     return embeds, visual
+
+
+def write_run(folder, stages):
+    """Writes what a run of the quickstart leaves behind, with random weights; returns its folder."""
+    fields = AutoConfig.from_pretrained(QUICKSTART).to_dict()
+    fields.pop("model_type")
+    torch.manual_seed(0)
+    model = FusedLlavaForConditionalGeneration(FusedLlavaConfig(**fields, stages=stages))
+    model.save_pretrained(folder / "final")
+    AutoProcessor.from_pretrained(QUICKSTART).save_pretrained(folder / "final")
+    for phase in (folder / "align", folder):
+        (phase / "final").mkdir(parents=True, exist_ok=True)
+        (phase / "final/run.json").write_text(json.dumps({"seconds": 12.5, "steps": 15, "samples": 50}))
+        lines = [{"step": step, "seconds": step / 2, "loss": 3 / step} for step in (1, 2, 3)]
+        (phase / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory):
+    """A run folder of the quickstart's shape, image live in layers 2 to 4 of 8; nothing may write to it."""
+    return write_run(tmp_path_factory.mktemp("runs") / "fused", {"enter": 2, "exit": 5})
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -1,114 +1,266 @@
-"""The comparison from checkpoint folders to table and picture; answers are really generated, by a random model."""
+"""The comparison from checkpoint folders to tables and report; answers are really generated, by random models."""
 
+import csv
 import json
-from pathlib import Path
+import shutil
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoProcessor
 
-from data.easy_vqa import questions
+from eval import compare, measure
+from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.compare import cell, main
-from eval.easy_vqa import Answers, accuracy, always_yes, answer, pad_left, words_only
-from eval.plots import smooth
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from eval.compare import main
+from eval.plots import Point, pareto_front, smooth
+from eval.rows import FLOOR, cell_row, score_error, score_table, score_text
+from eval.settings import ComparisonError, named
+from tests.browser import open_page
+from tests.conftest import QUICKSTART, write_run
 
-ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = ROOT / "recipes/configs/quickstart"
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_not_measured():
+    """A fresh process for each checkpoint takes ten seconds; tests/test_eval_speed.py measures once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "added_memory_each", lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20))
+        yield
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "fused"
-    fields = AutoConfig.from_pretrained(QUICKSTART).to_dict()
-    fields.pop("model_type")
-    torch.manual_seed(0)
-    model = FusedLlavaForConditionalGeneration(FusedLlavaConfig(**fields, stages={"enter": 2, "exit": 5}))
-    model.save_pretrained(folder / "final")
-    AutoProcessor.from_pretrained(QUICKSTART).save_pretrained(folder / "final")
-    for phase in (folder / "align", folder):
-        (phase / "final").mkdir(parents=True, exist_ok=True)
-        (phase / "final/run.json").write_text(json.dumps({"seconds": 12.5, "steps": 15, "samples": 50}))
-        lines = [{"step": step, "seconds": step / 2, "loss": 3 / step} for step in (1, 2, 3)]
-        (phase / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+def runs(tmp_path_factory, quickstart_run):
+    dense = write_run(tmp_path_factory.mktemp("runs") / "dense", None)
+    return [str(dense), str(quickstart_run)]
 
 
-def test_compare_writes_table_and_picture(run_folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main([str(run_folder), "--schedules", "trained,dense", "--limit", "24", "--out", str(out)]) == 0
-    rows = json.loads((out / "table.json").read_text())
-    assert [(row["run"], row["schedule"]) for row in rows] == [
-        ("always yes", "-"),
-        ("words only", "-"),
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """A finished comparison's folder."""
+    out = tmp_path_factory.mktemp("compared")
+    assert main([*runs, "--schedules", "trained,dense,fastv,vtw", "--limit", "40", "--out", str(out)]) == 0
+    return out
+
+
+def rows_of(out):
+    return json.loads((out / "table.json").read_text())["rows"]
+
+
+def test_there_is_a_row_for_each_checkpoint_and_schedule(compared):
+    assert [(row["run"], row["schedule"]) for row in rows_of(compared)] == [
+        ("always yes", FLOOR),
+        ("words only", FLOOR),
+        ("dense", "dense"),  # trained is dense there
+        ("dense", "fastv"),
+        ("dense", "vtw"),
         ("fused", "trained"),
         ("fused", "dense"),
+        ("fused", "fastv"),
+        ("fused", "vtw"),
     ]
-    assert rows[2]["steps"] == 30
-    assert rows[2]["visual_token_layers"] == 3 * 64
-    assert rows[3]["visual_token_layers"] == 8 * 64
-    assert rows[2]["decoder_flops"] < rows[3]["decoder_flops"]
-    table = (out / "table.md").read_text()
-    assert "| fused | trained |" in table
-    assert table in capsys.readouterr().out
-    assert (out / "learning_curves.png").stat().st_size > 5000
 
 
-def test_pruners_are_rows_with_the_cost_of_what_they_kept(run_folder, tmp_path):
-    names = "fastv,vtw,random,visipruner"
-    assert main([str(run_folder), "--schedules", names, "--limit", "8", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["schedule"] for row in rows] == ["-", "-", *names.split(",")]
-    layers = {row["schedule"]: row.get("visual_token_layers") for row in rows}
-    assert layers["vtw"] == 2 * 64  # the plan's layers 2 and 3: VTW lets go at 4
-    assert layers["fastv"] == 64 + 2 * 32  # it needs a layer that saw vision before it can choose
-    assert layers["random"] == 3 * 32
+def test_rows_carry_score_error_and_cost(compared):
+    rows = {(row["run"], row["schedule"]): row for row in rows_of(compared)}
+    for row in rows.values():
+        assert row["num_questions"] == 40
+        assert 0 <= row["score"] <= 1
+        assert row["metrics"]["accuracy"] == row["score"]
+    layers = {key: row.get("visual_token_layers") for key, row in rows.items()}
+    assert layers["dense", "dense"] == layers["fused", "dense"] == 8 * 64
+    assert layers["fused", "trained"] == 3 * 64
+    assert layers["dense", "vtw"] == 4 * 64
+    assert layers["fused", "vtw"] == 2 * 64  # the plan's layers 2 and 3: VTW lets go at 4
+    assert layers["fused", "fastv"] == 64 + 2 * 32  # it needs a layer that saw vision before it can choose
+    trained, dense = rows["fused", "trained"], rows["dense", "dense"]
+    assert trained["flops"] < dense["flops"] == trained["dense_flops"]
+    assert trained["cache_bytes"] < dense["cache_bytes"]
+    assert trained["vision_attention"] < dense["vision_attention"]
+    assert rows["fused", "fastv"]["within_plan"]
+    assert not trained["within_plan"]
+    for key in ("prefill_seconds", "decode_tokens_per_second", "peak_bytes"):
+        assert trained[key] > 0
+    assert dense["faster_than_dense"] == 1
 
 
-def test_phases_of_a_run_count_together(run_folder):
-    checkpoint = Checkpoint.find(run_folder)
+def test_differences_are_paired_with_the_dense_checkpoint(compared):
+    record = json.loads((compared / "table.json").read_text())
+    assert record["compared_with"] == {"easy_vqa": "dense dense"}
+    rows = {(row["run"], row["schedule"]): row for row in record["rows"]}
+    assert "difference" not in rows["dense", "dense"]
+    found = rows["fused", "trained"]
+    expected = found["score"] - rows["dense", "dense"]["score"]
+    assert found["difference"]["mean"] == pytest.approx(expected)
+    assert found["difference"]["gained"] - found["difference"]["lost"] == round(40 * expected)
+
+
+def test_tables_say_the_same_in_every_form(compared, capsys):
+    text = (compared / "table.md").read_text()
+    assert "| fused | fastv within the plan |" in text
+    assert "| fused | 25.0 | 30 | 4.0 |" in text
+    with (compared / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for line, row in zip(lines, rows_of(compared), strict=True):
+        assert float(line["score"]) == row["score"]
+        assert line["metrics.yes_no"] == str(row["metrics"]["yes_no"])
+
+
+def test_a_finished_comparison_runs_nothing_again(compared, runs, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run_cell", None)
+    monkeypatch.setattr(Checkpoint, "load", None)
+    before = (compared / "table.md").read_text()
+    assert main([*runs, "--schedules", "trained,dense,fastv,vtw", "--limit", "40", "--out", str(compared)]) == 0
+    assert (compared / "table.md").read_text() == before
+    assert before in capsys.readouterr().out
+
+
+def test_other_settings_in_one_folder_are_refused(compared, runs, capsys):
+    assert main([*runs, "--limit", "41", "--out", str(compared)]) == 2
+    assert "holds cells made with limit 40, found 41" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_failed_cell_is_told_and_run_again(runs, tmp_path, monkeypatch, capsys):
+    given = [runs[1], "--schedules", "trained,vtw", "--limit", "4", "--out", str(tmp_path)]
+    real, ran = compare.run_cell, []
+
+    def failing(loaded, schedule, task, **options):
+        ran.append(schedule)
+        if schedule == "vtw" and len(ran) <= 2:
+            raise RuntimeError("CUDA out of memory")
+        return real(loaded, schedule, task, **options)
+
+    monkeypatch.setattr(compare, "run_cell", failing)
+    assert main(given) == 1
+    text = (tmp_path / "table.md").read_text()
+    assert "| fused | vtw | failed |" in text
+    assert "- fused, vtw, easy_vqa: RuntimeError: CUDA out of memory" in text
+    assert "CUDA out of memory" in (tmp_path / "report.html").read_text()
+    assert main(given) == 0
+    assert ran == ["trained", "vtw", "vtw"]
+    assert "failed" not in (tmp_path / "table.md").read_text()
+
+
+def test_changed_weights_are_evaluated_again(tmp_path):
+    folder = write_run(tmp_path / "run", None)
+    found = Checkpoint.find(folder)
+    store = Store(tmp_path, "run", compare.fingerprint(found))
+    store.write({"status": "done"}, "dense", "easy_vqa")
+    assert store.read("dense", "easy_vqa")["status"] == "done"
+    write_run(folder, {"enter": 1, "exit": 2})
+    assert Store(tmp_path, "run", compare.fingerprint(found)).read("dense", "easy_vqa") is None
+
+
+def test_a_checkpoint_that_does_not_load_fails_its_cells_alone(runs, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(runs[0], broken)
+    (broken / "final/model.safetensors").write_bytes(b"not safetensors")
+    out = tmp_path / "out"
+    assert main([str(broken), runs[1], "--limit", "4", "--out", str(out)]) == 1
+    rows = {row["run"]: row["status"] for row in rows_of(out)}
+    assert (rows["broken"], rows["fused"]) == ("failed", "done")
+
+
+def test_rows_that_are_asked_differently_are_refused(runs, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    data = 'files: ["easy_vqa:short"]\n  format: vicuna_v1\n  image_aspect: processor\n'
+    (other / "final/recipe.yaml").write_text(f"data:\n  {data}")
+    assert Checkpoint.find(other).chat_format == "vicuna_v1"
+    assert main([runs[0], str(other), "--limit", "4", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--chat-format: found chat_template (dense) and vicuna_v1 (other)" in error
+    assert not (tmp_path / "out").exists()
+    given = [runs[0], str(other), "--chat-format", "chat_template", "--limit", "4", "--out", str(tmp_path / "out")]
+    assert main(given) == 0
+
+
+def test_a_standard_task_stands_beside_easy_vqa(runs, tmp_path, monkeypatch):
+    import datasets
+
+    from tests.benchmark_rows import mme, pope
+
+    monkeypatch.setenv("HF_TOKEN", "none")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    runs = [str(path) for path in runs]
+    monkeypatch.chdir(tmp_path)
+    pope(tmp_path)
+    mme(tmp_path)
+    assert main([*runs, "--tasks", "pope,mme", "--schedules", "trained", "--out", str(tmp_path / "out")]) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [(row["run"], row["task"]) for row in rows] == [
+        (run, task) for task in ("pope", "mme") for run in ("dense", "fused")
+    ]
+    assert rows[0]["metric"] == "pope_accuracy"
+    assert "pope_f1_score" in rows[0]["metrics"]
+    assert rows[2]["standard_error"] is None  # MME's score is no mean
+    assert "## mme" in (tmp_path / "out/table.md").read_text()
+
+
+def test_the_report_opens_offline_in_a_browser(compared):
+    with open_page((compared / "report.html").as_uri()) as opened:
+        page = opened.page
+        assert page.title() == "Comparison: easy_vqa"
+        scores = page.locator("table.scores")
+        assert scores.locator("tbody tr").count() == 9
+        assert page.locator("table.published").locator("tbody tr").count() >= 5
+        sizes = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)")
+        assert len(sizes) >= 4 + 6 * 7
+        assert all(width > 0 for width in sizes)
+        sources = page.evaluate("[...document.images].map(image => image.src.slice(0, 5))")
+        assert set(sources) == {"data:"}
+        heading = scores.locator("th", has_text="accuracy")
+        heading.click()
+        column = scores.locator("tbody tr td:nth-child(3)").all_inner_texts()
+        values = [float(text.split()[0]) for text in column]
+        assert values == sorted(values, reverse=True)
+        heading.click()
+        values = [float(text.split()[0]) for text in scores.locator("tbody tr td:nth-child(3)").all_inner_texts()]
+        assert values == sorted(values)
+        assert page.locator("details.sample").count() == 6
+        page.locator("details.sample summary").nth(1).click()
+        assert page.locator("details.sample").nth(1).locator("img").count() == 1 + 7
+        assert opened.errors == []
+        assert {url.split(":")[0] for url in opened.urls} <= {"file", "data"}
+
+
+def test_the_report_escapes_what_a_model_says(compared):
+    html = (compared / "report.html").read_text()
+    assert "<script>" in html
+    assert html.count("<script") == 1
+
+
+def test_phases_of_a_run_count_together(quickstart_run):
+    checkpoint = Checkpoint.find(quickstart_run)
     assert checkpoint.run == {"seconds": 25.0, "steps": 30, "samples": 100, "samples_per_second": 4.0}
     assert [line["seconds"] for line in checkpoint.log] == [0.5, 1.0, 1.5, 13.0, 13.5, 14.0]
-    assert Checkpoint.find(run_folder / "final").run == {}
+    assert Checkpoint.find(quickstart_run / "final").name == "fused"
 
 
-def test_batched_answers_equal_answers_one_by_one(run_folder):
-    model, processor = Checkpoint.find(run_folder).load()
-    together = answer(model, processor, limit=7, title="together", batch=7)
-    alone = answer(model, processor, limit=7, title="alone", batch=1)
-    assert together.said == alone.said
-    assert len(together.said) == 7
+def test_two_runs_of_one_name_are_told_apart(tmp_path, runs):
+    for seed in ("seed0", "seed1"):
+        shutil.copytree(runs[0], tmp_path / seed / "dense")
+    found = [Checkpoint.find(tmp_path / seed / "dense") for seed in ("seed0", "seed1")]
+    assert list(named(found)) == ["seed0_dense", "seed1_dense"]
+    with pytest.raises(ComparisonError, match="found dense twice"):
+        named([found[0], found[0]])
 
 
-def test_accuracy_counts_each_kind():
-    asked = questions("test")
-    truth = [question.answer for question in asked]
-    assert set(accuracy(Answers(asked, truth)).values()) == {1.0}
-    half = [word if question.kind == "shape" else "?" for word, question in zip(truth, asked, strict=True)]
-    shares = accuracy(Answers(asked, half))
-    assert (shares["shape"], shares["colour"], shares["yes/no"]) == (1.0, 0.0, 0.0)
-    assert round(100 * always_yes(None)["all"], 2) == 37.33
-    assert {kind: round(100 * share, 2) for kind, share in words_only(None).items()}["all"] == 67.0
+def test_a_score_that_is_no_mean_has_no_error():
+    samples = [{"value": value, "image": number} for number, value in enumerate([1.0, 0.0, 1.0, 1.0])]
+    assert score_error(0.75, 1.0, samples) == pytest.approx(0.25)
+    assert score_error(75.0, 100.0, samples) == pytest.approx(25.0)
+    assert score_error(0.8, 1.0, samples) is None
+    assert score_error(75.0, None, samples) is None
 
 
-def test_a_folder_without_weights_is_named(tmp_path, capsys):
-    assert main([str(QUICKSTART), "--out", str(tmp_path / "out")]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+def test_a_failed_row_and_a_score_in_points_are_shown():
+    row = cell_row("run", "dense", "mme", {"status": "failed", "error": "x"}, None)
+    assert score_table([row])[1][:3] == ["run", "dense", "failed"]
+    assert score_text({"scale": None}, 1510.72) == "1510.7"
+    assert score_text({"scale": 1.0}, 0.5, 0.0123) == "50.00 ± 1.23 %"
 
 
-@pytest.mark.parametrize("limit", ["0", "-5", "many"])
-def test_a_limit_below_one_leaves_with_2(run_folder, tmp_path, capsys, limit):
-    with pytest.raises(SystemExit) as left:
-        main([str(run_folder), "--limit", limit, "--out", str(tmp_path)])
-    assert left.value.code == 2
-    assert "accepted: a whole number above 0" in capsys.readouterr().err
-
-
-def test_padding_is_on_the_left():
-    batch = pad_left([[5], [6, 7]], pad=0)
-    assert batch["input_ids"].tolist() == [[0, 5], [6, 7]]
-    assert batch["attention_mask"].tolist() == [[0, 1], [1, 1]]
+def test_the_front_is_what_nothing_beats():
+    points = [Point("r", name, cost, score, None) for name, cost, score in
+              [("a", 1, 50), ("b", 2, 40), ("c", 2, 60), ("d", 3, 60), ("e", 4, 61)]]  # fmt: skip
+    assert [point.schedule for point in pareto_front(points)] == ["a", "c", "e"]
 
 
 def test_smoothing_starts_at_the_first_value():
@@ -116,22 +268,42 @@ def test_smoothing_starts_at_the_first_value():
     assert smooth([4.0, 0.0])[0] == 4.0
 
 
-def test_cells():
-    assert cell("all", 0.5) == "50.00 %"
-    assert cell("steps", None) == "-"
-    assert cell("decoder_flops", 2_500_000) == "2.5"
-
-
-def test_a_folder_without_checkpoint_is_named(tmp_path, capsys):
+def test_what_cannot_be_compared_is_named(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="no checkpoint found"):
         Checkpoint.find(tmp_path)
-    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "accepted: a run folder with final/" in capsys.readouterr().err
+    for folder in (tmp_path, QUICKSTART):  # nothing there; a config without weights
+        assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
+        assert "accepted: a run folder with final/" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("flag", "known"), [("--schedules", "trained, dense, visipruner"), ("--tasks", "easy_vqa")])
-def test_unknown_names_leave_with_2(run_folder, tmp_path, capsys, flag, known):
-    with pytest.raises(SystemExit) as left:
-        main([str(run_folder), flag, "gqq", "--out", str(tmp_path)])
-    assert left.value.code == 2
-    assert f"{flag}: found 'gqq', accepted: {known}" in capsys.readouterr().err
+def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, capsys):
+    assert main(["nobody/nothing", "--out", str(tmp_path / "out")]) == 2
+    assert "nobody/nothing: no such folder, nor on the hub" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "aligned")
+    (tmp_path / "aligned/final/recipe.yaml").write_text("data: {files: [a.json], format: plain}\n")
+    with pytest.raises(CheckpointError, match=r"data\.format plain, which asks no questions"):
+        Checkpoint.find(tmp_path / "aligned")
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "said"),
+    [
+        ("--schedules", "gqq", "--schedules: found 'gqq', accepted: trained, dense, visipruner"),
+        ("--tasks", "gqq", "--tasks: found 'gqq', accepted: easy_vqa, "),
+        ("--tasks", "mmvet", "--tasks: found mmvet, which a judge model scores, without OPENAI_API_KEY"),
+        ("--limit", "0", "accepted: a whole number above 0"),
+        ("--limit", "many", "accepted: a whole number above 0"),
+        ("--batch", "-1", "accepted: a whole number above 0"),
+    ],
+)
+def test_wrong_input_leaves_with_2_and_one_line(runs, tmp_path, capsys, monkeypatch, flag, given, said):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    try:
+        code = main([runs[0], flag, given, "--out", str(tmp_path)])
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]

@@ -17,7 +17,14 @@ MAY_IMPORT = {
     "train": {"models", "data", "recipes"},
     "eval": {"models", "data", "recipes"},
 }
-FENCED = {"deepspeed": {"train"}, "wandb": {"train"}, "yaml": {"recipes", "data"}, "easy_vqa": {"data"}}
+FENCED = {
+    "deepspeed": {"train"},
+    "wandb": {"train"},
+    "yaml": {"recipes", "data"},
+    "easy_vqa": {"data"},
+    "lmms_eval": {"eval"},
+    "gradio": {"eval"},
+}
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -1,0 +1,208 @@
+"""One cell of a comparison: a checkpoint under a schedule on a task, worked out once and kept as a file.
+
+A comparison's folder holds `cells/CHECKPOINT/SCHEDULE/TASK.json` and `cells/CHECKPOINT/speed.json`. A cell whose file
+says `done`, for the same weights, is not run again; all of a folder's cells have the same settings.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks import BENCHMARKS, Benchmark, value_of
+from eval.checkpoint import Checkpoint, set_schedule
+from eval.live import costs_of, live_visual, text_tokens
+from eval.lmms import FusedLlava, Harness, Outcome
+from eval.overlay import live_runs
+from eval.prompts import Asked, Prompter
+from eval.speed import speeds
+from models.cost import Cost
+from models.schedule import Dense, Schedule
+
+COSTED = 100  # questions over which the cost of a schedule is averaged, because a pruner's depends on the question
+SHOWN = 6  # questions on the report's sample pages
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory.
+
+    Attributes:
+        checkpoint: where it comes from.
+        model: on its device, ready for inference.
+        prompter: asks it.
+        batch: questions of one forward pass.
+    """
+
+    checkpoint: Checkpoint
+    model: Any
+    prompter: Prompter
+    batch: int
+
+    def schedule(self, name: str) -> Schedule:
+        """Returns the schedule that a name means on this checkpoint."""
+        set_schedule(self.model, name)
+        schedule = self.model.schedule
+        self.model.schedule = None
+        return schedule
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of one comparison.
+
+    Attributes:
+        folder: of the comparison.
+        name: of the checkpoint in it.
+        weights: what says that the weights are still the same.
+    """
+
+    folder: Path
+    name: str
+    weights: str
+
+    def read(self, *parts: str) -> Record | None:
+        """Returns the record of a cell (schedule, task) or of `speed`; None: there is none for these weights."""
+        file = self._file(*parts)
+        if not file.is_file():
+            return None
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record if record["weights"] == self.weights else None
+
+    def write(self, record: Record, *parts: str) -> None:
+        """Keeps a record; a reader never sees half of one."""
+        file = self._file(*parts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({**record, "weights": self.weights}), encoding="utf-8")
+        partial.rename(file)
+
+    def _file(self, *parts: str) -> Path:
+        return self.folder.joinpath("cells", self.name, *parts).with_suffix(".json")
+
+
+def run_cell(
+    loaded: Loaded, schedule: str, task: str, *, harness: Harness, limit: int | None, pictures: Path
+) -> Record:
+    """Returns a cell's record: what lmms-eval says, each question's value, costs, and live tokens to be drawn.
+
+    Args:
+        loaded: the checkpoint.
+        schedule: its name.
+        task: lmms-eval's name.
+        harness: lmms-eval.
+        limit: only the task's first so many questions; None is all.
+        pictures: folder for the images of the sample pages.
+    """
+    set_schedule(loaded.model, schedule)
+    outcome = harness.run(FusedLlava(loaded.model, loaded.prompter, loaded.batch), task, limit)
+    loaded.model.schedule = None
+    chosen = loaded.schedule(schedule)
+    benchmark = benchmark_of(task, outcome)
+    return {
+        "status": "done",
+        "stages": loaded.checkpoint.stages,
+        "training": loaded.checkpoint.run,
+        "benchmark": asdict(benchmark),
+        "prompt": {
+            key: outcome.prompt.get(key) for key in ("generation_kwargs", "lmms_eval_specific_kwargs", "metadata")
+        },
+        "metrics": outcome.metrics,
+        "samples": [_sample(sample, benchmark) for sample in outcome.samples],
+        "costs": prompt_costs(loaded, chosen, list(harness.questions(task, limit, COSTED).values())),
+        "shown": shown(loaded, chosen, harness.questions(task, limit, SHOWN), pictures),
+    }
+
+
+def benchmark_of(task: str, outcome: Outcome) -> Benchmark:
+    """Returns how a task is read: as known, or by the first metric that it reports, taken as a mean."""
+    if task in BENCHMARKS:
+        return BENCHMARKS[task]
+    metric, score = next(iter(outcome.metrics.items()))
+    return Benchmark(task, metric, scale=1.0 if score <= 1 else 100.0)
+
+
+def _sample(sample: Mapping[str, Any], benchmark: Benchmark) -> Record:
+    doc, number = sample["doc"], sample["doc_id"]
+    image = number if benchmark.image is None else doc.get(benchmark.image, number)
+    return {
+        "id": number,
+        "image": image,
+        "answer": str(sample["filtered_resps"][0]),
+        "target": sample["target"] if isinstance(sample["target"], str) else json.dumps(sample["target"], default=str),
+        "value": value_of(sample, benchmark.metric),
+    }
+
+
+def prompt_costs(loaded: Loaded, schedule: Schedule, asked: Sequence[Asked]) -> Record:
+    """Returns the means over prompts of what the cost model says, beside the dense cost of the same prompts."""
+    counts, text, visual = [], [], []
+    for start in range(0, len(asked), loaded.batch):
+        inputs = loaded.prompter.batch(asked[start : start + loaded.batch])
+        counts += live_visual(loaded.model, inputs, schedule).sum(dim=2).T.tolist()
+        text += text_tokens(loaded.model, inputs)
+        visual += (inputs["input_ids"] == loaded.model.config.image_token_id).sum(dim=1).tolist()
+    size, depth = loaded.model.dtype.itemsize, loaded.model.config.text_config.num_hidden_layers
+    costs = [
+        costs_of(loaded.model, layers, text=words, schedule=schedule, value=size)
+        for layers, words in zip(counts, text, strict=True)
+    ]
+    dense = [
+        costs_of(loaded.model, [number] * depth, text=words, schedule=Dense(), value=size)
+        for number, words in zip(visual, text, strict=True)
+    ]
+    layers = list(zip(*counts, strict=True))
+    return {
+        "prompts": len(costs),
+        **_means(costs),
+        "dense": _means(dense),
+        "live": {
+            "mean": [statistics.fmean(layer) for layer in layers],
+            "low": [min(layer) for layer in layers],
+            "high": [max(layer) for layer in layers],
+        },
+    }
+
+
+def _means(costs: Sequence[Cost]) -> dict[str, float]:
+    names = ("visual_token_layers", "token_layers", "flops", "vision_attention", "cache_bytes")
+    return {name: statistics.fmean(getattr(cost, name) for cost in costs) for name in names}
+
+
+def shown(loaded: Loaded, schedule: Schedule, asked: Mapping[int, Asked], pictures: Path) -> list[Record]:
+    """Returns the live tokens of each question's first image, and keeps that image as the model saw it."""
+    records = []
+    pictures.mkdir(parents=True, exist_ok=True)
+    for number, question in asked.items():
+        inputs = loaded.prompter.batch([question])
+        record = {"id": number, "question": question.text, "picture": None, "grid": loaded.prompter.grid, "runs": []}
+        if question.images:
+            file = pictures / f"{number}.png"
+            loaded.prompter.picture(inputs["pixel_values"][0]).save(file)
+            live = live_visual(loaded.model, inputs, schedule)[:, 0]
+            patches = loaded.prompter.patches(live, inputs["input_ids"][0])
+            record["picture"] = file.name
+            record["runs"] = [
+                {"first": first, "last": last, "tokens": tokens.nonzero()[:, 0].tolist()}
+                for first, last, tokens in live_runs(patches)
+            ]
+        records.append(record)
+    return records
+
+
+def run_speed(loaded: Loaded, schedules: Sequence[str], asked: Sequence[Asked]) -> Record:
+    """Returns what prefill and decoding take under each schedule, side by side on one batch of prompts.
+
+    `dense` is always among them: the others' times are told as a ratio to it.
+    """
+    inputs = {name: tensor.to(loaded.model.device) for name, tensor in loaded.prompter.batch(asked).items()}
+    chosen = {name: loaded.schedule(name) for name in dict.fromkeys(("dense", *schedules))}
+    measured = speeds(loaded.model, loaded.checkpoint.weights, inputs, chosen)
+    for figures in measured.values():
+        figures["faster_than_dense"] = measured["dense"]["prefill_seconds"] / figures["prefill_seconds"]
+    return {"status": "done", "prompts": len(asked), "by_schedule": measured}

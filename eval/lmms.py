@@ -1,0 +1,286 @@
+"""lmms-eval, the harness of the field, over our checkpoints and any Hugging Face LLaVA, under any schedule.
+
+`python -m eval.lmms --model fused_llava --model_args pretrained=DIR,schedule=visipruner --tasks pope` is lmms-eval's
+own command line with our model and our tasks known to it, and with an exit code other than 0 where it fails.
+`eval.compare` uses the same classes from Python. This is the only file that imports lmms_eval.
+
+lmms-eval is installed without its dependencies (launch.sh): the torchvision that they bring is a CUDA build, beside
+which transformers cannot be imported on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval import evaluator
+from lmms_eval import models as harness_models
+from lmms_eval import tasks as harness_tasks
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.tasks import TaskManager, get_task_dict
+from loguru import logger
+from PIL import Image
+from tqdm import tqdm
+
+from data.chat import TokenizerError
+from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointError, set_schedule
+from eval.prompts import Asked, Prompter
+from models.schedules import SCHEDULES
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+HARNESS_FOLDERS = {  # where lmms-eval defines what is usually asked for; "" for our own
+    **dict.fromkeys(("easy_vqa", "easy_vqa_phrase", "textvqa_val_ocr"), ""),
+    "gqa": "gqa",
+    "textvqa_val": "textvqa",
+    "pope": "pope",
+    "mme": "mme",
+    "mmbench_en_dev_static": "mmbench",
+    "scienceqa_img": "scienceqa",
+    "vqav2_val": "vqav2",
+    "seedbench": "seedbench",
+    "vizwiz_vqa_val": "vizwiz_vqa",
+    "mmvet": "mmvet",
+}
+MODEL_NAME = "fused_llava"
+HARNESS = f"lmms-eval {version('lmms-eval')}"
+NEW_TOKENS = 128  # of a task that sets none (textvqa, vizwiz, seedbench); LLaVA-1.5's scripts say 128 for them too
+_GENERATE = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")  # what generate() is given
+_NOT_OURS = {"until", "image_aspect_ratio"}  # images are seen as the checkpoint was trained to see them
+_ANSWER_END = "\n\n"  # lmms-eval's end of an answer where a task names none
+
+
+class FusedLlava(lmms):
+    """A loaded checkpoint as lmms-eval sees a model: greedy or sampled answers to requests, in batches.
+
+    Args:
+        model: a FusedLlavaForConditionalGeneration; its schedule decides the way through the decoder.
+        prompter: asks it as it was trained to be asked.
+        batch: requests of one generate() call, at least 1.
+    """
+
+    is_simple = True
+
+    def __init__(self, model: Any, prompter: Prompter, batch: int = 1) -> None:
+        super().__init__()
+        self._held = (model, prompter)  # in a tuple: the harness deletes every module attribute after a task
+        self._screen = sys.stderr  # as it is now: `Harness` sends the harness's own output elsewhere
+        self.batch_size = batch
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> FusedLlava:
+        """Returns the model of lmms-eval's `--model_args`.
+
+        Accepted are `pretrained` (needed), `schedule`, `chat_format` and `image_aspect`; the batch comes from
+        `--batch_size`. Under `accelerate launch` every process takes its own GPU.
+
+        Raises:
+            CheckpointError: an argument is wrong, or the checkpoint cannot be loaded.
+        """
+        given = dict(part.partition("=")[::2] for part in arg_string.split(",") if part)
+        known = ("pretrained", "schedule", "chat_format", "image_aspect")
+        for name in given:
+            if name not in known:
+                raise CheckpointError(f"--model_args: found '{name}', accepted: {', '.join(known)}")
+        if "pretrained" not in given:
+            raise CheckpointError("--model_args: found no pretrained, accepted: pretrained=FOLDER or a hub name")
+        schedule = _choice(given, "schedule", (TRAINED, *SCHEDULES)) or TRAINED
+        checkpoint = Checkpoint.find(
+            given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
+        )
+        model, processor = checkpoint.load()
+        if torch.cuda.is_available():
+            model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+        set_schedule(model, schedule)
+        return cls(model, checkpoint.prompter(processor), int((additional_config or {}).get("batch_size") or 1))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the harness puts its own tensors there."""
+        return self._held[0].device
+
+    def clean(self) -> None:
+        """Keeps the model: the harness would delete it after each task, and one model answers many."""
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Returns the answers, in the order of the requests."""
+        settings = [generation_settings(request.args[1]) for request in requests]
+        answers: list[str] = []
+        with tqdm(total=len(requests), unit="question", leave=False, file=self._screen, disable=self.rank > 0) as bar:
+            for _, members in groupby(range(len(requests)), key=lambda number: settings[number]):
+                numbers = list(members)
+                for start in range(0, len(numbers), self.batch_size):
+                    part = numbers[start : start + self.batch_size]
+                    answers += self.answer([self._asked(requests[number].args) for number in part], *settings[part[0]])
+                    bar.update(len(part))
+        return answers
+
+    def answer(self, asked: Sequence[Asked], settings: tuple[tuple[str, Any], ...], ends: Sequence[str]) -> list[str]:
+        """Returns the answers to one batch, each cut at the first of `ends`."""
+        model, prompter = self._held
+        inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked).items()}
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, **dict(settings))
+        texts = prompter.decode(tokens[:, inputs["input_ids"].shape[1] :])
+        return [cut(text, ends) for text in texts]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refuses: no task of LLaVA-1.5's set asks for it."""
+        raise NotImplementedError("fused_llava answers generate_until tasks; found a loglikelihood task")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuses: no task of LLaVA-1.5's set asks for it."""
+        raise NotImplementedError("fused_llava answers generate_until tasks; found a multi-round task")
+
+    def _asked(self, args: tuple[Any, ...]) -> Asked:
+        text, _, doc_to_visual, doc_id, task, split = args
+        return Asked(text, _images(doc_to_visual(self.task_dict[task][split][doc_id]), task))
+
+
+def generation_settings(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
+    """Returns what generate() is given for a task's generation_kwargs, and what ends an answer; both hashable.
+
+    Raises:
+        ValueError: a setting that is not known here.
+    """
+    for name in given:
+        if name not in _GENERATE and name not in _NOT_OURS:
+            raise ValueError(f"generation_kwargs: found {name!r}, accepted: {', '.join((*_GENERATE, *_NOT_OURS))}")
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    settings.update({name: given[name] for name in _GENERATE if given.get(name) is not None})
+    if not settings["do_sample"]:  # greedy: what shapes a distribution is not used, and transformers warns of it
+        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p")}
+    until = given.get("until", _ANSWER_END)
+    return tuple(sorted(settings.items())), (until,) if isinstance(until, str) else tuple(until)
+
+
+def cut(text: str, ends: Sequence[str]) -> str:
+    """Returns the text up to the first of `ends`, without white space around it."""
+    for end in ends:
+        text = text.partition(end)[0] if end else text
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What lmms-eval says of one model on one task.
+
+    Attributes:
+        metrics: the task's metrics by name.
+        samples: lmms-eval's record of each question: doc_id, doc, target, filtered_resps, and its metrics.
+        prompt: the task's definition, as lmms-eval prints it: prompt, generation settings, dataset, version.
+    """
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    prompt: dict[str, Any]
+
+
+class Harness:
+    """lmms-eval's tasks, each loaded once.
+
+    Args:
+        folder: where the submission files of some tasks go, and harness.log, what lmms-eval and its tasks print.
+        tasks: names that will be asked for.
+    """
+
+    def __init__(self, folder: Path, tasks: Iterable[str]) -> None:
+        self._folder = folder
+        self._tasks: dict[str, Any] = {}
+        logger.remove()
+        logger.add(folder / "harness.log", level="INFO")
+        wanted = {HARNESS_FOLDERS.get(task) for task in tasks}
+        every = None in wanted  # reading its 2,000 definitions takes 10 seconds
+        theirs = Path(harness_tasks.__file__).parent
+        folders = [] if every else [str(theirs / name) for name in wanted if name]
+        self._manager = TaskManager("ERROR", include_path=[str(TASKS_FOLDER), *folders], include_defaults=every)
+
+    def known(self, name: str) -> bool:
+        """Returns whether lmms-eval has a task of that name, or we have; a group of tasks is none."""
+        return name in self._manager.all_tasks and name not in (*self._manager.all_groups, *self._manager.all_tags)
+
+    def run(self, model: FusedLlava, name: str, limit: int | None) -> Outcome:
+        """Returns what the model's answers to a task's first `limit` questions (None: all) are worth."""
+        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            result = evaluator.simple_evaluate(
+                model=model,
+                tasks=[self._task(name)],
+                task_manager=self._manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity="ERROR",
+                process_docs_parallel=1,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                cli_args=argparse.Namespace(output_path=str(self._folder), process_with_media=True),
+            )
+        metrics = {
+            key.removesuffix(",none"): float(value)
+            for key, value in result["results"][name].items()
+            if key.endswith(",none") and "_stderr" not in key and isinstance(value, int | float)
+        }
+        return Outcome(metrics, result["samples"][name], result["configs"][name])
+
+    def questions(self, name: str, limit: int | None, count: int) -> dict[int, Asked]:
+        """Returns up to `count` of a task's first `limit` questions (None: all), evenly spaced, by their number."""
+        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            task = self._task(name)
+            docs = task.eval_docs
+            size = min(len(docs), limit or len(docs))
+            numbers = sorted({place * size // count for place in range(count)})
+            return {
+                number: Asked(task.doc_to_text(docs[number]), _images(task.doc_to_visual(docs[number]), name))
+                for number in numbers
+            }
+
+    def _task(self, name: str) -> Any:
+        if name not in self._tasks:
+            self._tasks[name] = get_task_dict([name], self._manager, "simple")[name]
+        return self._tasks[name]
+
+
+def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:
+    for visual in visuals or []:
+        if not isinstance(visual, Image.Image):
+            raise TypeError(f"{task}: found a {type(visual).__name__} to look at, accepted: images")
+    return [visual.convert("RGB") for visual in visuals or []]
+
+
+def _choice(given: Mapping[str, str], name: str, known: Sequence[str]) -> str | None:
+    value = given.get(name)
+    if value is not None and value not in known:
+        raise CheckpointError(f"--model_args: {name}: found '{value}', accepted: {', '.join(known)}")
+    return value
+
+
+def main() -> int:
+    """Runs lmms-eval's command line with our model and tasks; returns the exit code."""
+    manifest = ModelManifest(model_id=MODEL_NAME, simple_class_path="eval.lmms.FusedLlava")
+    harness_models.MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+    if "--include_path" not in sys.argv:
+        sys.argv += ["--include_path", str(TASKS_FOLDER)]
+    if "--verbosity" not in sys.argv:
+        sys.argv += ["--verbosity", "DEBUG"]  # with any other it swallows errors and leaves with 0
+    from lmms_eval.__main__ import cli_evaluate  # configures logging when imported
+
+    try:
+        cli_evaluate()
+    except (CheckpointError, TokenizerError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

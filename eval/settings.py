@@ -1,0 +1,106 @@
+"""What the rows of a comparison have in common; rows that differ in more than checkpoint and schedule are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+
+from eval.checkpoint import Checkpoint
+from eval.lmms import HARNESS
+
+PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FILE: Final = "settings.json"
+
+
+class ComparisonError(ValueError):
+    """Rows that would not be comparable, or a folder that cannot take them; the text says what differs."""
+
+
+def settings_of(
+    checkpoints: Sequence[Checkpoint], *, limit: int | None, batch: int | None, precision: str | None
+) -> dict[str, Any]:
+    """Returns what all rows have in common.
+
+    Args:
+        checkpoints: of the rows.
+        limit: only the first so many questions of a task; None is all.
+        batch: questions of one forward pass; None is 16 on a GPU and 256 on a CPU.
+        precision: of the weights; None is bf16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        ComparisonError: two checkpoints are asked, or shown images, in different ways.
+    """
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        for flag, attribute in (("--chat-format", "chat_format"), ("--image-aspect", "aspect")):
+            ours, theirs = getattr(first, attribute), getattr(other, attribute)
+            if ours != theirs:
+                raise ComparisonError(
+                    f"{flag}: found {ours} ({first.name}) and {theirs} ({other.name}), accepted: rows that differ in "
+                    f"checkpoint and schedule alone; {flag} {ours} would ask both so"
+                )
+    gpu = torch.cuda.is_available()
+    return {
+        "harness": HARNESS,
+        "limit": limit,
+        "batch": batch or (16 if gpu else 256),
+        "precision": precision or ("bf16" if gpu else "fp32"),
+        "chat_format": first.chat_format,
+        "image_aspect": first.aspect,
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def check_settings(settings: dict[str, Any], out: Path) -> None:
+    """Refuses a folder whose cells were made with other settings; notes those of a new one.
+
+    Raises:
+        ComparisonError: naming the first that differs.
+    """
+    file = out / FILE
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for key in sorted(before.keys() | settings.keys()):
+            if before.get(key) != settings.get(key):
+                raise ComparisonError(
+                    f"--out: {out} holds cells made with {key} {before.get(key)}, found {settings.get(key)}, "
+                    "accepted: the same, or another folder"
+                )
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def named(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
+    """Returns the checkpoints by names that differ: the folder's, with as many parents as that takes.
+
+    Raises:
+        ComparisonError: one is given twice.
+    """
+    paths = [found.weights.resolve() for found in checkpoints]
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise ComparisonError(f"CHECKPOINT: found {checkpoints[number].name} twice, accepted: each once")
+    names = [found.name for found in checkpoints]
+    folders = [path.parent if path.name == "final" else path for path in paths]
+    for depth in range(2, max(len(folder.parts) for folder in folders) + 1):
+        if len(set(names)) == len(names):
+            break
+        twice = {name for name in names if names.count(name) > 1}
+        names = [
+            "_".join(folder.parts[-depth:]) if name in twice else name
+            for name, folder in zip(names, folders, strict=True)
+        ]
+    return {name.replace("/", "_"): found for name, found in zip(names, checkpoints, strict=True)}
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Returns what changes when a checkpoint's files do: where they are, how long, how old."""
+    files = sorted(file for file in checkpoint.weights.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
+    parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return "; ".join([str(checkpoint.weights.resolve()), *parts])

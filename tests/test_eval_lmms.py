@@ -1,0 +1,188 @@
+"""The lmms-eval adapter and our tasks under the real lmms-eval; the standard tasks on a few made-up rows, offline."""
+
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from eval.benchmarks import BENCHMARKS, missing_judge, value_of
+from eval.checkpoint import Checkpoint, CheckpointError, set_schedule
+from eval.lmms import FusedLlava, Harness, cut, generation_settings
+from eval.prompts import Asked
+from models.schedules import VTW
+from tests.benchmark_rows import ROWS
+from tests.conftest import ROOT
+
+
+class Same(FusedLlava):
+    """Says the same to everything, and notes what it was asked."""
+
+    def __init__(self, model, prompter, word):
+        super().__init__(model, prompter, batch=3)
+        self.word, self.seen = word, []
+
+    def answer(self, asked, settings, ends):
+        self.seen += [(question, dict(settings), ends) for question in asked]
+        return [self.word] * len(asked)
+
+
+@pytest.fixture(scope="module")
+def loaded(quickstart_run):
+    checkpoint = Checkpoint.find(quickstart_run)
+    model, processor = checkpoint.load()
+    return model, checkpoint.prompter(processor)
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Works in an empty folder, from which the benchmarks' rows are read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "none")  # most tasks ask for the one of whoever is logged in
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    return Harness(tmp_path_factory.mktemp("harness"), BENCHMARKS)
+
+
+@pytest.mark.parametrize("task", sorted(ROWS))
+def test_the_standard_tasks_run_unchanged_on_local_rows(task, offline, harness, loaded):
+    write, word, ending = ROWS[task]
+    write(offline)
+    model = Same(*loaded, word)
+    outcome = harness.run(model, task, None)
+    benchmark = BENCHMARKS[task]
+    values = [value_of(sample, benchmark.metric) for sample in outcome.samples]
+    assert len(outcome.samples) == 4
+    assert set(values) == ({0.0, 1.0} if task in ("pope", "mme") else {1.0})
+    score = outcome.metrics[benchmark.metric]
+    assert score == (50.0 if task == "mme" else benchmark.scale * sum(values) / 4)
+    question, settings, ends = model.seen[0]
+    assert question.text.endswith(ending)
+    assert [image.size for image in question.images] == [(40, 48)]
+    assert settings["do_sample"] is False
+    assert settings["max_new_tokens"] == {"pope": 128, "mmbench_en_dev_static": 1024}.get(
+        task, 128 if ends == ("ASSISTANT:",) else 16
+    )
+    if benchmark.image:
+        assert benchmark.image in outcome.samples[0]["doc"]
+    asked = harness.questions(task, None, 2)
+    assert list(asked) == [0, 2]
+    assert asked[0].text == question.text
+    assert not (offline / "submissions").exists()
+
+
+def test_a_judged_task_wants_its_judge(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("API_TYPE", raising=False)
+    assert "OPENAI_API_KEY" in missing_judge("mmvet")
+    assert missing_judge("gqa") is None
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert missing_judge("mmvet") is None
+
+
+def test_another_task_of_lmms_evals_is_found(tmp_path):
+    harness = Harness(tmp_path, ["mmstar"])
+    assert harness.known("mmstar")
+    assert harness.known("easy_vqa")
+    assert not harness.known("mmstarr")
+    assert not harness.known("pope_full")  # a group of tasks
+
+
+def test_easy_vqa_asks_every_question_alone(harness, loaded):
+    model = Same(*loaded, "Yes.")
+    outcome = harness.run(model, "easy_vqa", None)
+    assert len(outcome.samples) == len(model.seen) == 9673
+    assert round(100 * outcome.metrics["accuracy"], 2) == 37.33
+    assert round(100 * outcome.metrics["yes_no"], 2) == 50.60
+    assert outcome.metrics["shape"] == outcome.metrics["colour"] == 0.0
+    harness.run(phrase := Same(*loaded, "yes"), "easy_vqa_phrase", 1)
+    assert phrase.seen[0][0].text == model.seen[0][0].text + "\nAnswer the question using a single word or phrase."
+
+
+def test_answers_do_not_depend_on_the_batch(harness, loaded):
+    said = []
+    for batch in (1, 5):
+        outcome = harness.run(FusedLlava(*loaded, batch), "easy_vqa", 12)
+        said.append([sample["filtered_resps"][0] for sample in outcome.samples])
+    assert said[0] == said[1]
+    assert len(set(said[0])) > 1
+
+
+def test_the_model_answers_again_after_a_task(harness, loaded):
+    model = FusedLlava(*loaded, 4)
+    first, second = (harness.run(model, "easy_vqa", 4).samples[0]["filtered_resps"] for _ in range(2))
+    assert first == second
+
+
+def test_an_evaluation_leaves_the_random_state_alone(harness, loaded):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    harness.run(Same(*loaded, "no"), "easy_vqa", 2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_questions_with_several_images_and_with_none(loaded):
+    _, prompter = loaded
+    red = Image.new("RGB", (64, 64), "red")
+    inputs = prompter.batch([Asked("what is it?", [red, red]), Asked("a <image> here?")])
+    image = prompter.tokenizer.convert_tokens_to_ids("<image>")
+    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompter.visual_tokens, 0]
+    assert len(inputs["pixel_values"]) == 2
+    assert "pixel_values" not in prompter.batch([Asked("what is it?")])
+
+
+def test_an_answer_ends_where_the_task_says():
+    assert cut("red\n\nblue", ("\n\n",)) == "red"
+    assert cut(" red ASSISTANT: blue", ("ASSISTANT:", "r")) == ""
+    assert cut("red", ("",)) == "red"
+
+
+def test_generation_settings_are_what_generate_takes():
+    settings, ends = generation_settings({"until": ["A", "B"], "temperature": 0, "do_sample": False, "num_beams": 1})
+    assert dict(settings) == {"do_sample": False, "max_new_tokens": 128, "num_beams": 1}
+    assert ends == ("A", "B")
+    assert dict(generation_settings({"do_sample": True, "temperature": 0.2})[0])["temperature"] == 0.2
+    with pytest.raises(ValueError, match="found 'max_tokens', accepted: max_new_tokens"):
+        generation_settings({"max_tokens": 3})
+
+
+def test_model_args_name_checkpoint_and_schedule(quickstart_run):
+    made = FusedLlava.create_from_arg_string(f"pretrained={quickstart_run},schedule=vtw", {"batch_size": 8})
+    assert made.batch_size == 8
+    assert made._held[0].schedule.pruner == VTW(layer=4)  # 16 of 32 layers, scaled to 8; inside the plan
+    for wrong in (
+        "schedule=vtw",
+        f"pretrained={quickstart_run},schedul=vtw",
+        f"pretrained={quickstart_run},schedule=x",
+    ):
+        with pytest.raises(CheckpointError, match=r"--model_args: .*found .*accepted: "):
+            FusedLlava.create_from_arg_string(wrong)
+
+
+def test_trained_is_the_plan_and_a_name_is_that_schedule(loaded):
+    model, _ = loaded
+    set_schedule(model, "trained")
+    assert type(model.schedule).__name__ == "Fused"
+    set_schedule(model, "dense")
+    assert type(model.schedule).__name__ == "Dense"
+    set_schedule(model, "trained")
+
+
+def test_lmms_evals_command_line_knows_model_and_tasks(quickstart_run, tmp_path):
+    command = [sys.executable, "-m", "eval.lmms", "--model", "fused_llava", "--batch_size", "2", "--limit", "4"]
+    args = f"pretrained={quickstart_run},schedule=fastv"
+    good = [*command, "--model_args", args, "--tasks", "easy_vqa", "--output_path", str(tmp_path)]
+    ended = subprocess.run(good, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert list(tmp_path.rglob("*results.json"))
+    bad = [*command, "--model_args", f"{args}x", "--tasks", "easy_vqa"]
+    ended = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "--model_args: schedule: found 'fastvx'" in ended.stderr.splitlines()[-1]

@@ -1,0 +1,60 @@
+"""Errors and paired differences, against closed forms and made-up data whose truth is known."""
+
+import random
+import statistics
+
+import pytest
+
+from eval.paired import RESAMPLES, difference, standard_error
+
+
+def test_the_error_of_independent_values_is_the_textbooks():
+    values = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    expected = statistics.stdev(values) / len(values) ** 0.5
+    assert standard_error(values, range(7)) == pytest.approx(expected)
+
+
+def test_questions_about_one_image_count_as_one():
+    once = [1.0, 0.0, 1.0, 1.0, 0.0]
+    five_times = [value for value in once for _ in range(5)]
+    images = [number // 5 for number in range(25)]
+    assert standard_error(five_times, images) == pytest.approx(standard_error(once, range(5)))
+    assert standard_error(five_times, range(25)) < standard_error(five_times, images)
+
+
+def test_one_cluster_tells_no_error():
+    assert standard_error([1.0, 0.0], ["a", "a"]) is None
+
+
+def test_the_same_answers_do_not_differ():
+    found = difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], range(3))
+    assert (found.mean, found.p, found.gained, found.lost) == (0.0, 1.0, 0, 0)
+
+
+def test_a_clear_difference_is_found_with_its_sign():
+    first = [0.0] * 60 + [1.0] * 140
+    second = [1.0] * 55 + [0.0] * 5 + [1.0] * 135 + [0.0] * 5
+    found = difference(first, second, range(200))
+    assert found.mean == pytest.approx(0.25)
+    assert (found.gained, found.lost) == (55, 5)
+    assert 0.15 < found.low < 0.25 < found.high < 0.35
+    assert found.p == 1 / RESAMPLES
+    back = difference(second, first, range(200))
+    assert (back.mean, back.gained, back.lost) == (pytest.approx(-0.25), 5, 55)
+
+
+def test_noise_is_called_a_difference_as_often_as_it_says():
+    draws = random.Random(0)
+    calls = 0
+    for _ in range(200):
+        first = [float(draws.random() < 0.5) for _ in range(120)]
+        second = [float(draws.random() < 0.5) for _ in range(120)]
+        calls += difference(first, second, range(120)).p < 0.05
+    assert 2 <= calls <= 22  # 10 expected; 5 of 1,000,000 draws lie outside
+
+
+def test_clusters_widen_the_interval():
+    first, second = [0.0] * 100, [float(number // 10 % 2) for number in range(100)]
+    alone = difference(first, second, range(100))
+    together = difference(first, second, [number // 10 for number in range(100)])
+    assert together.high - together.low > 2 * (alone.high - alone.low)

@@ -1,0 +1,59 @@
+"""What a comparison measures beside scores: cache and memory, which follow from the live tokens. Nothing is timed."""
+
+import pytest
+from PIL import Image
+
+from eval import speed
+from eval.checkpoint import Checkpoint
+from eval.live import costs_of, live_visual, text_tokens
+from eval.prompts import Asked
+from models.schedule import Dense
+from models.schedules import VTW, FastV
+
+
+@pytest.fixture(scope="module")
+def loaded(quickstart_run):
+    checkpoint = Checkpoint.find(quickstart_run)
+    model, processor = checkpoint.load()
+    return checkpoint, model, checkpoint.prompter(processor)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    image = Image.new("RGB", (64, 64), "red")
+    return [Asked("what is the red shape?", [image]), Asked("is it?", [image])]
+
+
+@pytest.mark.parametrize("schedule", [Dense(), VTW(layer=3), FastV(layer=2)])
+def test_the_cache_is_as_large_as_the_cost_model_says(loaded, asked, schedule):
+    _, model, prompter = loaded
+    inputs = prompter.batch(asked[:1])
+    model.schedule = schedule
+    schedule = model.schedule
+    counts = live_visual(model, inputs, schedule)[:, 0].sum(dim=1).tolist()
+    cost = costs_of(model, counts, text=text_tokens(model, inputs)[0], schedule=schedule, value=4)
+    assert speed.cache_bytes(speed.prefill(model, inputs, schedule)) == cost.cache_bytes
+
+
+def test_prefill_and_decode_steps_are_generates(loaded, asked):
+    _, model, prompter = loaded
+    inputs = prompter.batch(asked)
+    cache = speed.prefill(model, inputs, None)
+    before = cache.get_seq_length()
+    speed.decode(model, inputs, cache, 3)
+    assert cache.get_seq_length() == before + 3
+
+
+def test_speeds_name_every_schedule_and_measure_memory(loaded, asked, monkeypatch):
+    monkeypatch.setattr(speed, "REPEATS", 1)
+    monkeypatch.setattr(speed, "STEPS", 2)
+    checkpoint, model, prompter = loaded
+    inputs = prompter.batch(asked * 20)
+    found = speed.speeds(model, checkpoint.weights, inputs, {"dense": Dense(), "trained": None})
+    assert list(found) == ["dense", "trained"]
+    for figures in found.values():
+        assert figures["prefill_seconds"] > 0
+        assert figures["decode_tokens_per_second"] > 0
+        assert figures["peak_bytes"] > inputs["pixel_values"].nbytes  # what the tower makes of them is larger
+    assert found["trained"]["cache_bytes"] < found["dense"]["cache_bytes"]
+    assert type(model.schedule).__name__ == "Fused"  # left as it was
