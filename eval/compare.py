@@ -253,7 +253,11 @@ def main(given: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     logging.disable_progress_bar()  # of loading weights: there is one for all cells
-    comparison.run(harness)
+    try:
+        comparison.run(harness)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is done is kept in {args.out}, the same command goes on", file=sys.stderr)
+        return 130
     text, is_whole = comparison.write()
     print(f"\n{text}\nwritten: {args.out}/report.html, table.md, table.json, table.csv and plots")
     return 0 if is_whole else 1

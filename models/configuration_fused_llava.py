@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import LlavaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .plan import StagePlan
 
@@ -29,3 +30,8 @@ class FusedLlavaConfig(LlavaConfig):
             plan = StagePlan.from_dict(self.stages)
             plan.check(self.text_config.num_hidden_layers)
             self.stages = plan.to_dict()
+
+
+# `transformers serve` looks up here what it can load, by name, right after it has read the config. Classes registered
+# with the Auto classes are not in it, and a release is not in the library.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(FusedLlavaConfig.model_type, "FusedLlavaForConditionalGeneration")

@@ -7,14 +7,16 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
+from data.easy_vqa import questions
 from eval.benchmarks import BENCHMARKS, missing_judge, value_of
 from eval.checkpoint import Checkpoint, CheckpointError, set_schedule
 from eval.lmms import FusedLlava, Harness, cut, generation_settings
 from eval.prompts import Asked
 from models.schedules import VTW
 from tests.benchmark_rows import ROWS
-from tests.conftest import ROOT
+from tests.conftest import QUICKSTART, ROOT
 
 
 class Same(FusedLlava):
@@ -112,6 +114,24 @@ def test_answers_do_not_depend_on_the_batch(harness, loaded):
         said.append([sample["filtered_resps"][0] for sample in outcome.samples])
     assert said[0] == said[1]
     assert len(set(said[0])) > 1
+
+
+def test_a_llava_of_hugging_faces_answers_as_it_does_there(harness, tmp_path):
+    fields = AutoConfig.from_pretrained(QUICKSTART).to_dict()
+    torch.manual_seed(1)
+    theirs = LlavaForConditionalGeneration(LlavaConfig(**fields)).eval()
+    theirs.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(QUICKSTART).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.find(tmp_path)
+    assert (checkpoint.stages, checkpoint.chat_format, checkpoint.aspect) == (None, "chat_template", "processor")
+    model, processor = checkpoint.load()
+    outcome = harness.run(FusedLlava(model, checkpoint.prompter(processor), 4), "easy_vqa", 4)
+    for sample, question in zip(outcome.samples, questions("test"), strict=False):
+        said = [{"role": "user", "content": f"<image>\n{question.text}"}]
+        text = processor.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        inputs = processor(images=Image.open(question.image).convert("RGB"), text=text, return_tensors="pt")
+        new = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        assert processor.batch_decode(new, skip_special_tokens=True)[0].strip() == sample["filtered_resps"][0]
 
 
 def test_the_model_answers_again_after_a_task(harness, loaded):

@@ -1,0 +1,167 @@
+"""The processor that a release carries: it asks as training asked, and shows images as training showed them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoProcessor, LlavaImageProcessorPil
+
+from data.chat import ChatFormat
+from data.config import DataConfig
+from data.images import visual_tokens
+from data.records import IMAGE_MARK, Turn
+from data.render import VICUNA_SYSTEM
+from train.release_run import InputError, ReleaseError
+
+# Messages whose content is a list of parts (pipelines, servers) become messages whose content is text, as training
+# had them: first a mark and a newline for each image, then the text. Whatever follows need not know of parts. The
+# closing `{{- '' }}` keeps the white space that what follows begins with.
+_PARTS_TO_TEXT: Final = """\
+{%- set plain = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- set said = namespace(marks='', texts=[]) -%}
+    {%- if message['content'] is string -%}
+        {%- set said.texts = [message['content']] -%}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'text' -%}
+                {%- set said.texts = said.texts + [part['text'] | replace('IMAGE', '')] -%}
+            {%- elif part['type'] in ['image', 'image_url'] -%}
+                {%- set said.marks = said.marks + 'IMAGE\\n' -%}
+            {%- else -%}
+                {{- raise_exception('found a part of type ' ~ part['type'] ~ ', accepted: text, image') -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set text = said.texts | join('\\n') -%}
+    {%- set text = said.marks + (text | trim if said.marks else text) -%}
+    {%- set plain.messages = plain.messages + [dict(message, content=text)] -%}
+{%- endfor -%}
+{%- set messages = plain.messages -%}
+{{- '' }}""".replace("IMAGE", IMAGE_MARK)
+
+# data/render.py's vicuna. A system message takes the place of LLaVA's own.
+_VICUNA: Final = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}
+    {%- set messages = messages[1:] -%}
+{%- else -%}
+    {%- set system = SYSTEM -%}
+{%- endif -%}
+{{- system + ' ' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' + message['content'] + ' ASSISTANT:' -}}
+    {%- else -%}
+        {%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}""".replace("SYSTEM", repr(VICUNA_SYSTEM))
+
+# data/render.py's plain: a question is its images alone.
+_PLAIN: Final = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'IMAGE' * (message['content'].split('IMAGE') | length - 1) + '\\n' -}}
+    {%- else -%}
+        {%- generation -%}{{- message['content'] + '\\n' -}}{%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}""".replace("IMAGE", IMAGE_MARK)
+
+_BEGIN: Final = "{{- bos_token -}}"
+
+# What a release is tried with: an image, an answer, and a question without an image.
+CONVERSATION: Final = (
+    {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "A field of colours."}]},
+    {"role": "user", "content": [{"type": "text", "text": "Which of them is the brightest?"}]},
+)
+_TURNS: Final = (
+    Turn("user", f"{IMAGE_MARK}\nWhat is in this picture?"),
+    Turn("assistant", "A field of colours."),
+    Turn("user", "Which of them is the brightest?"),
+)
+
+
+def read_processor(final: Path) -> Any:
+    """Returns the processor that a run saved.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return AutoProcessor.from_pretrained(final)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{final}: {' '.join(str(error).split())}; accepted: the processor that a run writes"
+        ) from None
+
+
+def released_processor(final: Path, data: DataConfig) -> Any:
+    """Returns the processor of a run's checkpoint with a chat template and an image processor that fit its training.
+
+    The chat template renders what `data.format` trained with, from texts or from parts. With `data.image_aspect: pad`
+    the image processor is LLaVA's, which pads to a square by itself. Prompts are padded on the left, for generation.
+
+    Args:
+        final: folder of the checkpoint.
+        data: the recipe's data section.
+
+    Raises:
+        ReleaseError: no template makes the tokens that the model was trained with.
+        TokenizerError: the tokenizer does not go with the format.
+    """
+    processor = read_processor(final)
+    wanted = trained_ids(processor, data)
+    for template in _templates(data.format, processor.tokenizer):
+        processor.chat_template = processor.tokenizer.chat_template = template
+        if released_ids(processor) == wanted:
+            break
+    else:
+        raise ReleaseError(
+            f"{final}: no chat template makes the tokens that data.format {data.format} was trained with; the "
+            "tokenizer writes special tokens that the format does not have, or the other way round"
+        )
+    processor.tokenizer.padding_side = "left"
+    if data.image_aspect == "pad":
+        fields = processor.image_processor.to_dict()
+        fields.pop("image_processor_type", None)
+        processor.image_processor = LlavaImageProcessorPil(**{**fields, "do_pad": True})
+    return processor
+
+
+def trained_ids(processor: Any, data: DataConfig) -> list[int]:
+    """Returns the ids of CONVERSATION as training makes them, each image token repeated for its visual tokens."""
+    chat = ChatFormat(data.format, processor.tokenizer)
+    return _expanded(chat.prompt(_TURNS), chat.image_token_id, visual_tokens(processor))
+
+
+def released_ids(processor: Any) -> list[int]:
+    """Returns the ids of CONVERSATION as the processor's chat template and its tokenizer make them."""
+    text = processor.apply_chat_template(list(CONVERSATION), tokenize=False, add_generation_prompt=True)
+    begin = processor.tokenizer.bos_token
+    # as the processor's apply_chat_template does with an image at hand
+    has_begin = begin is not None and text.startswith(begin)
+    ids = processor.tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
+    return _expanded(ids, processor.image_token_id, visual_tokens(processor))
+
+
+def _expanded(ids: Sequence[int], image_token: int, count: int) -> list[int]:
+    return [token for token in ids for _ in range(count if token == image_token else 1)]
+
+
+def _templates(chat_format: str, tokenizer: Any) -> list[str]:
+    """Returns the templates that may fit, the best first.
+
+    Without a written beginning the processor adds what training added. With one the tokenizer alone does so too: the
+    better one for vicuna_v1, but a tokenizer that puts a space before the first word may not do so behind it.
+    """
+    if chat_format == "chat_template":
+        return [_PARTS_TO_TEXT + tokenizer.get_chat_template()]
+    if chat_format == "plain":
+        return [_PARTS_TO_TEXT + _PLAIN]
+    return [_BEGIN + _PARTS_TO_TEXT + _VICUNA, _PARTS_TO_TEXT + _VICUNA]

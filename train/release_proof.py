@@ -1,0 +1,146 @@
+"""The proof of a release: a fresh process, which cannot import this repository, must make of it what the run makes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.config import DataConfig
+from data.images import pixel_values
+from models import FusedLlavaForConditionalGeneration
+from train.release_processor import CONVERSATION, trained_ids
+from train.release_run import ReleaseError
+
+SUMS: Final = "SHA256SUMS"
+_PROBE: Final = Path(__file__).with_name("release_probe.py")
+_NEW_TOKENS: Final = 8
+_LAST: Final = 8  # positions whose logits are compared: the last ones, which are text
+_TOLERANCE: Final = 1e-4  # of logits, relative to the largest; the same code on the same machine gives 0
+_PIXEL_TOLERANCE: Final = 1e-5
+
+
+def expect(
+    model: FusedLlavaForConditionalGeneration, processor: Any, data: DataConfig, image: Image.Image
+) -> dict[str, Tensor]:
+    """Returns what the run's model makes of CONVERSATION with an image, asked as training asked.
+
+    Args:
+        model: the run's.
+        processor: the run's own, not the release's.
+        data: how it was trained.
+        image: RGB.
+
+    Returns:
+        input_ids (1, S), pixel_values (1, 3, h, w) in float32, logits (1, 8, vocabulary) of the last positions, and
+        tokens (1, new), the greedy answer.
+    """
+    ids = torch.tensor([trained_ids(processor, data)])
+    pixels = pixel_values(image, processor.image_processor, aspect=data.image_aspect)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=_LAST).logits.float()
+        answer = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    return {"input_ids": ids, "pixel_values": pixels.float(), "logits": logits, "tokens": answer[:, ids.shape[1] :]}
+
+
+def picture(image_processor: Any) -> Image.Image:
+    """Returns an image of many colours; not square, where the processor takes such images."""
+    crop = image_processor.crop_size
+    width, height = crop["width"], crop["height"]
+    if image_processor.do_resize and image_processor.do_center_crop:
+        width = width * 3 // 2
+    random = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (height, width, 3), generator=random, dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+def prove(release: Path, expected: dict[str, Tensor], image: Image.Image) -> None:
+    """Loads a release in a fresh process and compares what it makes of CONVERSATION; then checks its checksums.
+
+    Raises:
+        ReleaseError: it does not load there, or gives something else, or a file is not what was written.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        found = _fresh(release.resolve(), image, Path(name))
+    limits = {"input_ids": 0.0, "pixel_values": _PIXEL_TOLERANCE, "logits": _TOLERANCE, "tokens": 0.0}
+    for part, limit in limits.items():  # causes before what follows from them
+        error = _error(found[part], expected[part])
+        if not error <= limit:
+            raise ReleaseError(
+                f"the release in a fresh process: {part} differ from the run's by {error:.1e} of the largest, "
+                f"accepted: {limit:.0e}"
+            )
+    check_sums(release)
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS over all files of a folder, as `sha256sum -c` reads it."""
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Raises ReleaseError unless a folder holds exactly the files of its SHA256SUMS, unchanged."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    for name in sorted(sums.keys() | files.keys()):
+        if name not in files or sums.get(name) != _sha256(files[name]):
+            raise ReleaseError(f"{folder / name}: is not what {SUMS} says")
+
+
+def _fresh(release: Path, image: Image.Image, folder: Path) -> dict[str, Tensor]:
+    """Returns what a process that knows the release alone makes of the conversation."""
+    image.save(folder / "image.png")
+    job = {
+        "release": str(release),
+        "messages": CONVERSATION,
+        "image": str(folder / "image.png"),
+        "found": str(folder / "found.safetensors"),
+        "threads": torch.get_num_threads(),
+        "last": _LAST,
+        "new_tokens": _NEW_TOKENS,
+    }
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # an empty cache: no code of an earlier release; offline: nothing but the folder; no GPU: as the run's model here
+    own = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-I", str(_PROBE), str(folder / "job.json")],
+        cwd=folder,
+        env=inherited | own,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ReleaseError(f"the release does not work in a fresh process: {reason}")
+    return load_file(folder / "found.safetensors")
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference, relative to the largest number expected; infinite for another shape."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
