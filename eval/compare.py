@@ -116,7 +116,8 @@ class Comparison:
                 baselines[task] = " ".join(base)
                 record = self.cell(*base, task)
                 for row in rows:
-                    if row["status"] == "done" and (row["run"], row["schedule"]) != base:
+                    row["is_reference"] = (row["run"], row["schedule"]) == base
+                    if row["status"] == "done" and not row["is_reference"]:
                         row.update(tables.compared(self.cell(row["run"], row["schedule"], task), record))
             found += tables.floor_rows(task, self.settings["limit"]) + rows
         return found, baselines

@@ -163,7 +163,7 @@ def difference_text(row: Row) -> str:
     """Returns a difference in points of a question's value, with its 95 % interval."""
     found = row.get("difference")
     if not found:
-        return "-"
+        return "reference" if row.get("is_reference") else "-"
     mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 

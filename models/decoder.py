@@ -135,13 +135,17 @@ class _Run:
         view, hidden = self._view(), embeds
         for number in range(len(self.decoder.layers)):
             view.layer, view.seen_at = number, self.reader.layer
-            view.ahead = partial(self._ahead, number, hidden)
+            view.ahead, view.states = partial(self._ahead, number, hidden), partial(self._states, hidden, self.rows)
             live = layout.visual if blind else self.schedule.live(view)
             if number == 0 and not blind:
                 hidden = self._enter_first(hidden, live, separate)
             rule = None if blind or live is layout.none else self.schedule.rewrite(view)
             hidden = self._step(number, hidden, live, rule)
             view.live = live
+        if not blind:
+            view.layer, view.seen_at = len(self.decoder.layers), self.reader.layer
+            view.states = partial(self._states, hidden, self.rows)
+            self.schedule.close(view)
         if self.cache is not None:
             self._close_cache()
         return hidden
@@ -157,7 +161,11 @@ class _Run:
             attention=self.reader.attention,
             ahead=self.reader.attention,  # each layer gets its own
             row=self.reader.row,
+            states=self.reader.attention,  # likewise
         )
+
+    def _states(self, hidden: Tensor, rows: LiveSet) -> Tensor:
+        return rows.put(hidden, self.layout.visual.shape[1], self.layout.offset)
 
     def _ahead(self, number: int, hidden: Tensor) -> Tensor:
         stored = self.cache.layers[number] if self.cache is not None else None

@@ -71,6 +71,8 @@ class Layout:
         key = ("rewritten", id(rule), *map(id, sets))
         if key not in self._known:
             copies = self.visual_set(live) if len(sets) == 1 else None
+            if rule.hides:
+                copies = self.visual_set(self.none)
             self._known[key] = Rewritten(rule, slots_of(sets), self.visual, self.offset, copies)
             self._keep(rule)
         return self._known[key]
@@ -85,7 +87,8 @@ class Layout:
             if self.offset > 0:
                 return self._mask(sets[-1], stored.slots, stored.padded, window, rewritten), stored.slots
         copied = rewritten is not None and rewritten.copies is not None
-        key = ("mask", window, copied, *map(id, sets))
+        hides = rewritten is not None and rewritten.hides
+        key = ("mask", window, copied, hides, *map(id, sets))
         if key not in self._known:
             slots, padded = slots_of(sets), any(live.padded for live in sets)
             self._known[key] = self._mask(sets[-1], slots, padded, window, rewritten), slots

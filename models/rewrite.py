@@ -27,10 +27,13 @@ class Rewrite:
         text: (B, S) int64: for text queries, the place in the input whose value vector a visual key at each place
             brings; -1: none, the weight is lost. Only visual places are looked at. None: each its own.
         visual: the same for visual queries; the very same object where text and visual queries do not differ.
+        hides: text queries do not see visual keys at all, before the softmax: nothing of `text` counts then, and
+            their weights on text add up to 1.
     """
 
     text: Tensor | None
     visual: Tensor | None
+    hides: bool = False
 
 
 class Rewritten:
@@ -48,10 +51,12 @@ class Rewritten:
             slots: (B, C), places of the columns, -1 on padding.
             visual: (B, S) bool.
             offset: place of the input's first token in the whole sequence.
-            copies: the visual tokens among the columns, where they run queries too; None where text alone asks.
+            copies: the visual tokens among the columns, where they run queries too; None where text alone asks. None
+                of them where the rule hides vision: text then has no copy to look at.
         """
         self.visual, self.offset = visual, offset
-        self.copies = copies if copies is not None and rule.text is not rule.visual else None
+        self.hides = rule.hides
+        self.copies = copies if rule.hides or (copies is not None and rule.text is not rule.visual) else None
         places = (slots - offset).clamp(min=0)
         self.is_visual = visual.gather(1, places) & (slots >= 0)  # (B, C)
         numbers = torch.arange(slots.shape[1], device=slots.device).expand(len(slots), -1)

@@ -30,6 +30,8 @@ class View:
         ahead: the same for the layer that is about to run, with its own norm and projections on the hidden states
             as they are now. Only after a layer saw visual tokens.
         row: returns the last instruction token's whole row of attention in layer `seen_at`, head by head.
+        states: returns (B, S, D), the hidden states that come out of the layer before (the embeddings, before layer
+            0), 0 on dead positions. A copy of all of them: for measurements.
         memory: the schedule's own notes about this run.
 
     `seen_at` and the three that read attention are there with `reads_attention` alone. Each of the three costs O(S),
@@ -45,6 +47,7 @@ class View:
     attention: Callable[[], Tensor]
     ahead: Callable[[], Tensor]
     row: Callable[[], AttentionRow]
+    states: Callable[[], Tensor]
     memory: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +84,9 @@ class Schedule:
         Returning the same object for several layers saves making its masks again.
         """
         return None
+
+    def close(self, view: View) -> None:
+        """Is told once that the last layer has run; `view.layer` is the decoder's depth. For measurements."""
 
 
 class Dense(Schedule):

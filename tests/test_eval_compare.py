@@ -85,6 +85,7 @@ def test_differences_are_paired_with_the_dense_checkpoint(compared):
     assert record["compared_with"] == {"easy_vqa": "dense dense"}
     rows = {(row["run"], row["schedule"]): row for row in record["rows"]}
     assert "difference" not in rows["dense", "dense"]
+    assert [row["run"] for row in record["rows"] if row.get("is_reference")] == ["dense"]
     found = rows["fused", "trained"]
     expected = found["score"] - rows["dense", "dense"]["score"]
     assert found["difference"]["mean"] == pytest.approx(expected)

@@ -196,7 +196,18 @@ def live_counts(rule, loud_layers, num_layers=9):
     """Returns the live visual tokens of each layer of two samples, told by hand in which layers vision is loud."""
     visual = torch.tensor([[False, True, True, False]] * 2)
     none = torch.zeros_like(visual)
-    view = View(num_layers, 0, visual, none, visual, None, attention=none.float, ahead=none.float, row=lambda: None)
+    view = View(
+        num_layers,
+        0,
+        visual,
+        none,
+        visual,
+        None,
+        attention=none.float,
+        ahead=none.float,
+        row=lambda: None,
+        states=none.float,
+    )
     counts = []
     for layer in range(num_layers):
         view.layer, view.live = layer, rule.live(view)

@@ -1,0 +1,226 @@
+"""Questions with their known answers, as the stage analysis asks them: one padded batch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import easy_vqa
+from data.chat import IGNORE_INDEX, ChatFormat
+from data.files import read_rows
+from data.images import open_image
+from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, Turn, parse
+from eval.prompts import Asked, Prompter, pad_left
+from models.decoder import DecoderOutput, run_decoder
+from models.schedule import Schedule
+
+
+class SamplesError(ValueError):
+    """The task cannot be asked; the text says what was found and what is accepted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or more images, and its answer.
+
+    Attributes:
+        id: names it in stages.json.
+        asked: the question.
+        answer: as the model was trained to write it.
+        group: what it is about: samples of one group (questions about one image) are not independent.
+    """
+
+    id: str
+    asked: Asked
+    answer: str
+    group: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Questions followed by their answers, padded on the left, images already projected. B samples, S tokens.
+
+    Attributes:
+        embeds: (B, S, D) embeddings; what stands at visual positions is not looked at.
+        visual: (B, S) bool, the visual tokens.
+        mask: (B, S) int64, 0 on padding.
+        features: (R, D) the projected visual tokens in order.
+        ids: (B, S) int64.
+        predicts: (B, S) bool, the tokens that predict a token of the answer; its end mark is one.
+        ends: (B, S) bool, the last instruction token: the one that predicts the answer's first.
+        reads: (B, S) bool, the text tokens that can see vision, up to the last instruction token.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    mask: Tensor
+    features: Tensor
+    ids: Tensor
+    predicts: Tensor
+    ends: Tensor
+    reads: Tensor
+
+    @classmethod
+    def of(cls, model: Any, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor) -> Batch:
+        """Returns a batch on the model's device.
+
+        Args:
+            model: a FusedLlavaForConditionalGeneration.
+            ids: (B, S), padded on the left.
+            mask: (B, S), 0 on padding.
+            labels: (B, S), IGNORE_INDEX outside the answers.
+            pixels: (images, 3, height, width), in the order of their tokens.
+        """
+        ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
+        images = model.model.get_image_features(pixel_values=pixels.to(model.device, model.dtype), return_dict=True)
+        embeds = model.get_input_embeddings()(ids)
+        visual = (ids == model.config.image_token_id) & mask.bool()
+        predicts = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+        ends = predicts & (predicts.cumsum(dim=1) == 1)
+        until_end = ends.flip(1).cumsum(dim=1).flip(1).bool()
+        return cls(
+            embeds=embeds,
+            visual=visual,
+            mask=mask,
+            features=torch.cat(list(images.pooler_output)).to(embeds.dtype),
+            ids=ids,
+            predicts=predicts,
+            ends=ends,
+            reads=until_end & mask.bool() & ~visual & (visual.cumsum(dim=1) > 0),
+        )
+
+    def run(self, model: Any, schedule: Schedule, queries: Tensor | None = None) -> DecoderOutput:
+        """Returns a prefill's result under a schedule; `queries` (B, S) are the tokens whose attention it reads."""
+        return run_decoder(
+            model.model.language_model,
+            self.embeds,
+            self.visual,
+            attention_mask=self.mask,
+            schedule=schedule,
+            visual_embeds=self.features,
+            queries=self.ends if queries is None else queries,
+        )
+
+    @property
+    def first_answers(self) -> Tensor:
+        """(B,) int64: the first token of each answer."""
+        return self.ids.roll(-1, dims=1)[self.ends]
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """How many text tokens each sample has, the answer's too."""
+        return (self.mask.bool() & ~self.visual).sum(dim=1).tolist()
+
+
+class Asker:
+    """Makes batches of samples for one checkpoint.
+
+    Args:
+        model: a FusedLlavaForConditionalGeneration.
+        prompter: asks it as it was trained to be asked.
+        chat_format: the checkpoint's, as in a recipe's data.format.
+    """
+
+    def __init__(self, model: Any, prompter: Prompter, chat_format: str) -> None:
+        self.model, self.prompter = model, prompter
+        self._chat = ChatFormat(chat_format, prompter.tokenizer)
+
+    def encode(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Returns ids and labels of question and answer, an id for each visual token.
+
+        Raises:
+            SamplesError: nothing of the answer is left, or the chat template rewrites the conversation.
+        """
+        marks = f"{IMAGE_MARK}\n" * len(sample.asked.images)
+        question = marks + sample.asked.text.replace(IMAGE_MARK, "").strip()
+        try:
+            ids, labels = self._chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
+        except RowError as error:
+            raise SamplesError(f"sample {sample.id}: {error}") from None
+        if all(label == IGNORE_INDEX for label in labels):
+            raise SamplesError(f"sample {sample.id}: found no token of the answer {sample.answer!r}")
+        image = self._chat.image_token_id
+        counts = [self.prompter.visual_tokens if token == image else 1 for token in ids]
+        pairs = [pair for pair, count in zip(zip(ids, labels, strict=True), counts, strict=True) for _ in range(count)]
+        return [token for token, _ in pairs], [label for _, label in pairs]
+
+    @torch.no_grad()
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """Returns the samples, each of which has an image, as one batch on the model's device."""
+        encoded = [self.encode(sample) for sample in samples]
+        inputs = pad_left([ids for ids, _ in encoded], 0)
+        labels = pad_left([labels for _, labels in encoded], IGNORE_INDEX)["input_ids"]
+        pixels = [self.prompter.pixels(image) for sample in samples for image in sample.asked.images]
+        return Batch.of(self.model, inputs["input_ids"], inputs["attention_mask"], labels, torch.cat(pixels))
+
+    def batches(self, samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sample], Batch]]:
+        """Yields the samples `size` at a time, each with its batch."""
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            yield part, self.batch(part)
+
+
+def spaced(total: int, limit: int) -> list[int]:
+    """Returns `limit` of the numbers 0 ... total - 1, evenly spaced; all of them where there are no more."""
+    count = min(total, limit)
+    return [place * total // count for place in range(count)]
+
+
+def easy_vqa_samples(limit: int) -> list[Sample]:
+    """Returns test questions of easy-VQA, evenly spaced over all 9,673."""
+    asked = easy_vqa.questions("test")
+    chosen = [(number, asked[number]) for number in spaced(len(asked), limit)]
+    return [
+        Sample(str(number), Asked(one.text, [_rgb(one.image)]), one.answer, one.image.stem) for number, one in chosen
+    ]
+
+
+def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
+    """Returns first questions and their answers of a LLaVA-format file, evenly spaced over its rows with an image.
+
+    Args:
+        file: JSON or JSONL.
+        images: folder that its image paths are relative to.
+        limit: at most so many.
+
+    Raises:
+        SamplesError: a row has a fault, an image is missing, or no first question has an image.
+    """
+    try:
+        rows = read_rows([str(file)])
+    except DataError as error:
+        raise SamplesError(f"--task: {error}") from None
+    records = []
+    for row in rows:
+        try:
+            record = parse(row["text"])
+        except RowError as error:
+            raise SamplesError(f"--task: {Fault(row['file'], row['row'], str(error))}") from None
+        if IMAGE_MARK in record.turns[0].text:
+            records.append((row["row"], record))
+    if not records:
+        raise SamplesError(f"--task: {file}: found no row whose first question has an image, accepted: some that do")
+    chosen = [records[place] for place in spaced(len(records), limit)]
+    return [_file_sample(str(file), number, record, images) for number, record in chosen]
+
+
+def _file_sample(file: str, number: int, record: Record, images: Path | None) -> Sample:
+    first, answer = record.turns[:2]
+    names = record.images[: first.text.count(IMAGE_MARK)]
+    try:
+        pictures = [open_image(images, name) for name in names]
+    except RowError as error:
+        raise SamplesError(f"--images: {Fault(file, number, str(error))}") from None
+    text = first.text.replace(IMAGE_MARK, "").strip()
+    return Sample(str(number), Asked(text, pictures), answer.text, ",".join(names))
+
+
+def _rgb(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")

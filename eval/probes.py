@@ -1,0 +1,271 @@
+"""What the stage analysis looks at inside a model: knock-outs, logit lens, attention, value norms, VisiPruner's tests.
+
+Letters: B batch, S sequence, D width, N visual tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.probe_samples import Batch
+from models.plan import StagePlan
+from models.rewrite import Rewrite
+from models.schedule import Dense, Fused, Schedule, View, Within
+from models.schedules import published
+
+SINKS = 0.1  # share of a sample's visual tokens that count as sinks: those that text attends to most
+MEASURES = (
+    "lens_probability",
+    "lens_rank",
+    "lens_entropy",
+    "share_text",
+    "share_last",
+    "change_text",
+    "change_last",
+    "sink_value",
+    "other_value",
+)
+
+
+@dataclass(frozen=True)
+class Knockout(Schedule):
+    """In `layers` no text token sees a visual token; its weights on text add up to 1.
+
+    Visual tokens still run through these layers, and see each other there. Once no later layer shows them to text
+    they may as well go, which changes nothing that text can tell. For a prefill: a one-token decode step would see
+    what the caches hold.
+
+    Source: ours, after the knock-outs of VisiPruner (arXiv 2510.17205, section 3), which do not renormalise.
+    """
+
+    layers: frozenset[int]
+
+    def live(self, view: View) -> Tensor:
+        """Returns all visual tokens; none when only masked layers are left."""
+        is_seen_again = any(layer not in self.layers for layer in range(view.layer, view.num_layers))
+        return view.visual if is_seen_again else view.none
+
+    def rewrite(self, view: View) -> Rewrite | None:
+        """Returns the mask."""
+        if view.layer not in self.layers:
+            return None
+        return view.memory.setdefault("mask", Rewrite(text=None, visual=None, hides=True))
+
+
+@dataclass(frozen=True)
+class Watched(Schedule):
+    """Another schedule, with somebody who looks at its view before each layer and after the last.
+
+    The onlooker may ask for the attention of many tokens; the schedule goes on choosing by the last one's alone.
+    """
+
+    inner: Schedule
+    look: Callable[[View], None]
+    reads_attention = True
+
+    @property
+    def update(self) -> str:  # type: ignore[override]
+        """The inner schedule's."""
+        return self.inner.update
+
+    def check(self, num_layers: int) -> None:
+        """Raises what the inner schedule raises."""
+        self.inner.check(num_layers)
+
+    def live(self, view: View) -> Tensor:
+        """Returns what the inner schedule does, once the view was looked at."""
+        self.look(view)
+        return self.inner.live(replace(view, attention=lambda: _last_attention(view)))
+
+    def rewrite(self, view: View) -> Rewrite | None:
+        """Returns what the inner schedule does."""
+        return self.inner.rewrite(view)
+
+    def close(self, view: View) -> None:
+        """Looks once more: at what the last layer did."""
+        self.look(view)
+
+
+def _last_attention(view: View) -> Tensor:
+    """Returns (B, S): what the last instruction token pays each position in layer `seen_at`, mean over heads."""
+    row = view.row()
+    return row.spread(row.weights.mean(dim=1), view.visual.shape[1], 0.0)
+
+
+def own_schedule(plan: StagePlan | None) -> Schedule:
+    """Returns what a checkpoint runs under by itself."""
+    return Dense() if plan is None else Fused(plan)
+
+
+def knocked_out(plan: StagePlan | None, layers: Sequence[int]) -> Schedule:
+    """Returns a checkpoint's own schedule with vision masked in `layers`."""
+    knockout = Knockout(frozenset(layers))
+    return knockout if plan is None else Within(plan, knockout)
+
+
+def narrowed(plan: StagePlan | None, enter: int, leave: int) -> StagePlan | None:
+    """Returns a checkpoint's plan (None: dense) inside layers [enter, leave); None where it shows no vision there.
+
+    Counts of `keep` stay where a layer before them still sees vision.
+    """
+    if plan is None:
+        return StagePlan(enter, leave)
+    if plan.layers is None:
+        layers: Sequence[int] = range(max(enter, plan.enter or 0), min(leave, plan.exit or 0))
+    else:
+        layers = [layer for layer in plan.layers if enter <= layer < leave]
+    if not layers:
+        return None
+    keep = {layer: amount for layer, amount in plan.keep.items() if layer in layers[1:]}
+    if plan.layers is None:
+        return replace(plan, enter=layers[0], exit=layers[-1] + 1, keep=keep)
+    return replace(plan, layers=layers, keep=keep)
+
+
+def answered(model: Any, batch: Batch, schedule: Schedule) -> list[bool]:
+    """Returns, for each sample, whether every token of its answer is the most likely one after those before it.
+
+    That is: whether greedy decoding under the schedule would write exactly this answer and end there.
+    """
+    hidden = batch.run(model, schedule).last_hidden_state[batch.predicts]
+    wrong = torch.zeros_like(batch.predicts)
+    wrong[batch.predicts] = model.lm_head(hidden).argmax(dim=-1) != batch.ids.roll(-1, dims=1)[batch.predicts]
+    return (~wrong.any(dim=1)).tolist()
+
+
+class Insight:
+    """What each layer of a checkpoint shows over many batches; a NaN where it sees no vision.
+
+    The lens puts the decoder's last norm and the head on the hidden state of the last instruction token after each
+    layer. Attention is the mean over heads, of the last instruction token (`last`) and of all instruction tokens that
+    can see vision (`text`). `change` is 1 - cosine of the attention over visual tokens with that of the layer before.
+    The value norm is L1, over all key/value heads; sinks are the tenth of a sample's visual tokens that `text`
+    attends to most in that layer.
+
+    Source: arXiv 2510.17205 section 3; the change after ILVAS of HiDrop (arXiv 2602.23699), which compares head by
+    head the most attended tokens alone.
+
+    Attributes:
+        found: (samples, layers) float32 by name of MEASURES.
+    """
+
+    def __init__(self, model: Any, plan: StagePlan | None) -> None:
+        self.model, self.plan = model, plan
+        self.depth: int = model.config.text_config.num_hidden_layers
+        self.found: dict[str, Tensor] = {name: torch.empty(0, self.depth) for name in MEASURES}
+
+    def add(self, batch: Batch) -> None:
+        """Runs a batch under the checkpoint's own schedule and notes what its layers show."""
+        size = len(batch.ids)
+        noted = {name: torch.full((size, self.depth), torch.nan) for name in MEASURES}
+        before: list[Tensor] = []
+
+        def look(view: View) -> None:
+            layer = view.layer - 1
+            if layer < 0:
+                return
+            shown = self._lens(view.states()[batch.ends], batch.first_answers)
+            if view.seen_at == layer:
+                shown |= self._vision(view, batch, before)
+            else:
+                before.clear()
+            for name, values in shown.items():
+                noted[name][:, layer] = values.float().cpu()
+
+        batch.run(self.model, Watched(own_schedule(self.plan), look), batch.reads)
+        self.found = {name: torch.cat([self.found[name], noted[name]]) for name in MEASURES}
+
+    def means(self) -> dict[str, list[float | None]]:
+        """Returns the mean over samples of each layer by name; None where it sees no vision."""
+        return {
+            name: [None if math.isnan(mean) else mean for mean in values.mean(dim=0).tolist()]
+            for name, values in self.found.items()
+        }
+
+    def _lens(self, states: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        logits = self.model.lm_head(self.model.model.language_model.norm(states)).float()
+        logs = logits.log_softmax(dim=-1)
+        own = logits.gather(1, answers[:, None])
+        return {
+            "lens_probability": logs.gather(1, answers[:, None])[:, 0].exp(),
+            "lens_rank": 1 + (logits > own).sum(dim=1),
+            "lens_entropy": -(logs.exp() * logs).sum(dim=1),
+        }
+
+    def _vision(self, view: View, batch: Batch, before: list[Tensor]) -> dict[str, Tensor]:
+        """Returns what the layer that just ran shows of vision; keeps its attention in `before` for the next one."""
+        row, size, visual = view.row(), batch.ids.shape[1], batch.visual
+        live = row.spread(torch.ones_like(row.places, dtype=torch.float32), size, 0.0).bool() & visual
+        text = view.attention() * live
+        last = _last_attention(view) * live
+        norms = row.spread(row.values.float().abs().sum(dim=(1, 3)), size, 0.0)
+        sinks = most_attended(text, live)
+        shown = {
+            "share_text": text.sum(dim=1),
+            "share_last": last.sum(dim=1),
+            "sink_value": (norms * sinks).sum(dim=1) / sinks.sum(dim=1),
+            "other_value": (norms * (live & ~sinks)).sum(dim=1) / (live & ~sinks).sum(dim=1),
+        }
+        if before:
+            shown["change_text"] = 1 - torch.cosine_similarity(text, before[0], dim=1)
+            shown["change_last"] = 1 - torch.cosine_similarity(last, before[1], dim=1)
+        before[:] = [text, last]
+        return shown
+
+
+def most_attended(attention: Tensor, live: Tensor) -> Tensor:
+    """Returns (B, S) bool: of each sample's `live` visual tokens the SINKS share with the most attention.
+
+    Rounded up, so that there is at least one; ties go to the first.
+    """
+    order = attention.masked_fill(~live, -1.0).argsort(dim=1, descending=True, stable=True)
+    counts = (live.sum(dim=1, keepdim=True) * SINKS).ceil()
+    first = torch.arange(live.shape[1], device=live.device) < counts
+    return torch.zeros_like(live).scatter(1, order, first) & live
+
+
+@dataclass(frozen=True)
+class Firing:
+    """What VisiPruner did with one sample. None: that test did not fire.
+
+    Attributes:
+        fusion: the layer after which it dropped visual tokens.
+        kept: how many it kept; 0 is possible.
+        exit: the first layer that its choice left without vision.
+    """
+
+    fusion: int | None
+    kept: int | None
+    exit: int | None
+
+
+def firings(model: Any, batch: Batch, plan: StagePlan | None) -> list[Firing]:
+    """Returns what VisiPruner does with each sample, inside the checkpoint's own plan.
+
+    Its settings are the published ones, `shallow_end` scaled to the depth. A layer that fires its middle test and
+    keeps every token cannot be told from one that does not.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    pruner = published("visipruner", depth)
+    output = batch.run(model, pruner if plan is None else Within(plan, pruner))
+    found = []
+    for sample, (text, visual) in enumerate(zip(batch.text_tokens, batch.visual.sum(dim=1).tolist(), strict=True)):
+        counts = [len(layer[sample]) - text for layer in output.live]
+        own = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
+        found.append(_firing(counts, own))
+    return found
+
+
+def _firing(counts: Sequence[int], own: Sequence[int]) -> Firing:
+    """Returns what happened, from the live visual tokens with the pruner and by the checkpoint's own plan."""
+    dropped = next((layer for layer, count in enumerate(counts) if count < own[layer]), None)
+    if dropped is None:
+        return Firing(None, None, None)
+    gone = next((layer for layer, count in enumerate(counts) if count == 0 < own[layer]), None)
+    return Firing(dropped - 1, counts[dropped], gone)

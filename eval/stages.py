@@ -1,0 +1,153 @@
+"""`python -m eval.stages CHECKPOINT --out DIR`: in which decoder layers does a LLaVA need its image?
+
+Asks questions with known answers while vision is masked in ranges of layers, looks at what each layer shows (logit
+lens, attention on vision, value vectors of its sinks, VisiPruner's tests), and proposes the layer at which vision has
+to enter and the one at which it may leave. Writes stages.md, stages.json and stages.png; --write makes the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from data.chat import TokenizerError
+from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
+from eval.measure import positive
+from eval.probe_samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples
+from eval.stages_analysis import Analysis
+from eval.stages_plot import draw_stages
+from eval.stages_recipe import check_target, starting_recipe, write_recipe
+from eval.stages_report import evidence_lines, record_of, report_of
+from eval.stages_search import needs_vision, propose
+from models.plan import StagePlan
+from recipes.schema import RecipeError
+
+LIMIT = 300
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="run folder, folder with config.json, or hub name")
+    parser.add_argument("--task", default="easy_vqa", help="easy_vqa, or a LLaVA-format JSON or JSONL file")
+    parser.add_argument("--images", type=Path, help="folder of the file's images")
+    parser.add_argument("--limit", type=positive, default=LIMIT, help=f"samples (default {LIMIT})")
+    parser.add_argument("--batch", type=positive, help="samples of one forward pass (8 on a GPU, 50 on a CPU)")
+    parser.add_argument("--window", type=positive, help="layers of the sliding window (an eighth of the depth)")
+    parser.add_argument("--tolerance", type=_points, default=1.0, help="points of score that may be lost (default 1)")
+    parser.add_argument("--chat-format", choices=FORMATS, help="ask so, whatever it was trained with")
+    parser.add_argument("--image-aspect", choices=ASPECTS, help="show images so, whatever it was trained with")
+    parser.add_argument("--out", type=Path, required=True, help="folder for stages.md, stages.json and stages.png")
+    parser.add_argument("--write", type=Path, metavar="RECIPE", help="write the recipe of the proposed stages")
+    args = parser.parse_args(given)
+    args.command = "python -m eval.stages " + shlex.join(sys.argv[1:] if given is None else given)
+    return args
+
+
+def samples_of(args: argparse.Namespace) -> list[Sample]:
+    """Returns the task's samples.
+
+    Raises:
+        SamplesError: there is no such task, it cannot be read, or it is too small to tell the tolerance.
+    """
+    if args.task == "easy_vqa":
+        samples = easy_vqa_samples(args.limit)
+    elif Path(args.task).is_file():
+        samples = file_samples(Path(args.task), args.images, args.limit)
+    else:
+        raise SamplesError(f"--task: found '{args.task}', accepted: easy_vqa, or a LLaVA-format JSON or JSONL file")
+    least = math.ceil(100 / args.tolerance)
+    if len(samples) < least:
+        raise SamplesError(
+            f"--limit: found {len(samples)} samples for a tolerance of {args.tolerance:g} points, accepted: at least "
+            f"{least}, because one sample must not weigh more than that, or a larger --tolerance"
+        )
+    if len({sample.group for sample in samples}) < 2:
+        raise SamplesError(f"--task: {args.task}: found one image, accepted: samples about several")
+    return samples
+
+
+def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
+    """Returns the checkpoint and its analysis, after everything that can be checked before a weight is loaded.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found or read.
+        RecipeError: `--write` cannot be written.
+        SamplesError: the task or the window is wrong.
+        TokenizerError: the tokenizer does not go with the format.
+    """
+    if args.out.exists() and not args.out.is_dir():
+        raise SamplesError(f"--out: found the file {args.out}, accepted: a folder")
+    check_target(args.write)
+    checkpoint = Checkpoint.find(args.checkpoint, args.chat_format, args.image_aspect)
+    if args.write is not None:
+        starting_recipe(checkpoint, args.checkpoint)
+    checkpoint.prompter(checkpoint.processor())
+    samples = samples_of(args)
+    model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    depth = model.config.text_config.num_hidden_layers
+    window = args.window or max(1, round(depth / 8))
+    if window > depth:
+        raise SamplesError(
+            f"--window: found {window}, accepted: at most {depth}, because the decoder has {depth} layers"
+        )
+    stages = model.config.stages
+    return checkpoint, Analysis(
+        model,
+        Asker(model, checkpoint.prompter(processor), checkpoint.chat_format),
+        samples,
+        args.batch or (8 if torch.cuda.is_available() else 50),
+        None if stages is None else StagePlan.from_dict(stages),
+        window,
+    )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Analyses, prints what was found, writes everything under --out and the recipe; returns the exit code."""
+    args = arguments(given)
+    logging.disable_progress_bar()  # of loading weights
+    try:
+        checkpoint, analysis = prepare(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        analysis.run()
+        trials, proposal = analysis.trials, None
+        if needs_vision(trials, args.tolerance):
+            proposal = propose(trials, args.tolerance, analysis.measure)
+            analysis.measure([trials.removed_outside(proposal.enter, proposal.exit)])
+        record = record_of(analysis, proposal, args, checkpoint.name)
+        (args.out / "stages.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (args.out / "stages.md").write_text(report_of(record), encoding="utf-8")
+        draw_stages(record, args.out / "stages.png")
+        print("\n".join(evidence_lines(record)))
+        print(f"written: {args.out}/stages.md, stages.json and stages.png")
+        if args.write is not None:
+            write_recipe(args.write, starting_recipe(checkpoint, args.checkpoint), record)
+            print(f"written: {args.write}")
+    except (CheckpointError, RecipeError, SamplesError, TokenizerError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _points(text: str) -> float:
+    try:
+        points = float(text)
+    except ValueError:
+        points = 0.0
+    if not 0 < points <= 100:
+        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: points of score, above 0 and at most 100")
+    return points
+
+
+if __name__ == "__main__":
+    sys.exit(main())

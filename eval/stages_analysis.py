@@ -1,0 +1,75 @@
+"""One checkpoint's stage analysis: every measurement over the same samples, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eval.probe_samples import Asker, Sample
+from eval.probes import Firing, Insight, firings
+from eval.stages_search import Trial, Trials
+from models.plan import StagePlan
+
+
+@dataclass
+class Analysis:
+    """One checkpoint's analysis over one list of samples.
+
+    Attributes:
+        model: a FusedLlavaForConditionalGeneration; its schedule is left alone.
+        asker: makes its batches.
+        samples: at least two, about different images.
+        batch: samples of one forward pass.
+        plan: the checkpoint's own; None is dense.
+        window: layers of the sliding window.
+    """
+
+    model: Any
+    asker: Asker
+    samples: Sequence[Sample]
+    batch: int
+    plan: StagePlan | None
+    window: int
+    trials: Trials = field(init=False)
+    insight: Insight = field(init=False)
+    firings: list[Firing] = field(init=False, default_factory=list)
+    text_tokens: list[int] = field(init=False, default_factory=list)
+    visual_tokens: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.trials = Trials(self.plan, self.model.config.text_config.num_hidden_layers)
+        self.trials.groups = [sample.group for sample in self.samples]
+        self.insight = Insight(self.model, self.plan)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Runs the knock-outs and every other measurement over all samples."""
+        sweep = self.trials.sweep(self.window)
+        total = math.ceil(len(self.samples) / self.batch) * (len(sweep) + 2)
+        with tqdm(total=total, unit="pass", desc="layers") as bar:
+            for _, batch in self.asker.batches(self.samples, self.batch):
+                for trial in sweep:
+                    self.trials.run(self.model, batch, [trial])
+                    bar.update()
+                self.insight.add(batch)
+                self.firings += firings(self.model, batch, self.plan)
+                self.text_tokens += batch.text_tokens
+                self.visual_tokens += batch.visual.sum(dim=1).tolist()
+                bar.update(2)
+
+    @torch.no_grad()
+    def measure(self, further: Sequence[Trial]) -> None:
+        """Runs further trials over all samples."""
+        missing = [trial for trial in further if trial not in self.trials.right]
+        if not missing:
+            return
+        total = math.ceil(len(self.samples) / self.batch)
+        for _, batch in tqdm(
+            self.asker.batches(self.samples, self.batch), total=total, unit="batch", desc="window", leave=False
+        ):
+            self.trials.run(self.model, batch, missing)

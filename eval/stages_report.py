@@ -1,0 +1,249 @@
+"""The stage analysis as numbers and in words."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from textwrap import wrap
+from typing import Any
+
+from eval.probes import SINKS, narrowed
+from eval.stages_analysis import Analysis
+from eval.stages_search import Proposal, Trial
+from models.cost import plan_cost
+
+Record = dict[str, Any]
+WIDTH = 112  # characters of a line
+
+
+def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Namespace, name: str) -> Record:
+    """Returns everything that was found, ready for JSON.
+
+    Args:
+        analysis: after its run.
+        proposal: None where the task does not need the image.
+        args: the command line, with `command` as text.
+        name: the checkpoint's.
+    """
+    trials, depth, width = analysis.trials, analysis.trials.depth, analysis.window
+
+    def results(trial_of: Callable[[int], Trial], count: int) -> list[Record]:
+        return [{"layer": layer, **asdict(trials.result(trial_of(layer)))} for layer in range(count)]
+
+    windows = dict(trials.windows(width))
+    record: Record = {
+        "command": args.command,
+        "checkpoint": name,
+        "stages": None if analysis.plan is None else analysis.plan.to_dict(),
+        "task": args.task,
+        "samples": len(analysis.samples),
+        "tolerance": args.tolerance,
+        "layers": depth,
+        "window": width,
+        "score": asdict(trials.result(trials.whole)),
+        "without_vision": asdict(trials.result(trials.nothing)),
+        "masked_before": results(lambda layer: trials.masked_outside(layer, depth), depth + 1),
+        "masked_from": results(lambda layer: trials.masked_outside(0, layer), depth + 1),
+        "masked_window": results(windows.__getitem__, len(windows)),
+        "removed_before": results(lambda layer: trials.removed_outside(layer, depth), depth + 1),
+        "by_layer": analysis.insight.means(),
+        "visipruner": _firings(analysis),
+    }
+    record["proposal"], record["verdict"] = _proposal(analysis, proposal, args.tolerance)
+    record["answers"] = {
+        sample.id: [bool(trials.right[trial][place]) for trial in (trials.whole, trials.nothing)]
+        for place, sample in enumerate(analysis.samples)
+    }
+    return record
+
+
+def _firings(analysis: Analysis) -> Record:
+    found = analysis.firings
+    counts = {
+        key: sorted(Counter(value for one in found if (value := getattr(one, key)) is not None).items())
+        for key in ("fusion", "kept", "exit")
+    }
+    return {"samples": len(found), **{key: [list(pair) for pair in pairs] for key, pairs in counts.items()}}
+
+
+def _proposal(analysis: Analysis, found: Proposal | None, tolerance: float) -> tuple[Record | None, str]:
+    """Returns the proposal with what it costs, or None, and the verdict in words."""
+    trials = analysis.trials
+    if found is None:
+        without = trials.result(trials.nothing)
+        return None, (
+            f"this checkpoint does not need the image for this task: without vision it loses {_loss(without.__dict__)} "
+            f"points, which is not more than {tolerance:g} points and two standard errors"
+        )
+    if (found.enter, found.exit) == (0, trials.depth):
+        return None, "vision is needed from the first layer to the last: no window loses as little as the tolerance"
+    plan = narrowed(analysis.plan, found.enter, found.exit)
+    if plan is None:
+        raise ValueError(f"no vision in layers [{found.enter}, {found.exit})")
+    config = analysis.model.config.text_config
+    visual, text = (round(sum(many) / len(many)) for many in (analysis.visual_tokens, analysis.text_tokens))
+    costs = {
+        name: asdict(plan_cost(config, one, visual=visual, text=text))
+        for name, one in (("proposed", plan), ("as_it_is", analysis.plan), ("dense", None))
+    }
+    return {
+        "enter": found.enter,
+        "exit": found.exit,
+        "stages": plan.to_dict(),
+        "first": list(found.first),
+        "crossed": found.crossed,
+        "widened": found.is_widened,
+        "masked": asdict(trials.result(trials.masked_outside(found.enter, found.exit))),
+        "removed": asdict(trials.result(trials.removed_outside(found.enter, found.exit))),
+        "cost": {"visual": visual, "text": text, **costs},
+    }, f"enter {found.enter}, exit {found.exit}"
+
+
+def evidence_lines(record: Record) -> list[str]:
+    """Returns the finding in lines that fit on a screen, and in a recipe's comment."""
+    return [line for said in evidence(record) for line in wrap(said, WIDTH, subsequent_indent="  ")]
+
+
+def evidence(record: Record) -> list[str]:
+    """Returns the finding in a few sentences: what was asked, what is proposed, and why."""
+    score, without, depth = record["score"], record["without_vision"], record["layers"]
+    lines = [
+        f"{record['checkpoint']} ({_plan_words(record['stages'])}), {record['samples']} samples of {record['task']}: "
+        f"{_score(score)} as it is, {_score(without)} with vision masked in all {depth} layers.",
+    ]
+    found = record["proposal"]
+    if found is None:
+        return [*lines, f"No stages proposed: {record['verdict']}."]
+    enter, leave = found["enter"], found["exit"]
+    lines += [
+        f"Proposed: enter {enter}, exit {leave} of {depth} layers (tolerance {record['tolerance']:g} points).",
+        f"Vision masked in the layers outside loses {_loss(found['masked'])} points; one layer more masked, all before "
+        f"layer {enter + 1} lose {_loss(record['masked_before'][enter + 1])}, all from layer {leave - 1} on "
+        f"{_loss(record['masked_from'][leave - 1])}.",
+    ]
+    if found["widened"]:
+        first = found["first"]
+        lines.append(f"Each side alone allows [{first[0]}, {first[1]}); both together did not, so it was widened.")
+    if found["crossed"]:
+        lines.append("Either side alone can do without the middle: this is the narrowest window that can stand alone.")
+    cost = found["cost"]
+    tokens = {name: cost[name]["visual_token_layers"] for name in ("proposed", "as_it_is", "dense")}
+    flops = cost["proposed"]["flops"] / cost["dense"]["flops"]
+    return [
+        *lines,
+        f"With visual tokens really removed outside, and nothing trained, it loses {_loss(found['removed'])} points: "
+        "there a training with these stages starts.",
+        f"Cost of a sample ({cost['visual']} visual, {cost['text']} text tokens): {tokens['proposed']:,} visual "
+        f"token-layers (as it is {tokens['as_it_is']:,}, dense {tokens['dense']:,}), {flops:.0%} of dense "
+        "decoder FLOPs.",
+    ]
+
+
+def report_of(record: Record) -> str:
+    """Returns stages.md."""
+    points = f"{record['tolerance']:g} points"
+    parts = [
+        f"# Stages of {record['checkpoint']}",
+        f"`{record['command']}`",
+        "\n".join(f"- {line}" for line in evidence(record)),
+        "![all measurements by layer](stages.png)",
+        "Scores are percentages of samples whose whole answer is the greedy one, plus or minus one standard error; "
+        "`loss` is points against the checkpoint as it is, on the same samples. A range of layers may go where its "
+        f"loss and one standard error together are at most {points}.",
+        "## Vision masked or removed",
+        _knockouts(record),
+        "## What each layer shows",
+        _layers(record),
+        "## Where VisiPruner's tests fire",
+        _visipruner(record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _knockouts(record: Record) -> str:
+    width, rows = record["window"], []
+    for layer in range(record["layers"] + 1):
+        cells = [
+            _cell(record[key][layer]) if layer < len(record[key]) else "-"
+            for key in ("masked_before", "masked_from", "masked_window", "removed_before")
+        ]
+        rows.append([str(layer), *cells])
+    heads = ["l", "masked in [0, l)", "masked in [l, L)", f"masked in [l, l + {width})", "removed before l"]
+    return (
+        "Masked: no text token sees a visual one there; visual tokens still run. Removed: visual tokens enter at "
+        "l, as a stage plan would have it (removing them from l on is the same as masking them there). Each cell: "
+        "score and (loss).\n\n" + _table(heads, rows)
+    )
+
+
+def _layers(record: Record) -> str:
+    names = {
+        "lens_probability": "p(answer)",
+        "lens_rank": "rank",
+        "lens_entropy": "entropy (nats)",
+        "share_last": "vision's share, last token",
+        "share_text": "the same, all text",
+        "change_last": "change, last token",
+        "change_text": "change, all text",
+        "sink_value": "value norm, sinks",
+        "other_value": "value norm, others",
+    }
+    shown = record["by_layer"]
+    rows = [
+        [str(layer), *("-" if shown[name][layer] is None else f"{shown[name][layer]:.3g}" for name in names)]
+        for layer in range(record["layers"])
+    ]
+    return (
+        "Means over samples. Logit lens: last norm and head on the last instruction token after the layer; probability "
+        "and rank (1 is best) of the answer's first token. Vision's share of attention; change is 1 - cosine of the "
+        f"attention over visual tokens with the layer before. L1 norm of value vectors: sinks are the {SINKS:.0%} of "
+        "visual tokens that text attends to most in that layer.\n\n" + _table(["layer", *names.values()], rows)
+    )
+
+
+def _visipruner(record: Record) -> str:
+    found = record["visipruner"]
+    fired, gone = (sum(count for _, count in found[key]) for key in ("fusion", "exit"))
+    text = (
+        f"Published settings, scaled to the depth. The middle's test fired in {fired} of {found['samples']} samples; "
+        f"vision was gone before the end in {gone}."
+    )
+    if not fired:
+        return text
+    kept = sum(value * count for value, count in found["kept"]) / fired
+    fusion, leaving = (dict(found[key]) for key in ("fusion", "exit"))
+    rows = [
+        [str(layer), str(fusion.get(layer, 0)), str(leaving.get(layer, 0))]
+        for layer in range(record["layers"])
+        if layer in fusion or layer in leaving
+    ]
+    return f"{text} It kept {kept:.1f} visual tokens on average.\n\n" + _table(
+        ["layer", "fusion layer of", "first without vision in"], rows
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plan_words(stages: Record | None) -> str:
+    if stages is None:
+        return "dense"
+    if stages["layers"] is not None:
+        return f"vision in layers {', '.join(map(str, stages['layers']))}"
+    return f"enter {stages['enter']}, exit {stages['exit']}"
+
+
+def _score(result: Record) -> str:
+    return f"{result['score']:.1f} +- {result['error']:.1f} %"
+
+
+def _loss(result: Record) -> str:
+    return f"{result['loss']:.1f} +- {result['loss_error']:.1f}"
+
+
+def _cell(result: Record) -> str:
+    return f"{_score(result)} ({result['loss']:+.1f})"

@@ -1,0 +1,186 @@
+"""Knock-outs over ranges of layers, and the window of layers that they leave.
+
+Scores are percentages of samples answered exactly; losses are points against the checkpoint as it is, on the same
+samples. A range of layers costs at most the tolerance where its loss and one standard error together do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.paired import standard_error
+from eval.probe_samples import Batch
+from eval.probes import answered, knocked_out, narrowed, own_schedule
+from models.plan import StagePlan
+from models.schedule import Schedule
+
+Trial = tuple[Any, ...]  # ("masked", layers ...) or ("removed", enter, exit)
+MASKED, REMOVED = "masked", "removed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trial's score, in per cent, and what it loses against the checkpoint as it is, in points.
+
+    Attributes:
+        score: of the trial.
+        error: its standard error.
+        loss: score of the checkpoint as it is, less this one.
+        loss_error: standard error of the loss, sample by sample; at least one sample's worth, so that few samples
+            without a change do not pass for certainty.
+    """
+
+    score: float
+    error: float
+    loss: float
+    loss_error: float
+
+    def costs_at_most(self, tolerance: float) -> bool:
+        """Returns whether loss and one standard error together are within `tolerance` points."""
+        return self.loss + self.loss_error <= tolerance
+
+
+class Trials:
+    """What was answered right in each trial; a trial is run once, however many ranges of layers come down to it.
+
+    Args:
+        plan: the checkpoint's own; None is dense.
+        depth: the decoder's layers.
+    """
+
+    def __init__(self, plan: StagePlan | None, depth: int) -> None:
+        self.plan, self.depth = plan, depth
+        self.seeing = [layer for layer in range(depth) if plan is None or plan.sees(layer)]
+        self.right: dict[Trial, list[bool]] = {}
+        self.groups: list[str] = []
+
+    def masked(self, layers: Iterable[int]) -> Trial:
+        """Returns the trial in which text sees no vision in `layers`."""
+        return (MASKED, *(layer for layer in self.seeing if layer in set(layers)))
+
+    def masked_outside(self, enter: int, leave: int) -> Trial:
+        """Returns the trial in which text sees vision in [enter, leave) alone."""
+        return self.masked([*range(enter), *range(leave, self.depth)])
+
+    def removed_outside(self, enter: int, leave: int) -> Trial:
+        """Returns the trial in which visual tokens live in [enter, leave) alone."""
+        inside = [layer for layer in self.seeing if enter <= layer < leave]
+        if not inside:
+            return self.nothing
+        return self.whole if inside == self.seeing else (REMOVED, inside[0], inside[-1] + 1)
+
+    @property
+    def whole(self) -> Trial:
+        """The checkpoint as it is."""
+        return (MASKED,)
+
+    @property
+    def nothing(self) -> Trial:
+        """Vision masked everywhere."""
+        return (MASKED, *self.seeing)
+
+    def windows(self, width: int) -> list[tuple[int, Trial]]:
+        """Returns (l, vision masked in [l, l + width)) for every l."""
+        return [(start, self.masked(range(start, start + width))) for start in range(self.depth - width + 1)]
+
+    def sweep(self, width: int) -> list[Trial]:
+        """Returns every trial of the knock-outs once: before, from and within layers, and removed before layers."""
+        trials = [self.whole, self.nothing]
+        for layer in range(self.depth + 1):
+            trials += [self.masked_outside(layer, self.depth), self.masked_outside(0, layer)]
+            trials.append(self.removed_outside(layer, self.depth))
+        return list(dict.fromkeys(trials + [trial for _, trial in self.windows(width)]))
+
+    def schedule(self, trial: Trial) -> Schedule:
+        """Returns the schedule that a trial runs under."""
+        if trial == self.whole:
+            return own_schedule(self.plan)
+        if trial[0] == MASKED:
+            return knocked_out(self.plan, range(self.depth) if trial == self.nothing else trial[1:])
+        plan = narrowed(self.plan, *trial[1:])
+        return own_schedule(plan)
+
+    def run(self, model: Any, batch: Batch, trials: Iterable[Trial]) -> None:
+        """Notes what each trial answers right in one more batch."""
+        for trial in trials:
+            self.right.setdefault(trial, []).extend(answered(model, batch, self.schedule(trial)))
+
+    def result(self, trial: Trial) -> Result:
+        """Returns the score of a trial that was run over all samples."""
+        right = 100.0 * np.asarray(self.right[trial], dtype=np.float64)
+        lost = 100.0 * np.asarray(self.right[self.whole], dtype=np.float64) - right
+        least = 100.0 / len(right)
+        score_error = standard_error(right.tolist(), self.groups) or 0.0
+        loss_error = standard_error(lost.tolist(), self.groups) or 0.0
+        return Result(float(right.mean()), score_error, float(lost.mean()), max(loss_error, least))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The window of layers in which a model needs vision.
+
+    Attributes:
+        enter: first layer.
+        exit: first layer after it.
+        first: the window that masking each side alone allows, before both were masked together.
+        crossed: `first` is empty: either side alone can do without the middle.
+    """
+
+    enter: int
+    exit: int
+    first: tuple[int, int]
+    crossed: bool
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether both sides masked together lost more than the tolerance."""
+        return not self.crossed and (self.enter, self.exit) != self.first
+
+
+def needs_vision(trials: Trials, tolerance: float) -> bool:
+    """Returns whether the score falls without vision by more than the tolerance, and than twice its error."""
+    without = trials.result(trials.nothing)
+    return without.loss > max(tolerance, 2 * without.loss_error)
+
+
+def propose(trials: Trials, tolerance: float, measure: Callable[[Sequence[Trial]], None]) -> Proposal:
+    """Returns the window of layers outside which masking vision costs at most the tolerance.
+
+    enter is the largest l such that masking [0, l) does, exit the smallest l such that masking [l, L) does. Where
+    both masked together cost more, the window grows by one layer at the side where that loses less, until they do
+    not. Where the two cross, the narrowest window that holds and begins at enter, or ends at exit.
+
+    Args:
+        trials: after the sweep.
+        tolerance: points of score.
+        measure: runs further trials over all samples.
+    """
+
+    def holds(enter: int, leave: int) -> bool:
+        return result_of(enter, leave).costs_at_most(tolerance)
+
+    def result_of(enter: int, leave: int) -> Result:
+        trial = trials.masked_outside(enter, leave)
+        if trial not in trials.right:
+            measure([trial])
+        return trials.result(trial)
+
+    depth = trials.depth
+    enter = max((layer for layer in range(1, depth + 1) if holds(layer, depth)), default=0)
+    leave = min((layer for layer in range(depth) if holds(0, layer)), default=depth)
+    first = (enter, leave)
+    if enter >= leave:
+        late = (enter, next((end for end in range(enter + 1, depth) if holds(enter, end)), depth))
+        early = (next((start for start in range(leave - 1, 0, -1) if holds(start, leave)), 0), leave)
+        enter, leave = min(late, early, key=lambda window: (window[1] - window[0], result_of(*window).loss))
+        return Proposal(enter, leave, first, crossed=True)
+    while not holds(enter, leave) and (enter, leave) != (0, depth):
+        wider = [(max(enter - 1, 0), leave), (enter, min(leave + 1, depth))]
+        same = trials.masked_outside(enter, leave)  # a layer that the checkpoint's plan shows no vision adds nothing
+        wider = [window for window in wider if trials.masked_outside(*window) != same]
+        enter, leave = min(wider, key=lambda window: result_of(*window).loss)
+    return Proposal(enter, leave, first, crossed=False)

@@ -1,0 +1,588 @@
+"""The stage analysis against slow references, and on models whose stages are known by construction."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+from data.chat import IGNORE_INDEX
+from eval import stages
+from eval.live import live_visual
+from eval.probe_samples import Asker, Batch, Sample, spaced
+from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed, own_schedule
+from eval.prompts import Asked, Prompter
+from eval.stages_search import Trials, needs_vision, propose
+from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+from models.schedules import Dense, Fused, Within, published
+from recipes.schema import load_recipe
+from tests.conftest import IMAGE, LAYERS, QUICKSTART, merged_inputs
+
+LAYOUTS = ("tttItttt", "ItIttttt", "tIttt")  # one image, two, short; each ends with an answer of two tokens
+RANGES = {"first": range(1), "shallow": range(3), "deep": range(3, 6), "middle": range(2, 4), "odd": (1, 3, 5)}
+
+
+@pytest.fixture(autouse=True)
+def small_and_without_gradients():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models of this size spend their time on waking others
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def probed(model, rows):
+    """Returns the rows of make_batch as the probes' batch: the last two tokens are the answer."""
+    labels = torch.full_like(rows["input_ids"], IGNORE_INDEX)
+    labels[:, -2:] = rows["input_ids"][:, -2:]
+    return Batch.of(model, rows["input_ids"], rows["attention_mask"], labels, rows["pixel_values"])
+
+
+def singles(rows):
+    """Yields each row of a left-padded batch alone, unpadded."""
+    first = 0
+    for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
+        own = ids[mask.bool()][None]
+        images = int((own == IMAGE).sum()) // 4
+        pixels = rows["pixel_values"][first : first + images]
+        first += images
+        yield {"input_ids": own, "attention_mask": torch.ones_like(own), "pixel_values": pixels}
+
+
+def hugging_face(model):
+    """Returns Hugging Face's own LLaVA with the same weights, under eager attention."""
+    fields = model.config.to_dict()
+    for name in ("model_type", "stages"):
+        fields.pop(name)
+    twin = LlavaForConditionalGeneration(LlavaConfig(**fields, attn_implementation="eager")).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+# -- knock-outs ---------------------------------------------------------------------------------------------------
+
+
+def knocked_out_reference(model, rows, layers):
+    """Returns the last hidden states (1, S, D) of an unpadded sample: every layer under an explicit 4-D mask."""
+    decoder = model.model.language_model
+    hidden, visual = merged_inputs(model, rows)
+    size = hidden.shape[1]
+    positions = torch.arange(size)[None]
+    rotary = decoder.rotary_emb(hidden, positions)
+    queries, keys = torch.arange(size)[:, None], torch.arange(size)[None]
+    windows = getattr(decoder.config, "layer_types", None)
+    for number, layer in enumerate(decoder.layers):
+        allowed = keys <= queries
+        window = getattr(decoder.config, "sliding_window", None)
+        if window is not None and (windows is None or windows[number] == "sliding_attention"):
+            allowed = allowed & (queries - keys < window)
+        if number in layers:
+            allowed = allowed & ~(visual[0][None, :] & ~visual[0][:, None])
+        mask = torch.zeros(1, 1, size, size).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        hidden = layer(hidden, mask, positions, None, False, rotary)
+    return decoder.norm(hidden)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", RANGES.values(), ids=RANGES)
+def test_a_knockout_is_an_explicit_mask_in_its_layers(make_model, make_batch, family, layers, attention):
+    model = make_model(family, attention=attention)
+    rows = make_batch(*LAYOUTS, side="left")
+    batch = probed(model, rows)
+    found = batch.run(model, knocked_out(None, layers)).last_hidden_state
+    for number, single in enumerate(singles(rows)):
+        expected = knocked_out_reference(model, single, layers)
+        text = (single["input_ids"] != IMAGE)[0]
+        got = found[number, -len(text) :]
+        torch.testing.assert_close(got[text], expected[0, text], atol=2e-4, rtol=1e-3)
+    live = batch.run(model, knocked_out(None, layers)).live
+    assert [len(layer[0]) for layer in live] == [7 if set(range(at, LAYERS)) <= set(layers) else 11 for at in range(6)]
+    dense = batch.run(model, Dense()).last_hidden_state
+    assert not torch.allclose(found[batch.ends], dense[batch.ends], atol=1e-2)
+
+
+@pytest.mark.parametrize("plan", [{"enter": 1, "exit": 5}, {"enter": 1, "exit": 5, "update": "kv"}])
+def test_inside_a_plan_masking_the_deep_part_is_removing_it_and_of_kv_any_part(make_model, make_batch, plan):
+    model, plan = make_model(), StagePlan.from_dict(plan)
+    batch = probed(model, make_batch(*LAYOUTS, side="left"))
+
+    def ends(schedule):
+        return batch.run(model, schedule).last_hidden_state[batch.predicts]
+
+    for layer in range(2, 5):
+        torch.testing.assert_close(ends(knocked_out(plan, range(layer, 6))), ends(Fused(narrowed(plan, 0, layer))))
+    masked, removed = ends(knocked_out(plan, range(3))), ends(Fused(narrowed(plan, 3, 6)))
+    assert torch.allclose(masked, removed, atol=1e-5) == (plan.update == "kv")
+    torch.testing.assert_close(ends(knocked_out(plan, (0, 5))), ends(Fused(plan)))
+
+
+def test_an_answer_is_right_when_greedy_decoding_would_write_it(make_model, make_batch):
+    model, right = make_model(), []
+    rows = make_batch(*LAYOUTS, side="left")
+    whole = probed(model, rows)
+    prompt = {"input_ids": rows["input_ids"][:, :-2], "attention_mask": rows["attention_mask"][:, :-2]}
+    for schedule in (Dense(), Fused(StagePlan(2, 4))):
+        model.schedule = schedule
+        written = model.generate(
+            **prompt, pixel_values=rows["pixel_values"], max_new_tokens=2, do_sample=False, eos_token_id=None,
+            pad_token_id=59, bad_words_ids=[[IMAGE]],
+        )[:, -2:]  # fmt: skip
+        model.schedule = None
+        answers = rows["input_ids"].clone()
+        answers[:, -2:] = written
+        answers[0, -1] = (written[0, -1] + 1) % 40
+        right.append(answered(model, probed(model, {**rows, "input_ids": answers}), schedule))
+    assert right == [[False, True, True]] * 2
+    assert whole.ends.sum(dim=1).tolist() == [1, 1, 1]
+    assert whole.text_tokens == [7, 6, 4]
+
+
+def test_a_plan_is_narrowed_by_its_kind():
+    pyramid = StagePlan(1, 6, keep={2: 3, 4: 1})
+    assert narrowed(None, 2, 4) == StagePlan(2, 4)
+    assert narrowed(pyramid, 2, 5) == StagePlan(2, 5, keep={4: 1})
+    assert narrowed(pyramid, 0, 4) == StagePlan(1, 4, keep={2: 3})
+    listed = StagePlan(layers=[0, 2, 5], update="kv", keep={2: 2, 5: 1})
+    assert narrowed(listed, 1, 6) == StagePlan(layers=[2, 5], update="kv", keep={5: 1})
+    assert narrowed(listed, 3, 5) is None
+    assert narrowed(StagePlan(2, 4), 4, 6) is None
+
+
+# -- what layers show ---------------------------------------------------------------------------------------------
+
+
+def insight_of(model, rows, plan=None):
+    found = Insight(model, plan)
+    found.add(probed(model, rows))
+    return found.found
+
+
+def test_lens_attention_and_values_are_what_hugging_face_shows(make_model, make_batch):
+    model = make_model()
+    twin = hugging_face(model)
+    decoder = twin.model.language_model
+    rows = make_batch(*LAYOUTS, side="left")
+    found = insight_of(model, rows)
+    for number, single in enumerate(singles(rows)):
+        shown = twin(**single, output_hidden_states=True, output_attentions=True)
+        ids = single["input_ids"][0]
+        visual, end = ids == IMAGE, len(ids) - 3
+        asking = (~visual & (visual.cumsum(0) > 0)).nonzero().flatten()
+        asking = asking[asking <= end]
+        before = None
+        for layer in range(LAYERS):
+            after = shown.hidden_states[layer + 1][0, end]
+            after = after if layer == LAYERS - 1 else decoder.norm(after)  # Hugging Face's last one is normed
+            odds = twin.lm_head(after).softmax(-1)
+            expected = {
+                "lens_probability": odds[ids[-2]],
+                "lens_rank": 1 + (odds > odds[ids[-2]]).sum(),
+                "lens_entropy": torch.special.entr(odds).sum(),
+            }
+            paid = shown.attentions[layer][0].mean(0)[:, visual]
+            last, text = paid[end], paid[asking].mean(0)
+            normed = decoder.layers[layer].input_layernorm(shown.hidden_states[layer][0, visual])
+            norms = decoder.layers[layer].self_attn.v_proj(normed).abs().sum(1)
+            sinks = torch.zeros_like(text).bool()
+            sinks[text.argmax()] = True  # a tenth of 4 or 8, rounded up
+            expected |= {"share_last": last.sum(), "share_text": text.sum()}
+            expected |= {"sink_value": norms[sinks].mean(), "other_value": norms[~sinks].mean()}
+            if before is not None:
+                for name, now, then in (("change_last", last, before[0]), ("change_text", text, before[1])):
+                    expected[name] = 1 - now @ then / (now.norm() * then.norm())
+            before = last, text
+            for name, value in expected.items():
+                got = found[name][number, layer]
+                torch.testing.assert_close(got, value.float(), atol=1e-4, rtol=1e-3, msg=f"{name}, layer {layer}")
+
+
+@pytest.mark.parametrize("plan", [None, {"enter": 2, "exit": 4}, {"layers": [1, 2, 4], "update": "kv"}])
+def test_a_padded_batch_shows_what_each_sample_shows_alone(make_model, make_batch, plan):
+    model = make_model("qwen3")
+    plan = None if plan is None else StagePlan.from_dict(plan)
+    rows = make_batch(*LAYOUTS, side="left")
+    together = insight_of(model, rows, plan)
+    for number, single in enumerate(singles(rows)):
+        for name, values in insight_of(model, single, plan).items():
+            torch.testing.assert_close(together[name][number], values[0], atol=1e-4, rtol=1e-3, equal_nan=True)
+    if plan is not None:
+        seen = [plan.sees(layer) for layer in range(LAYERS)]
+        follows = [now and before for before, now in zip([False, *seen], seen, strict=False)]
+        assert (~together["share_last"][0].isnan()).tolist() == seen
+        assert (~together["change_last"][0].isnan()).tolist() == follows
+        assert not together["lens_rank"].isnan().any()
+
+
+def test_sinks_are_the_tenth_that_text_attends_to_most():
+    attention = torch.arange(30.0).expand(2, -1)
+    live = torch.ones(2, 30, dtype=torch.bool)
+    live[1, 5:] = False
+    assert [row.nonzero().flatten().tolist() for row in most_attended(attention, live)] == [[27, 28, 29], [4]]
+
+
+@pytest.mark.parametrize("plan", [None, StagePlan(1, 5)])
+def test_visipruner_fires_where_its_live_tokens_say(make_model, make_batch, plan, monkeypatch):
+    model = make_model()
+    rows = make_batch(*LAYOUTS, side="left")
+    pruner = replace(published("visipruner", LAYERS), layer_threshold=0.9, token_threshold=0.6)  # which these meet
+    monkeypatch.setattr("eval.probes.published", lambda *_: pruner)
+    found = firings(model, probed(model, rows), plan)
+    for one, single in zip(found, singles(rows), strict=True):
+        prompt = {"input_ids": single["input_ids"][:, :-2], "pixel_values": single["pixel_values"]}
+        live = live_visual(model, prompt, pruner if plan is None else Within(plan, pruner))
+        counts = live.sum(dim=(1, 2)).tolist()
+        full = int((single["input_ids"] == IMAGE).sum())
+        own = [full if plan is None or plan.sees(layer) else 0 for layer in range(LAYERS)]
+        assert one == _firing(counts, own)
+    assert any(one.fusion is not None for one in found)
+
+
+def test_a_plans_own_exit_is_not_visipruners():
+    assert _firing([4, 4, 2, 2, 0, 0], [4] * 6) == Firing(1, 2, 4)
+    assert _firing([0, 4, 4, 4, 0, 0], [0, 4, 4, 4, 0, 0]) == Firing(None, None, None)
+    assert _firing([0, 4, 4, 1, 0, 0], [0, 4, 4, 4, 0, 0]) == Firing(2, 1, None)
+    assert _firing([4, 4, 0, 0], [4] * 4) == Firing(1, 0, 2)
+
+
+# -- the search ---------------------------------------------------------------------------------------------------
+
+
+def searched(is_right, depth=6, samples=100, tolerance=2.0, plan=None):
+    """Returns the proposal of a model that answers right where `is_right(sample, layers with vision)`."""
+    trials = Trials(plan, depth)
+    trials.groups = [str(sample) for sample in range(samples)]
+
+    def run(several):
+        for trial in several:
+            hidden = set(trial[1:]) if trial[0] == "masked" else set(range(depth)) - set(range(*trial[1:]))
+            seen = set(trials.seeing) - hidden
+            trials.right[trial] = [is_right(sample, seen) for sample in range(samples)]
+
+    run(trials.sweep(1))
+    return propose(trials, tolerance, run) if needs_vision(trials, tolerance) else None
+
+
+def test_both_sides_together_may_need_a_wider_window():
+    found = searched(lambda _, seen: 2 in seen and bool(seen & {1, 4}))
+    assert (found.first, found.enter, found.exit, found.is_widened) == ((2, 3), 1, 3, True)
+
+
+def test_where_either_side_can_do_without_the_middle_the_narrower_is_taken():
+    found = searched(lambda _, seen: 0 in seen or {3, 5} <= seen)
+    assert (found.crossed, found.enter, found.exit, found.is_widened) == (True, 0, 1, False)
+
+
+def test_losses_within_the_tolerance_are_taken_with_their_error():
+    one = searched(lambda sample, seen: {2, 3} <= seen and (sample != 0 or 1 in seen))
+    assert (one.enter, one.exit) == (2, 4)  # 1 point and its error of 1
+    two = searched(lambda sample, seen: {2, 3} <= seen and (sample > 1 or 1 in seen))
+    assert (two.enter, two.exit) == (1, 4)  # 2 points and their error
+
+
+def test_a_task_that_needs_no_image_has_no_window():
+    assert searched(lambda sample, _: sample % 2 == 0) is None
+    assert searched(lambda sample, seen: sample > 2 or bool(seen), tolerance=1.0) is None  # 3 points, error 1.7
+    assert searched(lambda sample, seen: sample > 4 or bool(seen), tolerance=1.0) is not None
+
+
+def test_samples_are_spaced_over_the_task():
+    assert spaced(9, 3) == [0, 3, 6]
+    assert spaced(2, 5) == [0, 1]
+
+
+# -- whole runs ---------------------------------------------------------------------------------------------------
+
+COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "rectangle", "triangle")
+QUESTIONS = ("what color is it?", "what shape is it?")
+KINDS, DELIVERED, END = (6, 7), (8, 9), 16  # channels of the hidden state
+
+
+def tiny_processor():
+    processor = AutoProcessor.from_pretrained(QUICKSTART)
+    processor.patch_size = 4
+    processor.image_processor.size = {"shortest_edge": 8}
+    processor.image_processor.crop_size = {"height": 8, "width": 8}
+    return processor
+
+
+def tiny_model(plan=None):
+    fields = AutoConfig.from_pretrained(QUICKSTART).to_dict()
+    fields.pop("model_type")
+    fields["text_config"] |= {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 64}
+    fields["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    fields["vision_config"] |= {"image_size": 8, "patch_size": 4, "hidden_size": 32, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = FusedLlavaConfig(**{**fields, "stages": plan, "image_seq_length": 4})
+    return FusedLlavaForConditionalGeneration(config).eval()
+
+
+def picture(colour, shape):
+    """Nine images that differ: what they show does not matter, only that they can be told apart."""
+    return Image.new("RGB", (8, 8), (40 + 80 * colour, 220 - 70 * shape, 60 + 40 * (colour * shape)))
+
+
+def pictured_samples():
+    """Returns 18 questions about 9 images; half of the answers are colours, half shapes."""
+    found = []
+    for colour in range(3):
+        for shape in range(3):
+            for question, answer in zip(QUESTIONS, (COLOURS[colour], SHAPES[shape]), strict=True):
+                name = f"{colour}{shape}"
+                found.append(Sample(name + question, Asked(question, [picture(colour, shape)]), answer, name))
+    return found
+
+
+def write_task(folder, repeats=4):
+    """Writes the samples as a LLaVA-format file; returns its path."""
+    rows = []
+    for sample in pictured_samples() * repeats:
+        sample.asked.images[0].save(folder / f"{sample.group}.png")
+        turns = [("human", f"<image>\n{sample.asked.text}"), ("gpt", sample.answer)]
+        turns = [{"from": who, "value": text} for who, text in turns]
+        rows.append({"id": sample.id, "image": f"{sample.group}.png", "conversations": turns})
+    rows.append({"id": "words", "conversations": [{"from": who, "value": "hm"} for who in ("human", "gpt")]})
+    (folder / "task.json").write_text(json.dumps(rows))
+    return folder / "task.json"
+
+
+def by_construction(reads, plan=None):
+    """Returns a model whose text reads the image's colour, or shape, in the layers that `reads` names, and only there.
+
+    Attention is uniform (queries are zero). Layer 0 brings what the question is about to the last token, as it is in
+    the words; the projected features of the nine images are, exactly, colour and shape.
+    """
+    model, processor = tiny_model(plan), tiny_processor()
+    prompter = Prompter(processor, chat_format="chat_template", aspect="processor")
+    words = processor.tokenizer.convert_tokens_to_ids
+    decoder = model.model.language_model
+    embeddings, head = model.get_input_embeddings().weight, model.lm_head.weight
+    for weight in (embeddings, head):
+        weight.zero_()
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
+            part.weight.zero_()
+    kinds = [set(Asker(model, prompter, "chat_template").encode(pictured_samples()[kind])[0]) for kind in (0, 1)]
+    answers = {words(word) for word in (*COLOURS, *SHAPES)}
+    for kind, other in ((0, 1), (1, 0)):
+        for token in kinds[kind] - kinds[other] - answers:
+            embeddings[token, KINDS[kind]] = 1
+        decoder.layers[0].self_attn.v_proj.weight[kind, KINDS[kind]] = 1
+        decoder.layers[0].self_attn.o_proj.weight[DELIVERED[kind], kind] = 1
+        for number, word in enumerate((COLOURS, SHAPES)[kind]):
+            channel = 3 * kind + number
+            head[words(word), DELIVERED[kind]], head[words(word), 10 + channel] = 100, 1
+            embeddings[words(word), END] = 1000
+            for layer in reads[("colour", "shape")[kind]]:
+                attention = decoder.layers[layer].self_attn
+                attention.v_proj.weight[2 + channel, channel] = 1
+                attention.o_proj.weight[10 + channel, 2 + channel] = 1
+    head[processor.tokenizer.eos_token_id, END] = 1000
+    project_exactly(model, prompter)
+    return model
+
+
+def project_exactly(model, prompter):
+    """Sets the projector so that each image's features are its colour (channels 0-2) and its shape (3-5)."""
+    pixels = torch.cat([prompter.pixels(picture(number // 3, number % 3)) for number in range(9)])
+    inner = {}
+    handle = model.model.multi_modal_projector.act.register_forward_hook(lambda *call: inner.update(out=call[2]))
+    model.model.get_image_features(pixel_values=pixels)
+    handle.remove()
+    wanted = torch.zeros(9, 4, 64)
+    for number in range(9):
+        wanted[number, :, number // 3] = wanted[number, :, 3 + number % 3] = 1
+    solved = torch.linalg.pinv(inner["out"].reshape(36, 64).double()) @ wanted.reshape(36, 64).double()
+    model.model.multi_modal_projector.linear_2.weight.copy_(solved.T)
+    model.model.multi_modal_projector.linear_2.bias.zero_()
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def run(folder, checkpoint, *more):
+    """Returns the exit code and what stages.json says."""
+    out = folder / "out"
+    command = [str(checkpoint), "--task", str(folder / "task.json"), "--images", str(folder), "--out", str(out)]
+    code = stages.main([*command, "--tolerance", "3", "--batch", "50", *map(str, more)])
+    return code, json.loads((out / "stages.json").read_text()) if (out / "stages.json").is_file() else None
+
+
+@pytest.fixture
+def task(tmp_path):
+    write_task(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("plan", [None, {"enter": 2, "exit": 4}, {"enter": 1, "exit": 6}])
+def test_a_window_known_by_construction_is_found_and_written(task, plan, capsys):
+    model = by_construction({"colour": [2], "shape": [3]}, plan)
+    checkpoint = save(hugging_face(model) if plan is None else model, task / "model")
+    target = task / "my_fused.yaml"
+    code, record = run(task, checkpoint, "--write", target)
+    assert code == 0
+    assert record["score"]["score"] == 100.0
+    assert record["without_vision"]["score"] < 50
+    found = record["proposal"]
+    assert (found["enter"], found["exit"], found["widened"], found["crossed"]) == (2, 4, False, False)
+    assert found["masked"]["loss"] == found["removed"]["loss"] == 0.0
+    assert found["cost"]["proposed"]["visual_token_layers"] == 2 * 4
+    assert [result["loss"] > 0 for result in record["masked_before"]] == [False] * 3 + [True] * 4
+    assert [result["loss"] > 0 for result in record["masked_from"]] == [True] * 4 + [False] * 3
+    assert [result["loss"] > 0 for result in record["masked_window"]] == [False, False, True, True, False, False]
+    recipe = load_recipe(target)
+    assert (recipe.name, recipe.output, recipe.plan) == ("my_fused", "outputs/my_fused", StagePlan(2, 4))
+    assert recipe.model.checkpoint == str(checkpoint)
+    top = target.read_text()
+    assert top.startswith("# The stages of this recipe were proposed by\n#   python -m eval.stages")
+    assert "# Proposed: enter 2, exit 4 of 6 layers" in top
+    assert "Proposed: enter 2, exit 4 of 6 layers" in capsys.readouterr().out
+    assert (task / "out/stages.png").stat().st_size > 10_000
+    assert "| 2 | 100.0 +- 0.0 % (+0.0) |" in (task / "out/stages.md").read_text()
+
+
+def test_a_second_reading_place_makes_a_single_layer_enough(task):
+    checkpoint = save(by_construction({"colour": [1, 4], "shape": [1, 4]}), task / "model")
+    code, record = run(task, checkpoint)
+    found = record["proposal"]
+    assert (code, found["first"], found["crossed"]) == (0, [4, 2], True)
+    assert found["exit"] - found["enter"] == 1
+    assert found["masked"]["loss"] == 0.0
+
+
+def test_a_model_that_needs_every_layer_or_no_image_gets_no_stages(task, capsys):
+    whole = save(by_construction({"colour": [0], "shape": [5]}), task / "whole")
+    code, record = run(task, whole)
+    assert (code, record["proposal"]) == (0, None)
+    assert "vision is needed from the first layer to the last" in capsys.readouterr().out
+    blind = save(by_construction({"colour": [], "shape": []}), task / "blind")
+    target = task / "new.yaml"
+    code, record = run(task, blind, "--write", target)
+    assert (code, record["proposal"]) == (2, None)
+    said = capsys.readouterr()
+    assert "does not need the image" in said.out
+    assert said.err.splitlines()[-1].startswith(f"--write: {target} was not written: no stages are proposed")
+    assert not target.exists()
+
+
+def trained(plan):
+    """Returns a model that has learned to name colours and shapes under a plan."""
+    model, processor = tiny_model(plan), tiny_processor()
+    asker = Asker(model, Prompter(processor, chat_format="chat_template", aspect="processor"), "chat_template")
+    samples = pictured_samples()
+    batch, encoded = asker.batch(samples), [asker.encode(sample) for sample in samples]
+    labels = torch.full_like(batch.ids, IGNORE_INDEX)
+    for row, (_, own) in zip(labels, encoded, strict=True):
+        row[-len(own) :] = torch.tensor(own)
+    pixels = torch.cat([asker.prompter.pixels(sample.asked.images[0]) for sample in samples])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    with torch.enable_grad():
+        for _ in range(150):
+            loss = model.train()(
+                input_ids=batch.ids, attention_mask=batch.mask, pixel_values=pixels, labels=labels
+            ).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss < 0.05
+    return model.eval()
+
+
+def test_a_trained_window_comes_back_or_the_narrowest_part_of_it_that_is_enough(task):
+    checkpoint = save(trained({"enter": 2, "exit": 4}), task / "model")
+    code, record = run(task, checkpoint)
+    found = record["proposal"]
+    assert (code, record["score"]["score"]) == (0, 100.0)
+    assert 2 <= found["enter"] < found["exit"] <= 4
+    losses = {2: record["masked_from"][3], 3: record["masked_before"][3]}  # vision in that one layer alone
+    is_enough = {layer: result["loss"] + result["loss_error"] <= 3 for layer, result in losses.items()}
+    if not any(is_enough.values()):
+        assert (found["enter"], found["exit"]) == (2, 4)
+    else:
+        assert found["exit"] - found["enter"] == 1
+        assert is_enough[found["enter"]]
+    assert record["stages"]["enter"] == 2
+    assert record["masked_before"][2]["loss"] == record["masked_from"][4]["loss"] == 0.0
+    assert record["masked_before"][4]["loss"] > 3
+    assert record["masked_from"][2]["loss"] > 3
+
+
+def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
+    checkpoint = save(by_construction({"colour": [2], "shape": [3]}), task / "model")
+    own = QUICKSTART.parents[1] / "quickstart.yaml"
+    (checkpoint / "recipe.yaml").write_text(own.read_text())
+    code, _ = run(task, checkpoint, "--write", task / "next.yaml")
+    before, after = load_recipe(own), load_recipe(task / "next.yaml")
+    assert code == 0
+    assert after.plan == StagePlan(2, 4)
+    assert (after.data, after.train, after.align) == (before.data, before.train, before.align)
+    assert (after.name, after.model.config) == ("next", before.model.config)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--task", "gqa"), "--task: found 'gqa', accepted: easy_vqa, or a LLaVA-format JSON or JSONL file"),
+        (("--images", "nowhere"), "--images: "),
+        (("--limit", "30"), "--limit: found 30 samples for a tolerance of 3 points, accepted: at least 34"),
+        (("--window", "7"), "--window: found 7, accepted: at most 6"),
+        (("--write", "taken.yaml"), "accepted: a file that does not exist yet"),
+        (("--write", "no/such/folder.yaml"), "accepted: a .yaml file in a folder that exists"),
+        (("--out", "taken.yaml"), "accepted: a folder"),
+        (("--tolerance", "0"), "accepted: points of score, above 0 and at most 100"),
+    ],
+)
+def test_what_a_user_got_wrong_is_told_in_one_line(task, more, said, capsys, monkeypatch):
+    checkpoint = save(tiny_model(), task / "model")
+    monkeypatch.chdir(task)
+    (task / "taken.yaml").write_text("")
+    try:
+        code, _ = run(task, checkpoint, *more)
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (task / "out").exists()
+
+
+def test_no_checkpoint_is_told_in_one_line(task, capsys):
+    code, _ = run(task, task / "nothing")
+    assert code == 2
+    assert "no checkpoint found" in capsys.readouterr().err
+
+
+def test_broken_rows_are_named(task, capsys):
+    (task / "task.json").write_text('[{"conversations": []}]')
+    assert run(task, save(tiny_model(), task / "model"))[0] == 2
+    assert "task.json:0: conversations: found no turns" in capsys.readouterr().err
+
+
+def test_results_count_images_and_never_claim_certainty():
+    trials = Trials(None, 2)
+    trials.groups = ["a", "a", "b", "b"]
+    trials.right = {trials.whole: [True, True, True, True], trials.nothing: [False, False, True, True]}
+    result = trials.result(trials.nothing)
+    assert (result.score, result.loss) == (50.0, 50.0)
+    assert result.loss_error == pytest.approx(50.0)  # two images: 100 and 0
+    assert trials.result(trials.whole).loss_error == 25.0
+
+
+def test_every_range_of_layers_that_comes_to_the_same_is_run_once():
+    trials = Trials(StagePlan(2, 4), 6)
+    assert trials.masked_outside(2, 4) == trials.whole == trials.removed_outside(1, 5)
+    assert trials.masked_outside(0, 2) == trials.nothing == trials.removed_outside(4, 6)
+    assert len(trials.sweep(1)) == len({("masked",), ("masked", 2, 3), ("masked", 2), ("masked", 3), ("removed", 3, 4)})
+
+
+@pytest.mark.parametrize("plan", [None, StagePlan(1, 6, keep={2: 2, 4: 1}), StagePlan(2, 4, "kv", keep={3: 1})])
+def test_watching_changes_nothing(make_model, make_batch, plan):
+    model = make_model()
+    batch = probed(model, make_batch(*LAYOUTS, side="left"))
+    own = model.lm_head(batch.run(model, own_schedule(plan)).last_hidden_state[batch.ends]).softmax(-1)
+    lens = insight_of(model, make_batch(*LAYOUTS, side="left"), plan)["lens_probability"][:, -1]
+    torch.testing.assert_close(lens, own.gather(1, batch.first_answers[:, None])[:, 0])
