@@ -92,7 +92,7 @@ def _score_plot(members: Sequence[tables.Row], file: Path, label: str, key: str,
     points = [
         Point(
             row["run"],
-            tables.shown_schedule(row),
+            row["schedule"],
             row[key] * scale,
             row["score"] * percent,
             None if row["standard_error"] is None else row["standard_error"] * percent,
