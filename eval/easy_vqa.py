@@ -10,10 +10,11 @@ from typing import Any
 
 import datasets
 from lmms_eval.api.task import ConfigurableTask
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data.easy_vqa import VERSION, Question, answers_by_words, questions
 
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 KINDS = {"yes/no": "yes_no", "shape": "shape", "colour": "colour"}  # kind of question: metric
 
 

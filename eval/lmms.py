@@ -29,7 +29,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from data.chat import TokenizerError
@@ -37,6 +37,7 @@ from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointErr
 from eval.prompts import Asked, Prompter
 from models.schedules import SCHEDULES
 
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 HARNESS_FOLDERS = {  # where lmms-eval defines what is usually asked for; "" for our own
     **dict.fromkeys(("easy_vqa", "easy_vqa_phrase", "textvqa_val_ocr"), ""),

@@ -6,7 +6,7 @@ import sys
 import datasets
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from data.easy_vqa import questions
@@ -132,6 +132,10 @@ def test_a_llava_of_hugging_faces_answers_as_it_does_there(harness, tmp_path):
         inputs = processor(images=Image.open(question.image).convert("RGB"), text=text, return_tensors="pt")
         new = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         assert processor.batch_decode(new, skip_special_tokens=True)[0].strip() == sample["filtered_resps"][0]
+
+
+def test_lmms_eval_does_not_let_broken_images_through():
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_the_model_answers_again_after_a_task(harness, loaded):
