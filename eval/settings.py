@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,16 @@ def settings_of(
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "code": code(),
     }
+
+
+def code() -> str:
+    """Returns a checksum of what decides a cell's answers here: the models, the schedules, the tasks."""
+    root = Path(__file__).parents[1]
+    files = [*(root / "models").rglob("*.py"), *(root / "eval/tasks").glob("*.yaml")]
+    parts = [file.name.encode() + file.read_bytes() for file in sorted(files)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from eval import compare, measure
+from eval import compare, measure, settings
 from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import main
@@ -115,6 +115,12 @@ def test_a_finished_comparison_runs_nothing_again(compared, runs, monkeypatch, c
 def test_other_settings_in_one_folder_are_refused(compared, runs, capsys):
     assert main([*runs, "--limit", "41", "--out", str(compared)]) == 2
     assert "holds cells made with limit 40, found 41" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_cells_of_other_code_are_refused(compared, runs, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "code", lambda: "0123456789ab")
+    assert main([*runs, "--limit", "40", "--out", str(compared)]) == 2
+    assert "holds cells made with code " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_failed_cell_is_told_and_run_again(runs, tmp_path, monkeypatch, capsys):

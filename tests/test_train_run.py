@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,8 +92,14 @@ def run(*arguments, ranks=None, timeout=150, **more):
     command = [sys.executable]
     if ranks is not None:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        command += ["--master_port", str(free_port())]  # another run may have the launcher's own
     command += ["train/run.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
 
 
 def log(output):
