@@ -16,9 +16,9 @@ from eval.live import live_visual, run_costs
 from eval.measure import Shape
 from eval.speed import decode, prefill, times
 from models import StagePlan
-from models.rewrite import Rewrite
-from models.schedule import Dense, Fused, Schedule, View
-from models.schedules import VisiPruner, published
+from models.live_tokens import NO_VISUAL, Selection
+from models.schedules import Dense, Fused, Schedule, View, VisiPruner, published
+from models.value_remap import ValueRemap
 
 DECODE_STEPS = 32
 KEPT_SHARE = 0.1  # of the visual tokens, that VisiPruner keeps here
@@ -27,40 +27,44 @@ GPU_SHAPES = (Shape(32, 4096, 576, 64),)  # LLaVA-1.5-7B's decoder
 
 
 @dataclass(frozen=True)
-class Given(Schedule):
-    """Live sets that a run of another schedule had, without its tests: what that schedule costs without choosing.
+class ReplaySchedule(Schedule):
+    """The live tokens of another schedule's run, without its tests: what that schedule costs without choosing.
 
     Attributes:
         counts: live visual tokens of each layer.
-        kept: (1, S) bool, the visual tokens that lived in the layers that had some but not all.
-        masks: whose rewrites run too; None: no one's.
+        kept: the visual tokens that were live in the layers that had some but not all.
+        masks: the schedule whose value remaps run too, or None.
     """
 
     counts: tuple[int, ...]
-    kept: Tensor
+    kept: Selection
     masks: Schedule | None = None
 
-    def live(self, view: View) -> Tensor:
+    def new_state(self) -> Any:
+        """Returns the state of the other schedule."""
+        return None if self.masks is None else self.masks.new_state()
+
+    def live(self, view: View) -> Selection:
         """Returns all, the kept ones or none."""
         if self.counts[view.layer] == 0:
-            return view.none
+            return NO_VISUAL
         return view.visual if self.counts[view.layer] == self.counts[0] else self.kept
 
-    def rewrite(self, view: View) -> Rewrite | None:
+    def value_remap(self, view: View) -> ValueRemap | None:
         """Returns what the other schedule wants."""
-        return None if self.masks is None else self.masks.rewrite(view)
+        return None if self.masks is None else self.masks.value_remap(view)
 
 
 @dataclass(frozen=True)
 class _Lengths(VisiPruner):
-    """VisiPruner up to its first test, which notes the lengths that it would compare with `token_threshold`."""
+    """VisiPruner up to its first test, which records the lengths that it would compare with `token_threshold`."""
 
     found: list[Tensor] = field(default_factory=list)
 
-    def live(self, view: View) -> Tensor:
-        if view.seen_at == self.shallow_end + 1 and not self.found:
-            row = view.row()
-            self.found.append(row.spread(row.influence()[1].sqrt(), view.live.shape[1], 0.0)[view.visual])
+    def live(self, view: View) -> Selection:
+        if view.last_visual_layer == self.shallow_end + 1 and not self.found:
+            row, visual = view.last_query_attention(), view.visual_mask
+            self.found.append(row.spread(row.influence()[1].sqrt(), visual.shape[1], 0.0)[visual])
         return view.live
 
 
@@ -72,7 +76,7 @@ def schedules(model: Any, batch: dict[str, Tensor]) -> dict[str, Schedule]:
     rows: dict[str, Schedule] = {"dense": Dense()}
     for name, schedule in (("visipruner", pruner), ("visipruner without shallow masks", unmasked)):
         rows[name] = schedule
-        rows[f"{name}, choice given"] = given(model, batch, schedule)
+        rows[f"{name}, choice given"] = replay(model, batch, schedule)
     rows |= {name: published(name, depth) for name in ("fastv", "pyramiddrop", "vtw", "random")}
     window = depth // 4, 3 * depth // 4  # llava_fused.yaml's
     return rows | {"fused full": Fused(StagePlan(*window)), "fused kv": Fused(StagePlan(*window, "kv"))}
@@ -95,12 +99,12 @@ def firing_visipruner(model: Any, batch: dict[str, Tensor]) -> VisiPruner:
     )
 
 
-def given(model: Any, batch: dict[str, Tensor], schedule: VisiPruner) -> Given:
+def replay(model: Any, batch: dict[str, Tensor], schedule: VisiPruner) -> ReplaySchedule:
     """Returns a static schedule with the live tokens that `schedule` has on this batch, and with its masks."""
     live = live_visual(model, batch, schedule)
     counts = tuple(live.sum(dim=(1, 2)).tolist())
     some = next(layer for layer, count in zip(live, counts, strict=True) if 0 < count < counts[0])
-    return Given(counts, some, schedule if "shallow" in schedule.modes else None)
+    return ReplaySchedule(counts, Selection(some), schedule if "shallow" in schedule.modes else None)
 
 
 def prepare_model(shape: Shape) -> tuple[Any, dict[str, Tensor]]:

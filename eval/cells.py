@@ -21,7 +21,7 @@ from eval.overlay import live_runs
 from eval.prompts import Asked, Prompter
 from eval.speed import speeds
 from models.cost import Cost
-from models.schedule import Dense, Schedule
+from models.schedules import Dense, Schedule
 
 COSTED = 100  # questions over which the cost of a schedule is averaged, because a pruner's depends on the question
 SHOWN = 6  # questions on the report's sample pages

@@ -29,8 +29,8 @@ from eval.checkpoint import TRAINED, Checkpoint, CheckpointError, set_schedule
 from eval.live import live_visual
 from eval.overlay import draw_overlay
 from eval.prompts import Asked, Prompter
-from models.plan import StagePlan
 from models.schedules import SCHEDULES
+from models.stage_plan import StagePlan
 from recipes.resolved import saved_data
 
 NEW_TOKENS, MOST_NEW_TOKENS = 64, 1024

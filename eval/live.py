@@ -24,9 +24,7 @@ from eval.measure import positive
 from eval.plots import draw_live_tokens
 from eval.prompts import Asked, Prompter
 from models.cost import Cost, live_cost
-from models.decoder import run_decoder
-from models.schedule import Schedule
-from models.schedules import SCHEDULES, published
+from models.schedules import SCHEDULES, Schedule, published
 
 BATCH = 50
 
@@ -40,29 +38,15 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
         schedule: as in `model.schedule`.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    ids = inputs["input_ids"]
-    visual = ids == model.config.image_token_id
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():
-        embeds = model.get_input_embeddings()(ids)
-        features = None
-        if "pixel_values" in inputs:
-            pixels = inputs["pixel_values"].to(model.dtype)
-            images = model.model.get_image_features(pixel_values=pixels, return_dict=True)
-            features = torch.cat(list(images.pooler_output)).to(embeds.dtype)
-        output = run_decoder(
-            model.model.language_model,
-            embeds,
-            visual,
-            attention_mask=inputs.get("attention_mask"),
-            position_ids=torch.arange(ids.shape[1], device=ids.device)[None],  # so `live` counts as `visual` does
-            schedule=schedule,
-            visual_embeds=features,
-        )
-    live = torch.zeros(len(output.live), *visual.shape, dtype=torch.bool, device=ids.device)
+        output = model(**inputs, schedule=schedule, use_cache=False, logits_to_keep=1)
+    live = torch.zeros(len(output.live), *output.visual.shape, dtype=torch.bool, device=output.visual.device)
     for layer, samples in zip(live, output.live, strict=True):
-        for row, positions in zip(layer, samples, strict=True):
-            row[positions] = True
-    return live & visual
+        for row, slots in zip(layer, samples, strict=True):
+            row[slots] = True
+    return live & output.visual
 
 
 def run_costs(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> list[Cost]:

@@ -18,7 +18,7 @@ from data.images import open_image
 from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, Turn, parse
 from eval.prompts import Asked, Prompter, pad_left
 from models.decoder import DecoderOutput, run_decoder
-from models.schedule import Schedule
+from models.schedules import Schedule
 
 
 class SamplesError(ValueError):
@@ -104,7 +104,7 @@ class Batch:
             attention_mask=self.mask,
             schedule=schedule,
             visual_embeds=self.features,
-            queries=self.ends if queries is None else queries,
+            query_mask=self.ends if queries is None else queries,
         )
 
     @property

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from eval.probe_samples import Batch
-from models.plan import StagePlan
-from models.rewrite import Rewrite
-from models.schedule import Dense, Fused, Schedule, View, Within
-from models.schedules import published
+from models.live_tokens import NO_VISUAL, Selection
+from models.schedule_base import WrappedSchedule
+from models.schedules import Dense, Fused, Schedule, View, Within, published
+from models.stage_plan import StagePlan
+from models.value_remap import ValueRemap
 
 SINKS = 0.1  # share of a sample's visual tokens that count as sinks: those that text attends to most
 MEASURES = (
@@ -37,65 +38,58 @@ MEASURES = (
 class Knockout(Schedule):
     """In `layers` no text token sees a visual token; its weights on text add up to 1.
 
-    Visual tokens still run through these layers, and see each other there. Once no later layer shows them to text
-    they may as well go, which changes nothing that text can tell. For a prefill: a one-token decode step would see
-    what the caches hold.
+    Visual tokens still run through these layers, and see each other there. They are dropped once no later layer shows
+    them to text, which changes nothing for text. For a prefill: a one-token decode step sees what the caches hold.
 
     Source: ours, after the knock-outs of VisiPruner (arXiv 2510.17205, section 3), which do not renormalise.
     """
 
     layers: frozenset[int]
 
-    def live(self, view: View) -> Tensor:
+    def new_state(self) -> ValueRemap:
+        """Returns the mask, which all masked layers share."""
+        return ValueRemap(text=None, visual=None, hides=True)
+
+    def live(self, view: View) -> Selection:
         """Returns all visual tokens; none when only masked layers are left."""
         is_seen_again = any(layer not in self.layers for layer in range(view.layer, view.num_layers))
-        return view.visual if is_seen_again else view.none
+        return view.visual if is_seen_again else NO_VISUAL
 
-    def rewrite(self, view: View) -> Rewrite | None:
+    def value_remap(self, view: View) -> ValueRemap | None:
         """Returns the mask."""
-        if view.layer not in self.layers:
-            return None
-        return view.memory.setdefault("mask", Rewrite(text=None, visual=None, hides=True))
+        return view.state if view.layer in self.layers else None
 
 
 @dataclass(frozen=True)
-class Watched(Schedule):
-    """Another schedule, with somebody who looks at its view before each layer and after the last.
+class RecordingSchedule(WrappedSchedule):
+    """Another schedule, with a callback that gets the view before each layer and after the last.
 
-    The onlooker may ask for the attention of many tokens; the schedule goes on choosing by the last one's alone.
+    The callback may ask for the attention of many tokens; the inner schedule still chooses by the last one's alone.
     """
 
     inner: Schedule
-    look: Callable[[View], None]
-    reads_attention = True
+    callback: Callable[[View], None]
 
     @property
-    def update(self) -> str:  # type: ignore[override]
-        """The inner schedule's."""
-        return self.inner.update
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        """The callback may read."""
+        return True
 
-    def check(self, num_layers: int) -> None:
-        """Raises what the inner schedule raises."""
-        self.inner.check(num_layers)
-
-    def live(self, view: View) -> Tensor:
-        """Returns what the inner schedule does, once the view was looked at."""
-        self.look(view)
+    def live(self, view: View) -> Selection:
+        """Calls back, then returns what the inner schedule selects."""
+        self.callback(view)
         return self.inner.live(replace(view, attention=lambda: _last_attention(view)))
 
-    def rewrite(self, view: View) -> Rewrite | None:
-        """Returns what the inner schedule does."""
-        return self.inner.rewrite(view)
-
-    def close(self, view: View) -> None:
-        """Looks once more: at what the last layer did."""
-        self.look(view)
+    def on_end(self, view: View) -> None:
+        """Calls back once more: with what the last layer did."""
+        self.callback(view)
+        self.inner.on_end(view)
 
 
 def _last_attention(view: View) -> Tensor:
-    """Returns (B, S): what the last instruction token pays each position in layer `seen_at`, mean over heads."""
-    row = view.row()
-    return row.spread(row.weights.mean(dim=1), view.visual.shape[1], 0.0)
+    """Returns (B, S): the attention of the last instruction token in `last_visual_layer`, mean over heads."""
+    row = view.last_query_attention()
+    return row.spread(row.weights.mean(dim=1), view.visual_mask.shape[1], 0.0)
 
 
 def own_schedule(plan: StagePlan | None) -> Schedule:
@@ -170,15 +164,15 @@ class Insight:
             layer = view.layer - 1
             if layer < 0:
                 return
-            shown = self._lens(view.states()[batch.ends], batch.first_answers)
-            if view.seen_at == layer:
+            shown = self._lens(view.hidden_states()[batch.ends], batch.first_answers)
+            if view.last_visual_layer == layer:
                 shown |= self._vision(view, batch, before)
             else:
                 before.clear()
             for name, values in shown.items():
                 noted[name][:, layer] = values.float().cpu()
 
-        batch.run(self.model, Watched(own_schedule(self.plan), look), batch.reads)
+        batch.run(self.model, RecordingSchedule(own_schedule(self.plan), look), batch.reads)
         self.found = {name: torch.cat([self.found[name], noted[name]]) for name in MEASURES}
 
     def means(self) -> dict[str, list[float | None]]:
@@ -200,7 +194,7 @@ class Insight:
 
     def _vision(self, view: View, batch: Batch, before: list[Tensor]) -> dict[str, Tensor]:
         """Returns what the layer that just ran shows of vision; keeps its attention in `before` for the next one."""
-        row, size, visual = view.row(), batch.ids.shape[1], batch.visual
+        row, size, visual = view.last_query_attention(), batch.ids.shape[1], batch.visual
         live = row.spread(torch.ones_like(row.places, dtype=torch.float32), size, 0.0).bool() & visual
         text = view.attention() * live
         last = _last_attention(view) * live

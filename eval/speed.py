@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval import measure
 from models import FusedLlavaForConditionalGeneration
-from models.schedule import Schedule
+from models.schedules import Schedule
 
 STEPS = 16  # decode steps that `speeds` times
 REPEATS = 5

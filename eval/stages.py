@@ -27,7 +27,7 @@ from eval.stages_plot import draw_stages
 from eval.stages_recipe import check_target, starting_recipe, write_recipe
 from eval.stages_report import evidence_lines, record_of, report_of
 from eval.stages_search import needs_vision, propose
-from models.plan import StagePlan
+from models.stage_plan import StagePlan
 from recipes.schema import RecipeError
 
 LIMIT = 300

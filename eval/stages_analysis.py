@@ -13,7 +13,7 @@ from tqdm import tqdm
 from eval.probe_samples import Asker, Sample
 from eval.probes import Firing, Insight, firings
 from eval.stages_search import Trial, Trials
-from models.plan import StagePlan
+from models.stage_plan import StagePlan
 
 
 @dataclass

@@ -15,8 +15,8 @@ import numpy as np
 from eval.paired import standard_error
 from eval.probe_samples import Batch
 from eval.probes import answered, knocked_out, narrowed, own_schedule
-from models.plan import StagePlan
-from models.schedule import Schedule
+from models.schedules import Schedule
+from models.stage_plan import StagePlan
 
 Trial = tuple[Any, ...]  # ("masked", layers ...) or ("removed", enter, exit)
 MASKED, REMOVED = "masked", "removed"

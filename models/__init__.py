@@ -1,18 +1,28 @@
-"""The staged decoder and the LLaVA around it.
+"""The staged decoder and the VLMs around it.
 
 Letters in comments and docstrings: B batch, S sequence, L live rows, D width, H query heads, G key/value heads,
 d head width, K keys, R rows of visual tokens. This package imports nothing of the other folders.
 """
 
-from .configuration_fused_llava import FusedLlavaConfig
+from typing import Any
+
+from . import families
+from .auto import FusedAutoModel
 from .decoder import DecoderOutput, run_decoder
-from .modeling_fused_llava import FusedLlavaForConditionalGeneration
-from .plan import StagePlan
+from .families import FAMILIES, UnsupportedModelError
+from .stage_plan import StagePlan
+
+FusedLlavaConfig: Any = FAMILIES["llava"].config_class
+FusedLlavaForConditionalGeneration: Any = FAMILIES["llava"].model_class
 
 __all__ = [
+    "FAMILIES",
     "DecoderOutput",
+    "FusedAutoModel",
     "FusedLlavaConfig",
     "FusedLlavaForConditionalGeneration",
     "StagePlan",
+    "UnsupportedModelError",
+    "families",
     "run_decoder",
 ]

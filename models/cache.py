@@ -1,4 +1,4 @@
-"""The KV cache of a staged decoder: each layer holds exactly the tokens that were live there, and where they stood."""
+"""The KV cache of a staged decoder: each layer holds exactly the tokens that were live there, and their slots."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .live import LiveSet
-
 
 class StagedLayer(DynamicLayer):
-    """One layer's keys and values, with each column's place in the sequence.
+    """One layer's keys and values, with the slot of each column.
 
-    `get_seq_length` answers with the length of the whole sequence seen, not with the number of columns held: that
-    is what generate() asks for, and layer 0 of a fused model holds no image.
+    `get_seq_length` returns the length of the whole sequence seen, not the number of columns held: generate() asks
+    for it, and layer 0 of a fused model holds no image.
 
     Attributes:
-        slots: (B, C) int64, place in the sequence of each of the C columns held; -1 on padding.
+        slots: (B, C) int64, place in the whole sequence of each of the C columns held; -1 on padding.
         seen: length of the sequence so far, dead tokens and padding included.
         next_position: (B,) int64, the position id that follows the last token.
         padded: some column is padding.
@@ -32,11 +30,14 @@ class StagedLayer(DynamicLayer):
         self.next_position: Tensor | None = None
         self.padded = False
 
-    def extend(self, live: LiveSet) -> None:
-        """Notes the places of the columns that the layer is about to append."""
-        slots = live.slots.masked_fill(~live.valid, -1)
+    def extend(self, slots: Tensor, padded: bool) -> None:
+        """Notes the slots (B, C) of the columns that the layer is about to append; `padded`: some of them are -1."""
         self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
-        self.padded = self.padded or live.padded
+        self.padded = self.padded or padded
+
+    def end_call(self, seen: int, next_position: Tensor) -> None:
+        """Notes, after a call, the length of the sequence so far and the position id (B,) that follows it."""
+        self.seen, self.next_position = seen, next_position
 
     def get_seq_length(self) -> int:
         """Returns the length of the sequence seen so far."""
@@ -88,10 +89,10 @@ def staged_cache(cache: Any, num_layers: int) -> DynamicCache:
     layers = getattr(cache, "layers", None)
     if layers and all(isinstance(layer, StagedLayer) for layer in layers):
         return cache
-    if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
-        raise ValueError(
-            f"past_key_values: found a {type(cache).__name__}{' that is not empty' if layers else ''}, "
-            "accepted: None, an empty DynamicCache, or the cache that this model returned"
-        )
+    expected = "expected None, an empty DynamicCache, or the cache that this model returned"
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"past_key_values: got a {type(cache).__name__}, {expected}")  # noqa: TRY004  # one kind
+    if cache.get_seq_length() > 0:
+        raise ValueError(f"past_key_values: got a {type(cache).__name__} filled by another model, {expected}")
     cache.layers = [StagedLayer() for _ in range(num_layers)]
     return cache

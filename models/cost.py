@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import StagePlan
+from .stage_plan import StagePlan
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""run_decoder: the one piece of code that runs decoder layers over live tokens.
+"""run_decoder: the one loop that runs decoder layers over live tokens.
 
-Everything that differs between dense LLaVA, a fused model and a pruner is which visual tokens are live at which
-layer. A schedule decides that; this file does it, over an unmodified Hugging Face decoder.
+Everything that differs between a dense model, a fused one and a pruner is which visual tokens are live at which layer.
+A schedule decides that; this file does it, over an unmodified Hugging Face decoder.
 
-Letters: B batch, S sequence, L live rows, D width.
+Letters: B batch, S sequence, L live rows, D width, R rows of visual tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import staged_cache
-from .hf import KeyValues, lent_keys, run_layer, unwrap
-from .layout import Layout, Sets
-from .live import LiveSet, VisualRows, move
-from .reader import Reader, Trace
-from .rewrite import Rewrite, Rewritten
-from .schedule import Dense, Schedule, View
+from .attention import (
+    AttentionProbe,
+    CacheShim,
+    ProbedLayer,
+    Rotary,
+    attention_mask,
+    blocks_at,
+    of_tokens,
+    project_visual_kv,
+    rotary,
+    rotary_kind,
+    run_layer,
+    unwrap,
+    uses_mrope,
+    window_of,
+)
+from .cache import StagedLayer, staged_cache
+from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, key_slots, move
+from .schedule_base import Dense, Schedule, View
+from .value_remap import BoundValueRemap, ValueRemap
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,35 +45,25 @@ class DecoderOutput:
     Attributes:
         last_hidden_state: (B, S, D), normed. Valid at text positions; at a position that was not live in the last
             layer it is zero or means nothing.
-        past_key_values: the cache, when one was asked for.
-        sets: one entry a layer, each the live sets that the layer ran on (`kv` layers: visual and text apart).
-        positions: (B, S) int64 position ids.
-        offset: length of the sequence that the cache held before.
+        past_key_values: the cache, where one was asked for.
+        layers: one entry a layer: what it ran on.
     """
 
     last_hidden_state: Tensor
     past_key_values: Any
-    sets: tuple[tuple[LiveSet, ...], ...]
-    positions: Tensor
-    offset: int
+    layers: tuple[LayerTokens, ...]
 
     @property
     def live(self) -> list[list[Tensor]]:
-        """One entry a layer, each one int64 tensor a sample: position ids of the tokens that the layer ran on."""
-        known: dict[tuple[int, ...], list[Tensor]] = {}
-        for sets in self.sets:
-            key = tuple(map(id, sets))
-            if key not in known:
-                rows = [self._of_sample(sets, sample) for sample in range(len(self.positions))]
-                known[key] = rows
-        return [known[tuple(map(id, sets))] for sets in self.sets]
+        """One entry a layer, each one int64 tensor a sample: the slots of the tokens that the layer ran on.
 
-    def _of_sample(self, sets: tuple[LiveSet, ...], sample: int) -> Tensor:
-        slots = torch.cat([live.slots[sample][live.valid[sample]] for live in sets])
-        return self.positions[sample][slots.sort().values - self.offset]
+        A slot is a place in the whole sequence, padding included: the position id, for an unpadded sample of a model
+        with one position id a token.
+        """
+        return [tokens.live for tokens in self.layers]
 
 
-def run_decoder(  # noqa: PLR0913  # a contract with the outside
+def run_decoder(  # noqa: PLR0913  # relied on from outside
     language_model: nn.Module,
     inputs_embeds: Tensor,
     visual: Tensor,
@@ -71,25 +74,32 @@ def run_decoder(  # noqa: PLR0913  # a contract with the outside
     past_key_values: Any = None,
     use_cache: bool = False,
     visual_embeds: Tensor | None = None,
-    queries: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    blocks: Tensor | None = None,
+    deepstack: Sequence[Tensor] = (),
 ) -> DecoderOutput:
-    """Runs a decoder's layers over the tokens that the schedule says are live.
+    """Runs the layers of a decoder over the tokens that the schedule says are live.
 
     Args:
-        language_model: a Llama, Mistral, Qwen2, Qwen3 or SmolLM3 model (e.g. `LlamaModel`), also wrapped.
-        inputs_embeds: (B, S, D).
+        language_model: one of SUPPORTED_DECODERS (e.g. `LlamaModel`), also wrapped.
+        inputs_embeds: (B, S, D), the visual tokens merged in.
         visual: (B, S) bool, the visual tokens.
         attention_mask: (B, S), 0 on padding of any side; with a filled cache also the whole (B, seen + S). None: no
             padding.
-        position_ids: (B, S) or (1, S). None: counted over the unpadded tokens, going on from the cache.
+        position_ids: (B, S) or (1, S); (3, B, S) or (4, B, S) under M-RoPE. None: counted over the unpadded tokens,
+            going on from the cache.
         schedule: None is dense.
         past_key_values: None, an empty DynamicCache, or the cache of an earlier call. In decode steps each layer
-            attends to whatever its cache holds.
-        use_cache: fill and return a cache. Ignored under gradient checkpointing, as transformers does.
-        visual_embeds: (R, D), the visual tokens in order, where `inputs_embeds` does not hold them yet. Layers
-            before the first one that sees vision then stay out of its graph.
-        queries: (B, S) bool, the text tokens that stand for the instruction where a schedule reads attention (several:
-            the mean). None, or a sample without one: its last text token.
+            attends to what its cache holds.
+        use_cache: fill and return a cache. Ignored under gradient checkpointing, as in transformers.
+        visual_embeds: (R, D), the visual tokens in order, where their gradient flows through these rows and not
+            through `inputs_embeds`. Layers before the first one that sees vision then stay out of their graph. With
+            more rows than visual tokens, the others take part in the graph alone.
+        query_mask: (B, S) bool, the text tokens that stand for the instruction where a schedule reads attention
+            (several: the mean). None, or a sample without one: its last text token.
+        blocks: (B, S) or (B, seen + S) int64, image blocks whose tokens attend in both directions, -1: none.
+        deepstack: features (R, D) that are added to the visual tokens after the first layers that see vision, one
+            after each.
 
     Returns:
         DecoderOutput.
@@ -101,124 +111,216 @@ def run_decoder(  # noqa: PLR0913  # a contract with the outside
     decoder = unwrap(language_model)
     schedule = schedule or Dense()
     schedule.check(len(decoder.layers))
+    if schedule.renumbers and uses_mrope(decoder):
+        raise ValueError(
+            f"schedule: got {schedule}, which renumbers positions, expected renumber=False: {type(decoder).__name__} "
+            "has three position ids a token"
+        )
     checkpointing = decoder.training and getattr(decoder.layers[0], "gradient_checkpointing", False)
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
-    layout = Layout(decoder, cache, visual, attention_mask, position_ids, schedule.renumbers)
-    run = _Run(decoder, schedule, cache, layout, queries)
-    hidden = run.all_layers(inputs_embeds, visual_embeds)
-    hidden = run.rows.put(decoder.norm(hidden), inputs_embeds.shape[1], layout.offset)
-    return DecoderOutput(hidden, cache, tuple(run.sets), layout.positions, layout.offset)
+    state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
+    run = _Run(decoder, schedule, cache, state, query_mask)
+    is_decode_step = state.offset > 0 and state.size == 1
+    if is_decode_step:
+        hidden = run.text_alone(inputs_embeds)
+    else:
+        hidden = run.all_layers(inputs_embeds, visual, visual_embeds, deepstack)
+    if cache is not None:
+        following = state.positions.amax(dim=-1) + 1
+        for layer in cache.layers:
+            layer.end_call(state.length, following if following.ndim == 1 else following.amax(dim=0))
+    hidden = run.rows.put(decoder.norm(hidden), state.size)
+    return DecoderOutput(hidden, cache, tuple(run.layers))
 
 
 class _Run:
-    """One call of run_decoder: the live rows of the layer at hand, moved from layer to layer."""
+    """One call of run_decoder: hidden states, moved from layer to layer."""
 
-    def __init__(self, decoder: Any, schedule: Schedule, cache: Any, layout: Layout, queries: Tensor | None) -> None:
-        self.decoder, self.schedule, self.cache, self.layout = decoder, schedule, cache, layout
-        self.reader = Reader(decoder, queries, layout, self._lent)
-        self.sets: list[Sets] = []
-        self.rows = layout.everything  # the rows that the hidden states at hand hold
-        self.source: VisualRows | None = None
-        self._embeds: dict[LiveSet, Tensor] = {}
+    def __init__(
+        self, decoder: Any, schedule: Schedule, cache: Any, state: SequenceState, query_mask: Tensor | None
+    ) -> None:
+        self.decoder, self.schedule, self.cache, self.state = decoder, schedule, cache, state
+        self.depth = len(decoder.layers)
+        self.probe = AttentionProbe(decoder, query_mask, state)
+        self.mrope = uses_mrope(decoder)
+        self.layers: list[LayerTokens] = []
+        self.rows = state.everything  # the tokens that the current hidden states belong to
+        self.visual_rows: VisualRows | None = None
+        self._masks: dict[tuple[Any, ...], Any] = {}
+        self._rotary: dict[tuple[LiveTokens, str | None], Rotary] = {}
+        self._remaps: dict[tuple[ValueRemap, LayerTokens], BoundValueRemap] = {}
+        self._taken: dict[tuple[VisualRows, LiveTokens], Tensor] = {}
 
-    def all_layers(self, embeds: Tensor, visual_embeds: Tensor | None) -> Tensor:
-        """Returns the hidden states after the last layer, at `self.rows`."""
-        layout, separate = self.layout, visual_embeds is not None
-        # a one-token step is text: no schedule runs, each layer attends to what its cache holds
-        blind = layout.offset > 0 and embeds.shape[1] == 1
-        if not separate and not blind and not isinstance(self.schedule, Dense):
-            visual_embeds = embeds[layout.visual]
-            blind = len(visual_embeds) == 0
-        if visual_embeds is not None and not blind:
-            self.source = VisualRows.of(layout.visual, visual_embeds)
-        view, hidden = self._view(), embeds
-        for number in range(len(self.decoder.layers)):
-            view.layer, view.seen_at = number, self.reader.layer
-            view.ahead, view.states = partial(self._ahead, number, hidden), partial(self._states, hidden, self.rows)
-            live = layout.visual if blind else self.schedule.live(view)
-            if number == 0 and not blind:
-                hidden = self._enter_first(hidden, live, separate)
-            rule = None if blind or live is layout.none else self.schedule.rewrite(view)
-            hidden = self._step(number, hidden, live, rule)
-            view.live = live
-        if not blind:
-            view.layer, view.seen_at = len(self.decoder.layers), self.reader.layer
-            view.states = partial(self._states, hidden, self.rows)
-            self.schedule.close(view)
-        if self.cache is not None:
-            self._close_cache()
+    def text_alone(self, embeds: Tensor) -> Tensor:
+        """Returns the hidden states after the last layer without asking the schedule.
+
+        For a batch without visual tokens, and for a decode step, in which each layer attends to what its cache holds.
+        """
+        tokens, hidden = self.state.tokens_of(self.state.all_visual, kv_only=False), embeds
+        for number in range(self.depth):
+            hidden = self._layer(number, hidden, tokens, visual_kv=None, remap=None)
         return hidden
 
-    def _view(self) -> View:
+    def all_layers(
+        self, embeds: Tensor, visual: Tensor, visual_embeds: Tensor | None, deepstack: Sequence[Tensor]
+    ) -> Tensor:
+        """Returns the hidden states after the last layer, at `self.rows`."""
+        schedule, separate = self.schedule, visual_embeds is not None
+        if visual_embeds is None and (deepstack or not isinstance(schedule, Dense)):
+            visual_embeds = embeds[visual]
+        if visual_embeds is not None and len(visual_embeds) > 0:
+            self.visual_rows = VisualRows.of(visual, visual_embeds)
+        elif not isinstance(schedule, Dense):
+            return self.text_alone(embeds)
+        memory, live, hidden, due = schedule.new_state(), self.state.all_visual, embeds, list(deepstack)
+        for number in range(self.depth):
+            view = self._view(number, live, hidden, memory)
+            live = schedule.live(view)
+            if number == 0 and separate and live is not NO_VISUAL and schedule.update == "full":
+                hidden = embeds.masked_scatter(visual[..., None], visual_embeds.to(embeds.dtype))  # type: ignore[union-attr]
+            remap = None if live is NO_VISUAL else schedule.value_remap(view)
+            hidden = self._staged_layer(number, hidden, live, remap)
+            if due and live is not NO_VISUAL:
+                hidden = self._add_deepstack(hidden, due.pop(0))
+        schedule.on_end(self._view(self.depth, live, hidden, memory))
+        return hidden
+
+    def _view(self, number: int, live: Selection, hidden: Tensor, memory: Any) -> View:
+        probed = self.probe.probed
         return View(
-            num_layers=len(self.decoder.layers),
-            layer=0,
-            visual=self.layout.visual,
-            none=self.layout.none,
-            live=self.layout.visual,
-            seen_at=None,
-            attention=self.reader.attention,
-            ahead=self.reader.attention,  # each layer gets its own
-            row=self.reader.row,
-            states=self.reader.attention,  # likewise
+            num_layers=self.depth,
+            layer=number,
+            visual=self.state.all_visual,
+            live=live,
+            last_visual_layer=None if probed is None else probed.layer,
+            state=memory,
+            attention=self.probe.attention,
+            next_layer_attention=partial(self._next_layer_attention, number, hidden),
+            last_query_attention=self.probe.last_query_attention,
+            hidden_states=partial(self.rows.put, hidden, self.state.size),
         )
 
-    def _states(self, hidden: Tensor, rows: LiveSet) -> Tensor:
-        return rows.put(hidden, self.layout.visual.shape[1], self.layout.offset)
+    def _staged_layer(self, number: int, hidden: Tensor, live: Selection, remap: ValueRemap | None) -> Tensor:
+        """Returns the output of one layer, after moving to the tokens that it runs on."""
+        state = self.state
+        kv_only = self.schedule.update == "kv" and live is not NO_VISUAL and self.visual_rows is not None
+        tokens = state.tokens_of(live, kv_only)
+        if tokens.rows is not self.rows:
+            entering = None if tokens.rows is state.rows_of(NO_VISUAL) else self.visual_rows
+            hidden = move(hidden, self.rows, tokens.rows, entering, state.size)
+        visual_kv = self._visual_kv(number, tokens, self._positions(tokens, self._stored(number))) if kv_only else None
+        bound = None if remap is None else self._bound(remap, tokens, live)
+        return self._layer(number, hidden, tokens, visual_kv, bound)
 
-    def _ahead(self, number: int, hidden: Tensor) -> Tensor:
-        stored = self.cache.layers[number] if self.cache is not None else None
-        return self.reader.ahead(number, hidden, self.rows, stored)
-
-    def _enter_first(self, embeds: Tensor, live: Tensor, separate: bool) -> Tensor:
-        """Returns the first layer's rows: text alone where it sees no image, else the merged sequence."""
-        if live is self.layout.none or self.schedule.update == "kv":
-            self.rows = self.layout.set_of(self.layout.none)
-            return self.rows.take(embeds, self.layout.offset)
-        if separate and self.source is not None:
-            embeds = embeds.masked_scatter(self.layout.visual[..., None], self.source.rows.to(embeds.dtype))
-        return embeds
-
-    def _step(self, number: int, hidden: Tensor, live: Tensor, rule: Rewrite | None) -> Tensor:
-        """Returns the output of one layer, after moving to its live rows."""
-        layout, none = self.layout, self.layout.none
-        lending = self.schedule.update == "kv" and live is not none and self.source is not None
-        lending = lending and len(self.source.rows) > 0  # type: ignore[union-attr]
-        rows = layout.set_of(none if lending else live)
-        if rows is not self.rows:
-            entering = None if rows is layout.set_of(none) else self.source
-            hidden = move(hidden, self.rows, rows, entering, layout.visual.shape[1], layout.offset)
-        self.rows = rows
-        sets = (layout.visual_set(live), rows) if lending else (rows,)
-        positions = layout.positions_at(number, sets)
-        rewritten = None if rule is None else layout.rewritten(rule, sets, live)
-        keys = self._keys(number, self._lent(number, sets[0], positions) if lending else None, rewritten)
-        mask, slots = layout.mask(number, sets, rewritten)
-        layer, rotary = self.decoder.layers[number], layout.rotary(rows, hidden, positions)
-        output = run_layer(layer, hidden, mask, layout.of_rows(rows, positions), keys, rotary)
-        if keys is not None and self.schedule.reads_attention and live is not none:
-            self.reader.trace = Trace(number, hidden.detach(), sets, keys, slots, positions)
-        self.sets.append(sets)
+    def _layer(
+        self,
+        number: int,
+        hidden: Tensor,
+        tokens: LayerTokens,
+        visual_kv: Callable[[], tuple[Tensor, Tensor]] | None,
+        remap: BoundValueRemap | None,
+    ) -> Tensor:
+        """Returns the output of one layer for hidden states (B, L, D) of its rows."""
+        self.rows = tokens.rows
+        stored = self._stored(number)
+        positions = self._positions(tokens, stored)
+        if stored is not None:
+            stored.extend(tokens.key_slots, tokens.padded)
+        slots, padded = tokens.key_slots, tokens.padded
+        if stored is not None and stored.slots is not None:
+            slots, padded = stored.slots, stored.padded
+        mask = self._mask(number, tokens, slots, padded, remap)
+        shim = None
+        if stored is not None or visual_kv is not None or remap is not None or self.schedule.reads_attention:
+            shim = CacheShim(stored, visual_kv, remap)
+        at = self._rotary_at(number, tokens.rows, hidden, positions)
+        ids = None if self.mrope else of_tokens(positions, tokens.rows)
+        output = run_layer(self.decoder.layers[number], hidden, mask, ids, shim, at)
+        if shim is not None and self.schedule.reads_attention and self._sees_vision(tokens):
+            self.probe.probed = ProbedLayer(number, hidden.detach(), tokens, shim, slots, positions)
+        self.layers.append(tokens)
         return output
 
-    def _lent(self, number: int, lent: LiveSet, positions: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Returns the function that makes a layer's keys and values of visual tokens that run no query."""
-        # gathered here, not inside it: under checkpointing a layer's inside runs without a graph first
-        if lent not in self._embeds:
-            self._embeds[lent] = self.source.take(lent, self.layout.offset)  # type: ignore[union-attr]
-        rows = self._embeds[lent]
-        return partial(lent_keys, self.decoder.layers[number], rows, self.layout.rotary(lent, rows, positions))
+    def _sees_vision(self, tokens: LayerTokens) -> bool:
+        return tokens.kv_only is not None or tokens.rows is not self.state.rows_of(NO_VISUAL)
 
-    def _keys(self, number: int, lend: Any, rewritten: Rewritten | None) -> KeyValues | None:
-        """Returns what stands in the place of the layer's cache, or None where nothing has to."""
-        stored = self.cache.layers[number] if self.cache is not None else None
-        if stored is None and lend is None and rewritten is None and not self.schedule.reads_attention:
+    def _stored(self, number: int) -> StagedLayer | None:
+        return self.cache.layers[number] if self.cache is not None else None
+
+    def _visual_kv(
+        self, number: int, tokens: LayerTokens, positions: Tensor
+    ) -> Callable[[], tuple[Tensor, Tensor]] | None:
+        """Returns the function that makes a layer's keys and values of visual tokens that run no query, or None."""
+        if tokens.kv_only is None or self.visual_rows is None:
             return None
-        return KeyValues(stored, lend, rewritten)
+        # gathered here, not inside it: under checkpointing the inside of a layer first runs without a graph
+        key = self.visual_rows, tokens.kv_only
+        if key not in self._taken:
+            self._taken[key] = self.visual_rows.take(tokens.kv_only)
+        rows = self._taken[key]
+        at = self._rotary_at(number, tokens.kv_only, rows, positions)
+        return partial(project_visual_kv, self.decoder.layers[number], rows, at)
 
-    def _close_cache(self) -> None:
-        following = self.layout.positions.max(dim=1).values + 1
-        for layer in self.cache.layers:
-            layer.seen = self.layout.length
-            layer.next_position = following
+    def _next_layer_attention(self, number: int, hidden: Tensor) -> Tensor:
+        past, visual_keys = self.probe.probed, None
+        visual_kv = None if past is None else self._visual_kv(number, past.tokens, past.positions)
+        if visual_kv is not None:
+            visual_keys = visual_kv()[0]
+        return self.probe.next_layer_attention(number, hidden, self.rows, self._stored(number), visual_keys)
+
+    def _add_deepstack(self, hidden: Tensor, features: Tensor) -> Tensor:
+        """Returns hidden states with DeepStack features (R, D) added to their visual tokens.
+
+        Under the `kv` update, whose visual tokens have no hidden states, the features join what later layers project.
+        """
+        if self.visual_rows is None:
+            return hidden
+        features = features.to(self.visual_rows.rows.dtype)
+        if self.schedule.update == "full":
+            return self.visual_rows.with_rows(features).added_to(hidden, self.rows)
+        self.visual_rows = self.visual_rows.with_rows(self.visual_rows.rows + features)
+        return hidden
+
+    # -- what a layer is called with; made once for each set of tokens ---------------------------------------------
+
+    def _positions(self, tokens: LayerTokens, stored: StagedLayer | None) -> Tensor:
+        return self.state.renumbered(tokens, stored) if self.schedule.renumbers else self.state.positions
+
+    def _rotary_at(self, number: int, tokens: LiveTokens, like: Tensor, positions: Tensor) -> Rotary:
+        kind = rotary_kind(self.decoder, number)
+        if self.schedule.renumbers:  # positions differ from layer to layer
+            return rotary(self.decoder, kind, like, of_tokens(positions, tokens))
+        if (tokens, kind) not in self._rotary:
+            self._rotary[tokens, kind] = rotary(self.decoder, kind, like, of_tokens(positions, tokens))
+        return self._rotary[tokens, kind]
+
+    def _bound(self, remap: ValueRemap, tokens: LayerTokens, live: Selection) -> BoundValueRemap:
+        if (remap, tokens) not in self._remaps:
+            copies = self.state.visual_rows_of(live) if tokens.kv_only is None else None
+            if remap.hides:
+                copies = self.state.visual_rows_of(NO_VISUAL)
+            visual, offset = self.state.visual, self.state.offset
+            self._remaps[remap, tokens] = BoundValueRemap(remap, tokens.key_slots, visual, offset, copies)
+        return self._remaps[remap, tokens]
+
+    def _mask(
+        self, number: int, tokens: LayerTokens, slots: Tensor, padded: bool, remap: BoundValueRemap | None
+    ) -> Any:
+        window = window_of(self.decoder, number, self.state.length)
+        if self.state.offset > 0:  # caches differ from layer to layer
+            return self._new_mask(tokens.rows, slots, padded, window, remap)
+        key = tokens, window, remap and remap.copies, remap and remap.hides
+        if key not in self._masks:
+            self._masks[key] = self._new_mask(tokens.rows, slots, padded, window, remap)
+        return self._masks[key]
+
+    def _new_mask(
+        self, rows: LiveTokens, slots: Tensor, padded: bool, window: int | None, remap: BoundValueRemap | None
+    ) -> Any:
+        hidden = None
+        if remap is not None and remap.copies is not None:
+            hidden = remap.hidden_from(rows, slots.shape[1])
+            slots = torch.cat([slots, key_slots(remap.copies)], dim=1)
+        blocks = blocks_at(self.state, rows, slots)
+        return attention_mask(self.decoder, rows, slots, padded=padded, window=window, blocks=blocks, hidden=hidden)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
-from models.plan import StagePlan
+from models.stage_plan import StagePlan
 from recipes.errors import RecipeError, first_fault
 
 __all__ = ["Phase", "Recipe", "RecipeError", "load_recipe"]

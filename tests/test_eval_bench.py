@@ -84,7 +84,7 @@ def test_the_given_choice_computes_what_visipruner_computes(prompt, modes):
     model, batch = prompt
     fired = bench_prefill.firing_visipruner(model, batch)
     pruner = VisiPruner(**{**vars(fired), "modes": modes})
-    twin = bench_prefill.given(model, batch, pruner)
+    twin = bench_prefill.replay(model, batch, pruner)
     assert torch.equal(live_visual(model, batch, twin), live_visual(model, batch, pruner))
     ours, theirs = (bench_prefill.prefill(model, batch, schedule) for schedule in (twin, pruner))
     for mine, other in zip(ours.layers, theirs.layers, strict=True):

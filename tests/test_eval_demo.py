@@ -17,8 +17,7 @@ from eval import demo
 from eval.checkpoint import Checkpoint
 from eval.overlay import GAP, LABEL, SIDE
 from eval.prompts import Asked
-from models.schedule import Dense, Fused
-from models.schedules import SCHEDULES, published
+from models.schedules import SCHEDULES, Dense, Fused, published
 from tests.browser import open_page
 from tests.conftest import ROOT, write_run
 

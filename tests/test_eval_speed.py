@@ -7,8 +7,7 @@ from eval import speed
 from eval.checkpoint import Checkpoint
 from eval.live import costs_of, live_visual, text_tokens
 from eval.prompts import Asked
-from models.schedule import Dense
-from models.schedules import VTW, FastV
+from models.schedules import VTW, Dense, FastV
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from models import StagePlan, run_decoder
 from models.cost import live_cost, plan_cost, visual_macs
-from models.schedule import Dense, Fused
+from models.schedule_base import Dense, Fused
 
 LLAVA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 

@@ -5,8 +5,8 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from models import run_decoder
-from models.plan import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, VisiPruner, Within
+from models.stage_plan import StagePlan
 from tests.conftest import merged_inputs
 
 PLANS = {
@@ -219,7 +219,7 @@ def test_a_sample_alone_equals_itself_in_a_batch(model, make_batch, side):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_live_positions_do_not_depend_on_padding(model, schedule, make_batch, side):
+def test_which_tokens_are_live_does_not_depend_on_padding(model, schedule, make_batch, side):
     together = make_batch(*LAYOUTS, side=side)
     with torch.no_grad():
         embeds, visual = merged_inputs(model, together)
@@ -234,7 +234,9 @@ def test_live_positions_do_not_depend_on_padding(model, schedule, make_batch, si
                 visual[number][valid][None],
                 schedule=schedule,
             )
-            assert [live[number].tolist() for live in output.live] == [live[0].tolist() for live in alone.live]
+            padding = int((~valid).sum()) if side == "left" else 0
+            slots = [(live[number] - padding).tolist() for live in output.live]
+            assert slots == [live[0].tolist() for live in alone.live]
 
 
 def test_generation_with_the_cache_equals_generation_without(model, make_batch):
@@ -254,7 +256,7 @@ def test_one_decode_step_equals_a_longer_prefill(model, schedule, make_batch):
         size = embeds.shape[1] - 2
         queries = torch.zeros_like(visual)
         queries[:, size - 1] = True  # the prompt's last token decides, with the answer behind it too
-        whole = run_decoder(decoder, embeds, visual, attention_mask=mask, schedule=schedule, queries=queries)
+        whole = run_decoder(decoder, embeds, visual, attention_mask=mask, schedule=schedule, query_mask=queries)
         part = run_decoder(
             decoder,
             embeds[:, :size],
@@ -276,7 +278,7 @@ def test_one_decode_step_equals_a_longer_prefill(model, schedule, make_batch):
             torch.testing.assert_close(
                 step.last_hidden_state[:, 0], whole.last_hidden_state[:, place], rtol=1e-4, atol=1e-4
             )
-            assert [live[0].tolist() for live in step.live] == [[int(mask[0, :place].sum())]] * 6
+            assert [live[0].tolist() for live in step.live] == [[place]] * 6
 
 
 def test_a_layers_cache_holds_what_was_live_there(model, schedule, make_batch):

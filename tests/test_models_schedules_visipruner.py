@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from models import run_decoder
-from models.reader import AttentionRow
-from models.schedule import View
+from models.attention import AttentionRow
+from models.live_tokens import NO_VISUAL, Selection
+from models.schedule_base import View
 from models.schedules import VisiPruner
 from tests.conftest import merged_inputs
 
@@ -182,7 +183,9 @@ def test_a_batch_of_unlike_samples_is_its_samples(make_model, make_batch, name, 
         for sample in range(len(layouts)):
             own = mask[sample] == 1
             alone = run_decoder(decoder, embeds[sample][own][None], visual[sample][own][None], schedule=rule)
-            assert [live[sample].tolist() for live in together.live] == [live[0].tolist() for live in alone.live]
+            offset = 0 if side == "right" else len(own) - int(own.sum())
+            slots = [(live[sample] - offset).tolist() for live in together.live]
+            assert slots == [live[0].tolist() for live in alone.live]
             text = ~visual[sample][own]
             torch.testing.assert_close(
                 together.last_hidden_state[sample][own][text], alone.last_hidden_state[0][text], rtol=1e-4, atol=1e-4
@@ -194,25 +197,24 @@ def test_a_batch_of_unlike_samples_is_its_samples(make_model, make_batch, name, 
 
 def live_counts(rule, loud_layers, num_layers=9):
     """Returns the live visual tokens of each layer of two samples, told by hand in which layers vision is loud."""
-    visual = torch.tensor([[False, True, True, False]] * 2)
-    none = torch.zeros_like(visual)
-    view = View(
-        num_layers,
-        0,
-        visual,
-        none,
-        visual,
-        None,
-        attention=none.float,
-        ahead=none.float,
-        row=lambda: None,
-        states=none.float,
-    )
-    counts = []
+    visual = Selection(torch.tensor([[False, True, True, False]] * 2))
+    state, live, counts = rule.new_state(), visual, []
     for layer in range(num_layers):
-        view.layer, view.live = layer, rule.live(view)
-        view.seen_at, view.row = layer, lambda layer=layer: row_of([layer in loud for loud in loud_layers], layer)
-        counts.append(view.live.sum(dim=1).tolist())
+        before = layer - 1
+        view = View(
+            num_layers,
+            layer,
+            visual,
+            live,
+            before if before >= 0 else None,
+            state,
+            attention=None,
+            next_layer_attention=None,
+            last_query_attention=lambda layer=before: row_of([layer in loud for loud in loud_layers], layer),
+            hidden_states=None,
+        )
+        live = rule.live(view)
+        counts.append([0, 0] if live is NO_VISUAL else live.mask.sum(dim=1).tolist())
     return [list(count) for count in zip(*counts, strict=True)]
 
 
@@ -248,20 +250,20 @@ def test_released_settings_are_read():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shallow_end": -1}, r"VisiPruner.shallow_end: found -1, accepted: a layer number \(int >= 0\)"),
-        ({"shallow_end": 2.0}, r"VisiPruner.shallow_end: found 2.0"),
-        ({"layer_threshold": 1.5}, "VisiPruner.layer_threshold: found 1.5, accepted: a cosine, 0 to 1"),
-        ({"layer_threshold": "0.9"}, "VisiPruner.layer_threshold: found '0.9'"),
-        ({"exit_threshold": -0.1}, "VisiPruner.exit_threshold: found -0.1, accepted: a cosine, 0 to 1"),
-        ({"token_threshold": -1}, "VisiPruner.token_threshold: found -1, accepted: a length, at least 0"),
-        ({"token_threshold": float("nan")}, "VisiPruner.token_threshold: found nan"),
-        ({"exit_patience": 0}, "VisiPruner.exit_patience: found 0, accepted: an int >= 1"),
-        ({"modes": ["shallow", "late"]}, "VisiPruner.modes: found .*'late'.*accepted: a list of shallow, middle, deep"),
-        ({"modes": []}, r"VisiPruner.modes: found \[\]"),
-        ({"modes": "middle"}, "VisiPruner.modes: found 'middle'"),
-        ({"modes": 3}, "VisiPruner.modes: found 3"),
-        ({"modes": None}, "VisiPruner.modes: found None"),
-        ({"first_layer": "7b"}, "VisiPruner.first_layer: found '7b', accepted: merge or half"),
+        ({"shallow_end": -1}, r"VisiPruner.shallow_end: got -1, expected a layer number \(int >= 0\)"),
+        ({"shallow_end": 2.0}, r"VisiPruner.shallow_end: got 2.0"),
+        ({"layer_threshold": 1.5}, "VisiPruner.layer_threshold: got 1.5, expected a cosine, 0 to 1"),
+        ({"layer_threshold": "0.9"}, "VisiPruner.layer_threshold: got '0.9'"),
+        ({"exit_threshold": -0.1}, "VisiPruner.exit_threshold: got -0.1, expected a cosine, 0 to 1"),
+        ({"token_threshold": -1}, "VisiPruner.token_threshold: got -1, expected a length, at least 0"),
+        ({"token_threshold": float("nan")}, "VisiPruner.token_threshold: got nan"),
+        ({"exit_patience": 0}, "VisiPruner.exit_patience: got 0, expected an int >= 1"),
+        ({"modes": ["shallow", "late"]}, "VisiPruner.modes: got .*'late'.*expected a list of shallow, middle, deep"),
+        ({"modes": []}, r"VisiPruner.modes: got \[\]"),
+        ({"modes": "middle"}, "VisiPruner.modes: got 'middle'"),
+        ({"modes": 3}, "VisiPruner.modes: got 3"),
+        ({"modes": None}, "VisiPruner.modes: got None"),
+        ({"first_layer": "7b"}, "VisiPruner.first_layer: got '7b', expected merge or half"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, message):
@@ -270,12 +272,12 @@ def test_a_wrong_setting_is_named(settings, message):
 
 
 def test_an_unknown_released_key_is_named():
-    with pytest.raises(ValueError, match="found key 'token_threshold', accepted: mode, shallow_mid_layer"):
+    with pytest.raises(ValueError, match=r"got key .token_threshold., expected one of mode, shallow_mid_layer"):
         VisiPruner.from_released({"token_threshold": 0.2})
 
 
 def test_a_border_beyond_the_decoder_is_refused(make_model):
-    with pytest.raises(ValueError, match=r"VisiPruner.shallow_end: found 7, accepted: at most 6, .* has 6 layers"):
+    with pytest.raises(ValueError, match=r"VisiPruner.shallow_end: got 7, expected at most 6, .* has 6 layers"):
         make_model().schedule = VisiPruner(7)
     make_model().schedule = VisiPruner(6)
 
@@ -285,5 +287,5 @@ def test_flash_attention_is_refused_where_masks_need_it_to_hide_keys(make_model,
     with torch.no_grad():
         embeds, visual = merged_inputs(model, make_batch("tttItttt"))
     model.model.language_model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"VisiPruner's shallow mode.*accepted: sdpa, eager"):
+    with pytest.raises(ValueError, match=r"VisiPruner's shallow mode.*expected sdpa or eager"):
         run_decoder(model.model.language_model, embeds, visual, schedule=VisiPruner(2))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.plan import StagePlan
+from models.stage_plan import StagePlan
 from recipes.resolved import dump_recipe
 from recipes.schema import RecipeError, load_recipe
 
@@ -104,9 +104,9 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.warmup_ratio=1.5", "train.warmup_ratio: found 1.5 (float), accepted: number >= 0 and < 1"),
         ("train.scheduler=cosin", "train.scheduler: found 'cosin' (str), accepted: cosine, linear, constant"),
         ("train.deepspeed=null", "train.deepspeed: found None (NoneType), accepted: text"),
-        ("model.stages.exit=2", "model: stages.exit: found 2, accepted: a layer after enter (2)"),
-        ("model.stages.exit=9", "model.stages.exit: found 9, beyond the decoder's 8 layers (accepted: at most 8)"),
-        ("model.stages.leave=4", "model: stages.leave: unknown key, accepted: enter, exit, update, layers, keep"),
+        ("model.stages.exit=2", "model: stages.exit: got 2, expected a layer after enter (2)"),
+        ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
+        ("model.stages.leave=4", "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep"),
         ("model.config=nowhere", "model.config: found 'nowhere', accepted: a folder with config.json"),
         ("train.max_steps", "found 'train.max_steps', accepted: dotted.key=value"),
         ("name.first=x", "name.first: name is a value, accepted: a section with keys"),

@@ -308,7 +308,7 @@ def test_a_release_holds_all_that_it_needs(released, llava):
 
 def test_its_code_is_this_repositorys(released):
     code = sorted(path.name for path in released.glob("*.py"))
-    assert {"modeling_fused_llava.py", "configuration_fused_llava.py", "decoder.py", "plan.py"} <= set(code)
+    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py"} <= set(code)
     for name in code:
         assert (released / name).read_bytes() == (ROOT / "models" / name).read_bytes()
 

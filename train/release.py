@@ -32,10 +32,7 @@ from train.release_run import InputError, ReleaseError, Run, find_run
 from train.release_sources import licence_file, licences
 
 LICENSES: Final = "LICENSES.md"
-_CONFIG, _MODEL = (
-    "configuration_fused_llava.FusedLlavaConfig",
-    "modeling_fused_llava.FusedLlavaForConditionalGeneration",
-)
+_CONFIG, _MODEL = "families.FusedLlavaConfig", "families.FusedLlavaForConditionalGeneration"
 AUTO_MAP: Final = {
     "AutoConfig": _CONFIG,
     "AutoModelForImageTextToText": _MODEL,

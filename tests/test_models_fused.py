@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan, run_decoder
-from models.hf import UnsupportedDecoderError, unwrap
+from models.attention import UnsupportedDecoderError, unwrap
 from models.schedules import VTW, Dense, Fused, Within
 
 WINDOW = {"enter": 2, "exit": 4}
@@ -144,14 +144,14 @@ def test_switching_the_schedule_leaves_no_trace(make_model, make_batch):
 
 
 def test_a_schedule_beyond_the_decoder_is_refused_when_assigned(make_model):
-    with pytest.raises(ValueError, match=r"stages\.exit: found 9, beyond the decoder's 6 layers"):
+    with pytest.raises(ValueError, match=r"stages.exit: got 9, beyond the decoder's 6 layers"):
         make_model().schedule = Fused(StagePlan(2, 9))
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"enter": 4, "exit": 2}, "stages.exit: found 2"),
+        ({"enter": 4, "exit": 2}, "stages.exit: got 2"),
         ({"enter": 1, "exit": 40}, "beyond the decoder's 6 layers"),
         ({"enter": 1, "exit": 4, "upadte": "kv"}, "stages.upadte: unknown key"),
     ],
@@ -211,7 +211,7 @@ def test_a_plan_can_be_given_while_loading(make_model, tmp_path):
 
 def test_another_decoder_is_refused_by_name(make_batch):
     decoder = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
-    with pytest.raises(UnsupportedDecoderError, match=r"found GPT2Model, accepted: LlamaModel.*SmolLM3Model"):
+    with pytest.raises(UnsupportedDecoderError, match=r"got GPT2Model, expected one of LlamaModel.*SmolLM3Model"):
         run_decoder(decoder, torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.bool))
 
 

@@ -21,10 +21,10 @@ class StagePlan:
     Attributes:
         enter: first decoder layer at which visual tokens are live.
         exit: first decoder layer at which they no longer are; the decoder's depth means "never leaves".
-        update: `full`, a live visual token runs through the whole layer; or `kv`, it only lends keys and values
-            to the text: no query, no MLP, and its hidden state stays as projected.
+        update: `full`, a live visual token runs through the whole layer; or `kv`, it only gives keys and values to the
+            text: no query, no MLP, and its hidden state stays as projected.
         layers: the layers that see visual tokens, in place of enter and exit; `kv` only.
-        keep: {layer: how many visual tokens stay from that layer on}, a count (int >= 1) or a share of the
+        keep: {layer: how many visual tokens stay from that layer on}, a count (int >= 1) or a ratio of the
             sample's visual tokens (0 < float < 1). Which ones stay is decided by the attention that the last
             instruction token pays them in the layer before (of those that see vision).
 
@@ -42,7 +42,7 @@ class StagePlan:
 
     def __post_init__(self) -> None:
         if self.update not in UPDATES:
-            raise ValueError(f"stages.update: found {self.update!r}, accepted: full, kv")
+            raise ValueError(f"stages.update: got {self.update!r}, expected full or kv")
         if self.layers is None:
             self._check_window()
         else:
@@ -56,7 +56,7 @@ class StagePlan:
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise ValueError(f"stages.{unknown[0]}: unknown key, accepted: {', '.join(known)}")
+            raise ValueError(f"stages.{unknown[0]}: unknown key, expected one of {', '.join(known)}")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class StagePlan:
         last = self.layers[-1] + 1 if self.layers is not None else self.exit
         if last is not None and last > num_layers:
             name = "layers" if self.layers is not None else "exit"
-            found = list(self.layers) if self.layers is not None else self.exit
+            got = list(self.layers) if self.layers is not None else self.exit
             raise ValueError(
-                f"stages.{name}: found {found}, beyond the decoder's {num_layers} layers "
-                f"(accepted: {'layers below' if self.layers is not None else 'at most'} {num_layers})"
+                f"stages.{name}: got {got}, beyond the decoder's {num_layers} layers "
+                f"(expected {'layers below' if self.layers is not None else 'at most'} {num_layers})"
             )
 
     def sees(self, layer: int) -> bool:
@@ -99,22 +99,22 @@ class StagePlan:
         for name in ("enter", "exit"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
-                raise ValueError(f"stages.{name}: found {value!r}, accepted: a layer number (int >= 0)")
+                raise ValueError(f"stages.{name}: got {value!r}, expected a layer number (int >= 0)")
         if self.enter >= self.exit:  # type: ignore[operator]  # both are ints now
-            raise ValueError(f"stages.exit: found {self.exit}, accepted: a layer after enter ({self.enter})")
+            raise ValueError(f"stages.exit: got {self.exit}, expected a layer after enter ({self.enter})")
 
     def _check_layers(self) -> None:
         if self.update != "kv":
             raise ValueError(
-                "stages.layers: found a list with update 'full', accepted: a list goes with update 'kv'; "
+                "stages.layers: got a list with update 'full', expected update 'kv' with a list; "
                 "'full' takes enter and exit"
             )
         if self.enter is not None or self.exit is not None:
-            raise ValueError("stages.layers: found beside enter or exit, accepted: one or the other")
+            raise ValueError("stages.layers: got it beside enter or exit, expected one or the other")
         layers = tuple(self.layers or ())
         good = all(type(layer) is int and layer >= 0 for layer in layers)
         if not layers or not good or list(layers) != sorted(set(layers)):
-            raise ValueError(f"stages.layers: found {self.layers!r}, accepted: layer numbers, ascending, at least one")
+            raise ValueError(f"stages.layers: got {self.layers!r}, expected layer numbers, ascending, at least one")
         object.__setattr__(self, "layers", layers)
 
     def _check_keep_layers(self) -> None:
@@ -122,31 +122,31 @@ class StagePlan:
         for layer in self.keep:
             if layer == first or not self.sees(layer):
                 raise ValueError(
-                    f"stages.keep: found layer {layer}, accepted: layers that see vision, after the first "
+                    f"stages.keep: got layer {layer}, expected layers that see vision, after the first "
                     f"one ({first}), because the choice needs the attention of a layer before"
                 )
 
 
 def kept_count(amount: float, visual: int) -> int:
-    """Returns the number of tokens that a count or a share of `visual` tokens stands for."""
+    """Returns the number of tokens that a count or a ratio of `visual` tokens stands for."""
     return min(amount, visual) if isinstance(amount, int) else int(visual * amount)
 
 
 def _checked_keep(keep: Mapping[Any, Any]) -> dict[int, int | float]:
-    accepted = "accepted: {layer: count >= 1 or share between 0 and 1}"
+    expected = "expected {layer: count >= 1 or ratio between 0 and 1}"
     if not isinstance(keep, Mapping):
-        raise ValueError(f"stages.keep: found {keep!r}, {accepted}")  # noqa: TRY004  # one kind for users
+        raise ValueError(f"stages.keep: got {keep!r}, {expected}")  # noqa: TRY004  # one kind for users
     amounts: dict[int, int | float] = {}
     for key, amount in keep.items():
         layer = int(key) if isinstance(key, str) and key.isdigit() else key
         is_count = type(amount) is int and amount >= 1
-        is_share = type(amount) is float and 0.0 < amount < 1.0
-        if type(layer) is not int or not (is_count or is_share):
-            raise ValueError(f"stages.keep: found {key!r}: {amount!r}, {accepted}")
+        is_ratio = type(amount) is float and 0.0 < amount < 1.0
+        if type(layer) is not int or not (is_count or is_ratio):
+            raise ValueError(f"stages.keep: got {key!r}: {amount!r}, {expected}")
         amounts[layer] = amount
     amounts = dict(sorted(amounts.items()))
     for kind in (int, float):
         same_kind = [amount for amount in amounts.values() if type(amount) is kind]
         if any(later > earlier for earlier, later in itertools.pairwise(same_kind)):
-            raise ValueError(f"stages.keep: found growing amounts {amounts}, {accepted}, shrinking")
+            raise ValueError(f"stages.keep: got growing amounts {amounts}, {expected}, shrinking")
     return amounts

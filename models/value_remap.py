@@ -1,10 +1,9 @@
 """Weights that are taken away after the softmax, without ever making the weights.
 
-A weight that is set to 0 after the softmax, nothing renormalised, is a weight on a value vector of zeros; a weight
-that is given to another token is a weight on that token's value vector. So the layer's own attention runs as it is on
-changed values, under any back end. Where text and visual queries want different values of the same visual keys, those
-keys are there twice, and a mask shows each query its own copy: as many more keys as there are visual tokens, and no
-matrix of weights.
+A weight set to 0 after the softmax, nothing renormalised, is a weight on a value vector of zeros; a weight given to
+another token is a weight on that token's value vector. So the layer's attention runs unchanged on changed values, under
+any backend. Where text and visual queries want different values of the same visual keys, those keys are there twice,
+and a mask shows each query its copy: as many more keys as there are visual tokens, and no matrix of weights.
 
 Letters: B batch, S sequence, L live rows, C columns (keys of this call), V visual columns, G heads, d head width.
 """
@@ -16,19 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .live import LiveSet
+from .live_tokens import LiveTokens
 
 
 @dataclass(frozen=True, eq=False)
-class Rewrite:
+class ValueRemap:
     """What the weights on visual keys count for, after the softmax, in one layer of a prefill.
 
     Attributes:
         text: (B, S) int64: for text queries, the place in the input whose value vector a visual key at each place
-            brings; -1: none, the weight is lost. Only visual places are looked at. None: each its own.
+            brings; -1: none, the weight is lost. Only visual places are read. None: each key brings its value.
         visual: the same for visual queries; the very same object where text and visual queries do not differ.
-        hides: text queries do not see visual keys at all, before the softmax: nothing of `text` counts then, and
-            their weights on text add up to 1.
+        hides: text queries do not see visual keys at all, before the softmax: `text` is not read then, and their
+            weights on text add up to 1.
     """
 
     text: Tensor | None
@@ -36,57 +35,60 @@ class Rewrite:
     hides: bool = False
 
 
-class Rewritten:
-    """A Rewrite, worked out for the columns that a layer's attention adds in this call.
+class BoundValueRemap:
+    """A ValueRemap, resolved to the columns that a layer's attention adds in this call.
 
     Attributes:
-        copies: the visual columns that are there a second time, for the text's eyes only; or None.
+        copies: the visual columns that are there a second time, for text queries alone; or None.
     """
 
-    def __init__(self, rule: Rewrite, slots: Tensor, visual: Tensor, offset: int, copies: LiveSet | None) -> None:
-        """Works out which column's value each column brings.
+    def __init__(
+        self, remap: ValueRemap, slots: Tensor, visual: Tensor, offset: int, copies: LiveTokens | None
+    ) -> None:
+        """Resolves which column's value each column brings.
 
         Args:
-            rule: what the schedule wants.
-            slots: (B, C), places of the columns, -1 on padding.
+            remap: what the schedule wants.
+            slots: (B, C), slots of the columns, -1 on padding.
             visual: (B, S) bool.
-            offset: place of the input's first token in the whole sequence.
-            copies: the visual tokens among the columns, where they run queries too; None where text alone asks. None
-                of them where the rule hides vision: text then has no copy to look at.
+            offset: slot of the input's first token.
+            copies: the visual tokens among the columns, where they run queries too; None where only text queries run.
+                None of them where the remap hides vision: text then has no copy to see.
         """
         self.visual, self.offset = visual, offset
-        self.hides = rule.hides
-        self.copies = copies if rule.hides or (copies is not None and rule.text is not rule.visual) else None
+        self.hides = remap.hides
+        self.copies = copies if remap.hides or (copies is not None and remap.text is not remap.visual) else None
         places = (slots - offset).clamp(min=0)
         self.is_visual = visual.gather(1, places) & (slots >= 0)  # (B, C)
         numbers = torch.arange(slots.shape[1], device=slots.device).expand(len(slots), -1)
         size = visual.shape[1]
-        # column of each place; padding writes to a place of its own, where "none" (-1) also finds its -1
+        # column of each place; padding writes to an extra place, where "none" (-1) also finds its -1
         self.column = numbers.new_full((len(slots), size + 1), -1)
         self.column.scatter_(1, places.where(slots >= 0, size), numbers)
         self.column[:, size] = -1
-        wanted = rule.text if copies is None else rule.visual
+        wanted = remap.text if copies is None else remap.visual
         brought = None if wanted is None else self._brought(wanted, places)
-        self.own = None if brought is None else brought.where(self.is_visual, numbers)
+        self.source = None if brought is None else brought.where(self.is_visual, numbers)
         if self.copies is not None:
-            at = self.copies.slots - offset
+            at = self.copies.places
             self.copied = self.column.gather(1, at)
-            self.copied_values = self.copied if rule.text is None else self._brought(rule.text, at)
+            self.copied_values = self.copied if remap.text is None else self._brought(remap.text, at)
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values (B, G, K + V, d) that the attention shall use; the last C of K are this call's."""
+        """Returns keys and values (B, G, K + V, d) for the attention; the last C of the K given are this call's."""
         columns = self.is_visual.shape[1]
         before = values.shape[2] - columns
-        new_keys, new_values = keys[:, :, before:], values[:, :, before:]
-        changed = values if self.own is None else torch.cat([values[:, :, :before], _take(new_values, self.own)], dim=2)
+        new_keys, new_values, changed = keys[:, :, before:], values[:, :, before:], values
+        if self.source is not None:
+            changed = torch.cat([values[:, :, :before], _take(new_values, self.source)], dim=2)
         if self.copies is None:
             return keys, changed
         keys = torch.cat([keys, _take(new_keys, self.copied)], dim=2)
         return keys, torch.cat([changed, _take(new_values, self.copied_values)], dim=2)
 
-    def hidden_from(self, rows: LiveSet, keys: int) -> Tensor:
-        """Returns (B, L, K + V) bool: what no query of `rows` may see, because the other kind's copy is meant."""
-        asks = self.visual.gather(1, rows.slots - self.offset)[..., None]  # (B, L, 1): a visual query
+    def hidden_from(self, rows: LiveTokens, keys: int) -> Tensor:
+        """Returns (B, L, K + V) bool: what each query of `rows` must not see, because the other copy is meant."""
+        asks = self.visual.gather(1, rows.places)[..., None]  # (B, L, 1): a visual query
         shown = torch.nn.functional.pad(self.is_visual, (keys - self.is_visual.shape[1], 0))
         originals = ~asks & shown[:, None]
         size = 0 if self.copies is None else self.copies.slots.shape[1]

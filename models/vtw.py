@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from models.schedule import Schedule, View
-from models.schedules.settings import is_int, require, require_depth
+from .live_tokens import NO_VISUAL, Selection
+from .schedule_base import Schedule, View, is_int, published_setting, require, require_depth
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class VTW(Schedule):
     first layer after which dropping vision hardly changes the output (KL divergence); here K is given.
     """
 
-    layer: int = 16
+    layer: int = published_setting(16)
 
     def __post_init__(self) -> None:
         require(is_int(self.layer, 1), "VTW.layer", self.layer, "a layer number (int >= 1)")
@@ -30,6 +28,6 @@ class VTW(Schedule):
         """Raises ScheduleError where the layer is beyond the decoder."""
         require_depth("VTW.layer", self.layer, num_layers, num_layers)
 
-    def live(self, view: View) -> Tensor:
+    def live(self, view: View) -> Selection:
         """Returns all visual tokens, then none."""
-        return view.visual if view.layer < self.layer else view.none
+        return view.visual if view.layer < self.layer else NO_VISUAL

@@ -1,17 +1,26 @@
-"""VisiPruner: mask vision in shallow layers, keep the few tokens that matter from the fusion layer on, let them go."""
+"""VisiPruner: mask vision in shallow layers, keep the few tokens that matter from the fusion layer on, drop them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from models.rewrite import Rewrite
-from models.schedule import Schedule, View
-from models.schedules.settings import ScheduleError, is_int, is_number, require, require_depth
+from .live_tokens import NO_VISUAL, Selection
+from .schedule_base import (
+    Schedule,
+    ScheduleError,
+    View,
+    is_int,
+    is_number,
+    mask_of,
+    published_setting,
+    require,
+    require_depth,
+)
+from .value_remap import ValueRemap
 
 ALL_STAY, NONE_STAYS = -1.0, float("inf")  # lengths of a contribution that all, and none, are above
 MODES = ("shallow", "middle", "deep")
@@ -26,23 +35,24 @@ RELEASED = {  # the released code's key: our field
 
 @dataclass(frozen=True)
 class VisiPruner(Schedule):
-    """Prunes by what a visual token adds to the last token's attention output, in three stages.
+    """Prunes by what a visual token adds to the attention output of the last token, in three stages.
 
     o is that output in a layer (heads concatenated, before the output projection), c_j = w_j v_j what visual token j
     adds to it, s is `shallow_end`.
 
     - shallow, layers l < s of a prefill: text after the image loses its weights on visual keys, after the softmax,
-      nothing renormalised. Layer 0 has a rule of its own, `first_layer`. No token is dropped here.
+      nothing renormalised. Layer 0 follows `first_layer`. No token is dropped here.
     - middle, layers l > s until it fires once: where cos(o - c_j, o) < `layer_threshold` for any j, only the tokens
       with |c_j| > `token_threshold` stay from layer l + 1 on (it can be none). Layer s is never tested.
     - deep, later layers: one where cos(o - c_j, o) >= `exit_threshold` for every kept j is counted; when the count
       reaches `exit_patience`, all visual tokens are dropped from the next layer on.
 
-    Every sample of a batch has its own fusion layer, kept tokens and exit. The tests take one row of attention a
-    layer, O(n), under any back end. The masks make no matrix of weights: the layer's own attention runs on changed
-    values (models/rewrite.py). Where text and visual queries want different ones (layer 0, and layers 1 ... s - 1
-    with `visual_self_attention`) the visual keys are there twice under an explicit mask, which flash-attention
-    cannot take and refuses by name; without visual self-attention layers 1 ... s - 1 need neither.
+    Each sample of a batch has its fusion layer, kept tokens and exit. The tests take one row of attention a layer,
+    O(n), under any backend. The masks make no matrix of weights: the layer's attention runs on changed values
+    (value_remap.py). Where text and visual queries want different ones (layer 0, and layers 1 ... s - 1 with
+    `visual_self_attention`) the visual keys are there twice under an explicit mask, which flash-attention cannot take
+    and refuses by name; without visual self-attention layers 1 ... s - 1 need neither. In families whose image blocks
+    attend in both directions (Gemma 3, Molmo 2), text inside a block (Molmo 2's marks) loses its weights too.
 
     Attributes:
         shallow_end: s, in layers.
@@ -64,7 +74,7 @@ class VisiPruner(Schedule):
     and "first half" are over all of a sample's visual tokens.
     """
 
-    shallow_end: int = 6
+    shallow_end: int = published_setting(6)
     layer_threshold: float = 0.995
     token_threshold: float = 0.2
     exit_threshold: float = 0.999
@@ -76,9 +86,9 @@ class VisiPruner(Schedule):
 
     def __post_init__(self) -> None:
         require(is_int(self.shallow_end, 0), "VisiPruner.shallow_end", self.shallow_end, "a layer number (int >= 0)")
-        for field in ("layer_threshold", "exit_threshold"):
-            value = getattr(self, field)
-            require(is_number(value, 0.0, 1.0), f"VisiPruner.{field}", value, "a cosine, 0 to 1")
+        for name in ("layer_threshold", "exit_threshold"):
+            value = getattr(self, name)
+            require(is_number(value, 0.0, 1.0), f"VisiPruner.{name}", value, "a cosine, 0 to 1")
         good = is_number(self.token_threshold, 0.0)
         require(good, "VisiPruner.token_threshold", self.token_threshold, "a length, at least 0")
         require(is_int(self.exit_patience, 1), "VisiPruner.exit_patience", self.exit_patience, "an int >= 1")
@@ -101,7 +111,7 @@ class VisiPruner(Schedule):
         """
         for key in settings:
             if key not in RELEASED:
-                raise ScheduleError(f"VisiPruner settings: found key {key!r}, accepted: {', '.join(RELEASED)}")
+                raise ScheduleError(f"VisiPruner settings: got key {key!r}, expected one of {', '.join(RELEASED)}")
         return cls(**{RELEASED[key]: value for key, value in settings.items()})
 
     @property
@@ -113,39 +123,47 @@ class VisiPruner(Schedule):
         """Raises ScheduleError where the shallow part is deeper than the decoder."""
         require_depth("VisiPruner.shallow_end", self.shallow_end, num_layers, num_layers)
 
-    def live(self, view: View) -> Tensor:
+    def new_state(self) -> _State:
+        """Returns what is known of a run so far."""
+        return _State()
+
+    def live(self, view: View) -> Selection:
         """Returns all visual tokens, those that matter after the fusion layer, none after the exit."""
-        if "middle" not in self.modes or view.live is view.none:
+        if "middle" not in self.modes or view.live is NO_VISUAL:
             return view.live
-        if view.seen_at is None or view.seen_at <= self.shallow_end:
+        if view.last_visual_layer is None or view.last_visual_layer <= self.shallow_end:
             return view.live
-        row = view.row()
+        live, row, samples = mask_of(view.live), view.last_query_attention(), view.state.samples
         cosine, squared = row.influence()
-        lowest = cosine.where(row.at_keys(view.live), torch.inf).amin(dim=1).tolist()  # the layer's one sync
-        samples = view.memory.setdefault("samples", [_Sample() for _ in lowest])
+        lowest = cosine.where(row.at_keys(live), torch.inf).amin(dim=1).tolist()  # the layer's one sync
+        samples.extend(_Sample() for _ in lowest[len(samples) :])
         limits = [self._limit(sample, low) for sample, low in zip(samples, lowest, strict=True)]
         if max(limits) < 0:
             return view.live
-        lengths = row.spread(squared.sqrt(), view.live.shape[1], 0.0)
-        kept = view.live & (lengths > torch.tensor(limits, device=lengths.device)[:, None])
-        return kept if kept.any() else view.none
+        lengths = row.spread(squared.sqrt(), live.shape[1], 0.0)
+        kept = live & (lengths > torch.tensor(limits, device=lengths.device)[:, None])
+        return Selection(kept) if kept.any() else NO_VISUAL
 
-    def rewrite(self, view: View) -> Rewrite | None:
+    def value_remap(self, view: View) -> ValueRemap | None:
         """Returns the masks of the shallow layers."""
         if "shallow" not in self.modes or view.layer >= self.shallow_end:
             return None
-        nothing = torch.full(view.visual.shape, -1, device=view.visual.device)
+        state: _State = view.state
+        if view.layer > 1 and state.shallow is not None:
+            return state.shallow
+        visual = view.visual_mask
+        nothing = torch.full(visual.shape, -1, device=visual.device)
         if view.layer > 0:
-            rule = Rewrite(text=nothing, visual=None if self.visual_self_attention else nothing)
-            return view.memory.setdefault("masked", rule)
+            state.shallow = ValueRemap(text=nothing, visual=None if self.visual_self_attention else nothing)
+            return state.shallow
         if self.first_layer == "merge":
-            return Rewrite(text=view.visual.long().argmax(dim=1, keepdim=True).expand_as(nothing), visual=nothing)
-        rank, half = view.visual.cumsum(dim=1), view.visual.sum(dim=1, keepdim=True) // 2
-        own = torch.arange(nothing.shape[1], device=nothing.device).expand_as(nothing)
-        return Rewrite(text=own.where(rank > half, -1), visual=nothing)
+            return ValueRemap(text=visual.long().argmax(dim=1, keepdim=True).expand_as(nothing), visual=nothing)
+        rank, half = visual.cumsum(dim=1), visual.sum(dim=1, keepdim=True) // 2
+        places = torch.arange(nothing.shape[1], device=nothing.device).expand_as(nothing)
+        return ValueRemap(text=places.where(rank > half, -1), visual=nothing)
 
     def _limit(self, sample: _Sample, lowest: float) -> float:
-        """Returns the length above which a sample's tokens stay after a layer; notes what that layer told."""
+        """Returns the length above which a sample's tokens stay after a layer; updates what is known of the sample."""
         if not sample.fired:
             sample.fired = lowest < self.layer_threshold
             return self.token_threshold if sample.fired else ALL_STAY
@@ -154,6 +172,14 @@ class VisiPruner(Schedule):
         quiet = lowest >= self.exit_threshold
         sample.quiet = sample.quiet + quiet if quiet or not self.consecutive_exit else 0
         return NONE_STAYS if quiet and sample.quiet == self.exit_patience else ALL_STAY
+
+
+@dataclass
+class _State:
+    """What is known of a run: its samples, filled at the first test, and the masks of layers 1 ... s - 1."""
+
+    samples: list[_Sample] = field(default_factory=list)
+    shallow: ValueRemap | None = None
 
 
 @dataclass

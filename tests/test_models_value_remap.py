@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from models import StagePlan, run_decoder
-from models.live import LiveSet
-from models.rewrite import Rewrite, Rewritten
-from models.schedule import Dense, Fused, Schedule
+from models.live_tokens import LiveTokens
+from models.schedule_base import Dense, Fused, Schedule
+from models.value_remap import BoundValueRemap, ValueRemap
 
 GROUPS, WIDTH = 2, 3
 
@@ -41,11 +41,11 @@ def test_changed_values_equal_changed_weights(for_text, for_visual, earlier):
     visual = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
     live = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0]]).bool()
     text = None if for_text is None else mapped(visual & live, for_text)
-    rule = Rewrite(text, text if for_visual == "same" else for_visual and mapped(visual, for_visual))
-    rows = LiveSet.of_mask(live, earlier)
+    rule = ValueRemap(text, text if for_visual == "same" else for_visual and mapped(visual, for_visual))
+    rows = LiveTokens.of_mask(live, earlier)
     slots = rows.slots.masked_fill(~rows.valid, -1)
-    copies = LiveSet.of_mask(visual & live, earlier, at_least=1)
-    rewritten = Rewritten(rule, slots, visual & live, earlier, copies)
+    copies = LiveTokens.of_mask(visual & live, earlier, at_least=1)
+    rewritten = BoundValueRemap(rule, slots, visual & live, earlier, copies)
     size = earlier + slots.shape[1]
     keys, values, queries = (torch.randn(3, GROUPS, n, WIDTH, generator=random) for n in (size, size, size - earlier))
     used_keys, used_values = rewritten(keys, values)
@@ -66,7 +66,7 @@ def test_changed_values_equal_changed_weights(for_text, for_visual, earlier):
         later = held[None] > rows.slots[sample][:count, None]
         whole[0][:, :, held] = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
         by_place = torch.zeros(GROUPS, earlier + 6, WIDTH).index_copy(1, held, values[sample][:, : earlier + count])
-        shifted = Rewrite(*(moved(brings, sample, earlier) for brings in (rule.text, rule.visual)))
+        shifted = ValueRemap(*(moved(brings, sample, earlier) for brings in (rule.text, rule.visual)))
         seen_as = torch.cat([torch.zeros(earlier, dtype=torch.bool), (visual & live)[sample]])
         expected = by_weights(whole[0], by_place, rows.slots[sample][:count].tolist(), seen_as, shifted)
         torch.testing.assert_close(output[sample][:, :count], expected)
@@ -85,11 +85,14 @@ class Same(Schedule):
     def __init__(self, inner):
         self.inner, self.update = inner, inner.update
 
+    def new_state(self):
+        return self.inner.new_state()
+
     def live(self, view):
         return self.inner.live(view)
 
-    def rewrite(self, view):
-        return Rewrite(mapped(view.visual, "own"), mapped(view.visual, "own"))
+    def value_remap(self, view):
+        return ValueRemap(mapped(view.visual_mask, "own"), mapped(view.visual_mask, "own"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -113,7 +116,7 @@ def test_keys_that_only_lend_bring_what_text_is_to_get():
     visual = torch.tensor([[False, True, True, False], [False, False, True, False]])
     keys, values = torch.randn(2, 2, GROUPS, 4, WIDTH).unbind()
     for how, columns in (("none", [-1, -1]), ("first", [0, 0]), ("own", [0, 1])):
-        rewritten = Rewritten(Rewrite(mapped(visual, how), None), slots, visual, 0, copies=None)
+        rewritten = BoundValueRemap(ValueRemap(mapped(visual, how), None), slots, visual, 0, copies=None)
         used_keys, used_values = rewritten(keys, values)
         assert rewritten.copies is None
         assert torch.equal(used_keys, keys)

@@ -1,0 +1,492 @@
+"""All that the executor knows of a Hugging Face decoder: its layers, projections, rotary embeddings and masks.
+
+Nothing is hooked or patched. A layer is called as transformers calls it. Where visual tokens only give keys and values,
+or a schedule reads the keys, an object in the place of the layer's KV cache does the work: attention hands its new keys
+and values to `cache.update` and continues with what that returns.
+
+Letters: B batch, S sequence, L live rows, Q instruction tokens, K keys, H query heads, G key/value heads, d head width,
+D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache as remembered
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import StagedLayer
+from .live_tokens import LayerTokens, LiveTokens, SequenceState
+
+SUPPORTED_DECODERS = {  # class name: model_type of its config
+    "LlamaModel": "llama",
+    "MistralModel": "mistral",
+    "Qwen2Model": "qwen2",
+    "Qwen3Model": "qwen3",
+    "SmolLM3Model": "smollm3",
+    "Qwen2VLTextModel": "qwen2_vl_text",
+    "Qwen2_5_VLTextModel": "qwen2_5_vl_text",
+    "Qwen3VLTextModel": "qwen3_vl_text",
+    "Glm4vTextModel": "glm4v_text",
+    "Gemma3TextModel": "gemma3_text",
+    "Molmo2TextModel": "molmo2_text",
+}
+BACKENDS = "sdpa, eager or flash_attention_2"
+Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, L, d)
+
+
+class UnsupportedDecoderError(ValueError):
+    """The language model is not one whose layers this project knows how to run."""
+
+
+def unwrap(language_model: nn.Module) -> Any:
+    """Returns the Hugging Face decoder inside the wrappers of peft and DeepSpeed.
+
+    Raises:
+        UnsupportedDecoderError: it is none of SUPPORTED_DECODERS.
+    """
+    decoder: Any = language_model
+    while hasattr(decoder, "get_base_model") or not hasattr(decoder, "layers"):
+        inner = decoder.get_base_model() if hasattr(decoder, "get_base_model") else getattr(decoder, "module", None)
+        if inner is None or inner is decoder:
+            break
+        decoder = inner
+    if not any(kind.__name__ in SUPPORTED_DECODERS for kind in type(decoder).__mro__):
+        raise UnsupportedDecoderError(
+            f"language model: got {type(decoder).__name__}, expected one of {', '.join(SUPPORTED_DECODERS)}"
+        )
+    return decoder
+
+
+def uses_mrope(decoder: Any) -> bool:
+    """Returns whether a token has three position ids: time, height and width (M-RoPE)."""
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    return "mrope_section" in rope or hasattr(decoder.rotary_emb, "mrope_section")
+
+
+def rotary_kind(decoder: Any, layer: int) -> str | None:
+    """Returns which of the decoder's rotary embeddings a layer takes; None where there is one for all."""
+    if hasattr(decoder, "rope_types"):  # Molmo2: "scaled" or "unscaled"
+        return decoder.rope_types[layer]
+    if "layer_type" in _arguments(type(decoder.rotary_emb).forward):  # Gemma3: by the layer's kind of attention
+        return decoder.config.layer_types[layer]
+    return None
+
+
+def rotary(decoder: Any, kind: str | None, like: Tensor, positions: Tensor) -> Rotary:
+    """Returns cos and sin (B, L, d) at position ids (B, L) or (3, B, L), in the type of `like`."""
+    if kind is None:
+        return decoder.rotary_emb(like, positions)
+    if hasattr(decoder, "rope_types"):
+        module = decoder.rotary_emb if kind == "scaled" else decoder.rotary_emb_unscaled
+        return module(like, positions)
+    return decoder.rotary_emb(like, positions, kind)
+
+
+def window_of(decoder: Any, layer: int, length: int) -> int | None:
+    """Returns a layer's sliding attention window in tokens, or None where it sees all of a sequence of `length`."""
+    attention = decoder.layers[layer].self_attn
+    if hasattr(attention, "sliding_window"):  # Qwen2, Qwen3, SmolLM3, Gemma3: chosen by layer
+        window = attention.sliding_window
+    else:  # Mistral: one for all; others: none
+        window = getattr(decoder.config, "sliding_window", None)
+    return window if window is not None and window < length else None
+
+
+# -- masks ---------------------------------------------------------------------------------------------------------
+
+
+def visible(
+    queries: LiveTokens, slots: Tensor, *, window: int | None = None, blocks: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Returns (B, L, K) bool: which keys, at `slots` (B, K, -1 on padding), each query sees.
+
+    A query sees the keys at or before its slot, and those of its image block, as far back as the window reaches. Dead
+    tokens between two live ones change nothing.
+
+    Args:
+        queries: (B, L) tokens; padding rows see every key that is not padding.
+        slots: (B, K) int64.
+        window: the sliding window in tokens, or None.
+        blocks: image blocks of the queries (B, L) and of the keys (B, K), -1: none; or None.
+    """
+    places = queries.slots.masked_fill(~queries.valid, torch.iinfo(torch.int64).max)
+    seen = slots[:, None, :] <= places[:, :, None]
+    if blocks is not None:
+        of_queries, of_keys = blocks[0][:, :, None], blocks[1][:, None, :]
+        seen |= (of_queries == of_keys) & (of_queries >= 0)
+    if window is not None:
+        near = queries.slots[:, :, None] - slots[:, None, :] < window
+        seen &= near | ~queries.valid[:, :, None]
+    return seen & (slots >= 0)[:, None, :]
+
+
+def blocks_at(state: SequenceState, queries: LiveTokens, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Returns the image blocks of queries (B, L) and of keys (B, K) at `slots`, or None where there are none."""
+    if state.blocks is None:
+        return None
+    return state.blocks.gather(1, queries.slots), state.blocks.gather(1, slots.clamp(min=0))
+
+
+def attention_mask(
+    decoder: Any,
+    queries: LiveTokens,
+    slots: Tensor,
+    *,
+    padded: bool,
+    window: int | None,
+    blocks: tuple[Tensor, Tensor] | None,
+    hidden: Tensor | None = None,
+) -> Any:
+    """Returns the mask of `queries` (B, L) against keys at `slots` (B, K, -1 on padding), as the backend wants it.
+
+    Args:
+        decoder: the Hugging Face decoder.
+        queries: the rows that run.
+        slots: of all keys.
+        padded: some key is padding.
+        window: see `visible`.
+        blocks: see `visible`.
+        hidden: (B, L, K) bool, keys taken away from a query on top, or None.
+
+    Returns:
+        Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal
+        mask of the backend is already correct.
+
+    Raises:
+        ValueError: the backend cannot express the mask.
+    """
+    backend = decoder.config._attn_implementation
+    if "flash" in backend:
+        _refuse_under_flash(queries, window, blocks, hidden)
+        return (slots >= 0) if padded else None
+    if backend not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation: got {backend}, expected {BACKENDS}; model.set_attn_implementation('sdpa') switches"
+        )
+    plain = not padded and window is None and blocks is None and hidden is None
+    aligned = slots.shape[1] == queries.slots.shape[1]  # the keys are the rows themselves
+    if backend == "sdpa" and plain and (aligned or queries.slots.shape[1] == 1):
+        return None
+    seen = visible(queries, slots, window=window, blocks=blocks)
+    if hidden is not None:
+        seen &= ~hidden
+    if backend == "sdpa":
+        return seen[:, None]
+    dtype = decoder.dtype
+    return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen[:, None], torch.finfo(dtype).min)
+
+
+def _refuse_under_flash(queries: LiveTokens, window: int | None, blocks: Any, hidden: Tensor | None) -> None:
+    what = None
+    if window is not None and not queries.whole:
+        what = "a sliding window over live tokens"
+    if blocks is not None:
+        what = "image blocks that attend in both directions"
+    if hidden is not None:
+        what = "keys hidden from text alone, which the schedule asks for (VisiPruner's shallow mode)"
+    if what is not None:
+        raise ValueError(
+            f"attn_implementation: got flash attention, which cannot express {what}; expected sdpa or eager; "
+            "model.set_attn_implementation('sdpa') switches"
+        )
+
+
+# -- one layer -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CacheShim:
+    """Stands where a layer's attention expects its cache, for one call.
+
+    Attributes:
+        stored: the layer's real cache, or None.
+        visual_kv: returns keys and values (B, G, L_v, d) of `kv` visual tokens, put before those of the rows; or None.
+        value_remap: returns what the attention uses in place of all keys and values, or None. The cache stores the
+            originals.
+        keys: (B, G, K, d) of all tokens, as stored, after the call.
+        values: (B, G, K, d) likewise.
+    """
+
+    stored: StagedLayer | None = None
+    visual_kv: Callable[[], tuple[Tensor, Tensor]] | None = None
+    value_remap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values that the attention uses."""
+        if self.visual_kv is not None:
+            visual_keys, visual_values = self.visual_kv()
+            keys = torch.cat([visual_keys, keys], dim=2)
+            values = torch.cat([visual_values, values], dim=2)
+        if self.stored is not None:
+            keys, values = self.stored.update(keys, values)
+        self.keys, self.values = keys.detach(), values.detach()
+        return (keys, values) if self.value_remap is None else self.value_remap(keys, values)
+
+
+def run_layer(
+    layer: Any, hidden: Tensor, mask: Any, positions: Tensor | None, shim: CacheShim | None, at: Rotary
+) -> Tensor:
+    """Returns the layer's output (B, L, D) for its rows.
+
+    All arguments are positional, in the order of the layer's signature: under gradient checkpointing transformers
+    blanks a `past_key_values` keyword, which brings the keys and values of `kv` visual tokens.
+    """
+    given = {
+        "hidden_states": hidden,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "past_key_values": shim,
+        "use_cache": shim is not None and shim.stored is not None,
+        "position_embeddings": at,
+    }
+    return layer(*[given[name] for name in _arguments(type(layer).forward) if name in given])
+
+
+def project_visual_kv(layer: Any, visual: Tensor, at: Rotary) -> tuple[Tensor, Tensor]:
+    """Returns keys and values (B, G, L, d) of projected visual tokens (B, L, D): the layer's norm and projections.
+
+    Source: ViCA (arXiv 2602.07574), rotary at the positions of the visual tokens.
+    """
+    normed = _attention_input(layer, visual)
+    return _rotated(layer.self_attn, "k", normed, at), _heads(layer.self_attn, "v", normed)
+
+
+@remembered
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names of the arguments of a module's forward, in order."""
+    return tuple(signature(forward).parameters)[1:]
+
+
+def _attention_input(layer: Any, hidden: Tensor) -> Tensor:
+    """Returns what a layer's attention projects: its norm of the hidden states, unless it norms its output instead."""
+    return hidden if getattr(layer, "norm_after", False) else layer.input_layernorm(hidden)
+
+
+def _rotated(attention: Any, name: str, normed: Tensor, at: Rotary) -> Tensor:
+    """Returns (B, heads, L, d): queries ("q") or keys ("k") with the family's rotary embedding."""
+    heads = _heads(attention, name, normed)
+    if not getattr(attention, "use_rope", True):  # SmolLM3 has layers without
+        return heads
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return apply(heads, heads, *at)[0]
+
+
+def _heads(attention: Any, name: str, normed: Tensor) -> Tensor:
+    """Returns (B, heads, L, d): the named projection, with the norm of the families that have one."""
+    projected = getattr(attention, f"{name}_proj")(normed)
+    norm = getattr(attention, f"{name}_norm", None)
+    if norm is not None and getattr(attention, "qk_norm_type", None) == "olmo":  # Molmo2: over all heads together
+        projected, norm = norm(projected), None
+    heads = projected.unflatten(-1, (-1, attention.head_dim))
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+
+# -- what instruction tokens attend to -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRow:
+    """The attention of one query token in one layer.
+
+    Attributes:
+        layer: the layer.
+        weights: (B, H, K) float32, after the softmax; 0 on keys that the query does not see.
+        values: (B, G, K, d), the value vectors of the keys; G divides H.
+        places: (B, K) int64, each key's place in the input, 0 ... S-1; -1 on padding and on keys of an earlier call.
+    """
+
+    layer: int
+    weights: Tensor
+    values: Tensor
+    places: Tensor
+
+    def influence(self) -> tuple[Tensor, Tensor]:
+        """Returns cos(o - c, o) and |c| squared for every key, each (B, K) float32.
+
+        o is the attention output of the query, heads concatenated, c = w v what one key adds to it. Both follow from
+        o . o, o . c and c . c, so that no (B, K, D) tensor of contributions is made.
+
+        Source: VisiPruner, arXiv 2510.17205, section 3.6.
+        """
+        values = self.values.float()
+        weights = self.weights.unflatten(1, (values.shape[1], -1))  # (B, G, H / G, K)
+        output = weights @ values  # (B, G, H / G, d)
+        along = (weights * (output @ values.transpose(2, 3))).sum(dim=(1, 2))  # o . c
+        squared = (weights.square().sum(dim=2) * values.square().sum(dim=3)).sum(dim=1)  # c . c
+        whole = output.square().sum(dim=(1, 2, 3))[:, None]  # o . o
+        rest = (whole - 2 * along + squared).clamp(min=0)  # |o - c| squared
+        return (whole - along) / (rest * whole).sqrt().clamp(min=1e-8), squared
+
+    def at_keys(self, per_place: Tensor) -> Tensor:
+        """Returns (B, K) bool: a mask of the input's tokens (B, S) at the keys, False on keys without a place."""
+        return per_place.gather(1, self.places.clamp(min=0)) & (self.places >= 0)
+
+    def spread(self, per_key: Tensor, size: int, fill: float) -> Tensor:
+        """Returns (B, size): a value per key (B, K) at the places of the keys, `fill` where no key stands."""
+        return _spread(per_key, self.places, size, fill)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedLayer:
+    """What is kept of a layer that ran on visual tokens, until the next such layer.
+
+    Attributes:
+        layer: its number.
+        hidden: (B, L, D), its input.
+        tokens: what it ran on.
+        shim: the keys and values that its attention used.
+        slots: (B, K) their slots, -1 on padding.
+        positions: (B, S) or (3, B, S), the position ids that it ran with.
+    """
+
+    layer: int
+    hidden: Tensor
+    tokens: LayerTokens
+    shim: CacheShim
+    slots: Tensor
+    positions: Tensor
+
+
+class AttentionProbe:
+    """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
+
+    The executor makes one for a run and sets `probed` after every layer that ran on visual tokens.
+
+    Attributes:
+        probed: the last such layer, or None.
+    """
+
+    def __init__(self, decoder: Any, query_mask: Tensor | None, state: SequenceState) -> None:
+        """Keeps what a run never changes.
+
+        Args:
+            decoder: the Hugging Face decoder.
+            query_mask: (B, S) bool, the instruction tokens; None, or a sample without one: its last text token.
+            state: where the tokens stand.
+        """
+        self.decoder, self.query_mask, self.state = decoder, query_mask, state
+        self.probed: ProbedLayer | None = None
+        self._queries: LiveTokens | None = None
+        self._sight: tuple[Any, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def attention(self) -> Tensor:
+        """Returns (B, S): see View.attention."""
+        probed = self._last()
+        return self._mean(self._weights(probed, probed.shim.keys), probed.slots)
+
+    @torch.no_grad()
+    def next_layer_attention(
+        self, layer: int, hidden: Tensor, rows: LiveTokens, stored: StagedLayer | None, visual_keys: Tensor | None
+    ) -> Tensor:
+        """Returns (B, S): the attention that `layer` would pay, with its norm and projections.
+
+        Args:
+            layer: the layer that is about to run.
+            hidden: (B, L, D), what it would run on.
+            rows: the tokens of `hidden`.
+            stored: the layer's cache, or None.
+            visual_keys: (B, G, L_v, d), its keys of the `kv` visual tokens of the probed layer, or None.
+        """
+        past = self._last()
+        module = self.decoder.layers[layer]
+        at = self._rotary_at(layer, rows, hidden, past.positions)
+        keys = _rotated(module.self_attn, "k", _attention_input(module, hidden), at)
+        tokens = LayerTokens(rows, past.tokens.kv_only if visual_keys is not None else None)
+        if visual_keys is not None:
+            keys = torch.cat([visual_keys, keys], dim=2)
+        slots = tokens.key_slots
+        if stored is not None and stored.slots is not None:
+            keys, slots = torch.cat([stored.keys, keys], dim=2), torch.cat([stored.slots, slots], dim=1)
+        now = ProbedLayer(layer, hidden, tokens, past.shim, slots, past.positions)
+        return self._mean(self._weights(now, keys), slots)
+
+    @torch.no_grad()
+    def last_query_attention(self) -> AttentionRow:
+        """Returns the row of the last instruction token: see View.last_query_attention."""
+        probed = self._last()
+        weights, queries = self._weights(probed, probed.shim.keys), self.queries
+        if weights.shape[2] > 1:
+            last = (queries.valid.sum(dim=1) - 1).clamp(min=0)[:, None, None, None]
+            weights = weights.gather(2, last.expand(-1, weights.shape[1], 1, weights.shape[3]))
+        if queries.padded:  # a sample without text pays nothing
+            weights = weights.masked_fill(~queries.valid[:, :1, None, None], 0.0)
+        return AttentionRow(probed.layer, weights[:, :, 0], probed.shim.values, self._places(probed.slots))
+
+    @property
+    def queries(self) -> LiveTokens:
+        """The instruction tokens, at least one row a sample."""
+        if self._queries is None:
+            mask = last = self.state.last_text_token()
+            if self.query_mask is not None:
+                mask = self.query_mask & self.state.valid & ~self.state.visual
+                mask = mask.where(mask.any(dim=1, keepdim=True), last)
+            self._queries = LiveTokens.of_mask(mask, self.state.offset, at_least=1)
+        return self._queries
+
+    def _last(self) -> ProbedLayer:
+        if self.probed is None:
+            raise ValueError("a schedule read attention before any layer ran on visual tokens")
+        return self.probed
+
+    def _weights(self, probed: ProbedLayer, keys: Tensor) -> Tensor:
+        """Returns (B, H, Q, K) float32: the softmax of the instruction tokens' rows."""
+        hidden, layer = probed.hidden, self.decoder.layers[probed.layer]
+        index, seen = self._seen(probed)
+        asking = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        at = self._rotary_at(probed.layer, self.queries, hidden, probed.positions)
+        queries = _rotated(layer.self_attn, "q", _attention_input(layer, asking), at)
+        grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, G, H / G, Q, d): heads that share a key
+        scores = (grouped @ keys.float().transpose(2, 3)[:, :, None]).flatten(1, 2) * layer.self_attn.scaling
+        return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
+
+    def _seen(self, probed: ProbedLayer) -> tuple[Tensor, Tensor]:
+        """Returns where the instruction tokens stand among the rows (B, Q), and the keys that they see (B, Q, K)."""
+        window = window_of(self.decoder, probed.layer, self.state.length)
+        key = (probed.tokens.rows, probed.slots, window)
+        if self._sight is None or any(one is not other for one, other in zip(self._sight[0], key, strict=True)):
+            rows, queries = probed.tokens.rows, self.queries
+            columns = torch.arange(rows.slots.shape[1], device=rows.slots.device).expand(len(rows.slots), -1)
+            index = rows.spread(columns, self.state.size, 0).gather(1, queries.places)
+            # padding queries too look back from their slot alone, so that every row has a key
+            asking = LiveTokens(queries.slots, torch.ones_like(queries.valid), False, False, queries.offset)
+            blocks = blocks_at(self.state, queries, probed.slots)
+            self._sight = key, index, visible(asking, probed.slots, window=window, blocks=blocks)
+        return self._sight[1:]
+
+    def _rotary_at(self, layer: int, tokens: LiveTokens, like: Tensor, positions: Tensor) -> Rotary:
+        at = positions if tokens.whole else of_tokens(positions, tokens)
+        return rotary(self.decoder, rotary_kind(self.decoder, layer), like, at)
+
+    def _mean(self, weights: Tensor, slots: Tensor) -> Tensor:
+        """Returns (B, S): the mean over heads and instruction tokens, at the places of the keys, 0 elsewhere."""
+        valid = self.queries.valid
+        mean = weights.mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
+        mean = mean / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        return _spread(mean, self._places(slots), self.state.size, 0.0)
+
+    def _places(self, slots: Tensor) -> Tensor:
+        offset = self.state.offset
+        return torch.where(slots >= offset, slots - offset, -1) if offset > 0 else slots
+
+
+def of_tokens(positions: Tensor, tokens: LiveTokens) -> Tensor:
+    """Returns (B, L) or (3, B, L): the position ids, of (B, S) or (3, B, S), of some tokens."""
+    if tokens.whole:
+        return positions
+    places = tokens.places
+    return positions.gather(-1, places.expand(*positions.shape[:-1], -1))
+
+
+def _spread(per_key: Tensor, places: Tensor, size: int, fill: float) -> Tensor:
+    # keys without a place go to an extra column, cut off again
+    full = per_key.new_full((len(per_key), size + 1), fill)
+    return full.scatter(1, places.where(places >= 0, size), per_key)[:, :size]

@@ -1,0 +1,243 @@
+"""The supported families: a fused class and config for each, made with FusedMixin. Adding one is an entry in FAMILIES.
+
+docs/families.md says what is tested for each, and how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+from .fused import FusedMixin, fused_signature
+from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from .schedules import resolve_schedule
+from .stage_plan import StagePlan
+
+
+class UnsupportedModelError(ValueError):
+    """The checkpoint is of a kind that cannot be staged."""
+
+
+class StagesConfigMixin:
+    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with."""
+
+    base_model_type: str
+    model_type: str
+    stages: Any
+    schedule: Any
+    text_config: Any
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # PreTrainedConfig's
+        depth, plan = self.text_config.num_hidden_layers, None
+        if self.stages is not None:
+            plan = StagePlan.from_dict(self.stages)
+            plan.check(depth)
+            self.stages = plan.to_dict()
+        resolve_schedule(self.schedule, plan, depth)
+
+    @classmethod
+    def get_config_dict(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the fields of config.json, whose kind is checked before anything is built from them."""
+        fields, kwargs = super().get_config_dict(source, **kwargs)  # type: ignore[misc]  # PreTrainedConfig's
+        found = fields.get("model_type")
+        if found not in (cls.model_type, cls.base_model_type):
+            raise UnsupportedModelError(
+                f"{source}: config.json: got model_type {found}, expected {cls.base_model_type} or {cls.model_type}"
+            )
+        return {**fields, "model_type": cls.model_type}, kwargs
+
+
+# -- what differs between families ---------------------------------------------------------------------------------
+
+
+def _square(config: Any) -> dict[str, Tensor]:
+    """One image of the tower's size; Pixtral towers also want its sides."""
+    size = config.vision_config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return {"pixel_values": torch.zeros(1, 3, height, width)}
+
+
+def _llava(config: Any) -> dict[str, Tensor]:
+    if config.vision_config.model_type != "pixtral":
+        return _square(config)
+    return _pixtral(config, config.vision_config.patch_size)
+
+
+def _pixtral(config: Any, side: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.zeros(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
+
+
+def _tiles(config: Any) -> dict[str, Tensor]:
+    """LLaVA-NeXT, LLaVA-OneVision: an image of the tower's size, as the tiles that its grid makes of it."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    size = config.vision_config.image_size
+    tiles = image_size_to_num_patches([size, size], config.image_grid_pinpoints, size)
+    return {"pixel_values": torch.zeros(tiles, 3, size, size), "image_sizes": torch.tensor([[size, size]])}
+
+
+def _patches(config: Any) -> dict[str, Tensor]:
+    """Qwen-VL, GLM-4V: the patches of one visual token."""
+    vision = config.vision_config
+    side = vision.spatial_merge_size
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": torch.zeros(side * side, values), "image_grid_thw": torch.tensor([[1, side, side]])}
+
+
+def _listed(config: Any) -> dict[str, Tensor]:
+    """Idefics3, SmolVLM: a sample with a list of one image."""
+    return {"pixel_values": _square(config)["pixel_values"][None]}
+
+
+def _molmo2(config: Any) -> dict[str, Tensor]:
+    """One crop, pooled to one visual token."""
+    vision = config.vision_config
+    patches = torch.zeros(1, vision.num_position_embeddings, vision.num_channels * vision.patch_size**2)
+    grid = torch.tensor([[1, 1, 0, 0]])
+    return {"pixel_values": patches, "image_token_pooling": torch.tensor([[0]]), "image_grids": grid}
+
+
+def _no_blocks(given: Mapping[str, Any]) -> Tensor | None:
+    return None
+
+
+def _gemma3_blocks(given: Mapping[str, Any]) -> Tensor | None:
+    """A block for each image: its tokens see each other in both directions."""
+    if given.get("token_type_ids") is None:
+        return None
+    is_image = given["token_type_ids"] == 1
+    starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+    return torch.where(is_image, starts.long().cumsum(dim=1) - 1, -1)
+
+
+def _molmo2_blocks(given: Mapping[str, Any]) -> Tensor | None:
+    """One block for all image tokens of a sample, marks included."""
+    if given.get("mm_token_type_ids") is None:
+        return None
+    return torch.where(given["mm_token_type_ids"] == 1, 0, -1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of VLMs.
+
+    Attributes:
+        model_type: of Hugging Face's config.
+        prefix: of the names of Hugging Face's classes: `Qwen3VL` for Qwen3VLForConditionalGeneration.
+        blank: returns, from the config, the inputs of get_image_features for a blank image.
+        blocks: returns, from the inputs of forward, the image blocks that attend in both directions.
+        bases: config and model class, where they are not those of transformers.
+    """
+
+    model_type: str
+    prefix: str
+    blank: Callable[[Any], dict[str, Tensor]] = _square
+    blocks: Callable[[Mapping[str, Any]], Tensor | None] = _no_blocks
+    bases: tuple[Any, Any] | None = None
+
+    @property
+    def fused_type(self) -> str:
+        """The model_type of the fused config."""
+        return f"fused_{self.model_type}"
+
+    @cached_property
+    def config_class(self) -> Any:
+        """The fused config's class: everything the family's config takes, `stages` and `schedule`."""
+        base = self.bases[0] if self.bases else getattr(transformers, f"{self.prefix}Config")
+        fields: dict[str, Any] = {
+            "__module__": __name__,
+            "__annotations__": {"stages": dict[str, Any] | None, "schedule": dict[str, Any] | str | None},
+            "__doc__": f"Everything {base.__name__} takes, `stages` and `schedule`: see StagesConfigMixin.",
+            "model_type": self.fused_type,
+            "base_model_type": self.model_type,
+            "stages": None,
+            "schedule": None,
+        }
+        return type(f"Fused{base.__name__}", (StagesConfigMixin, base), fields)
+
+    @cached_property
+    def model_class(self) -> Any:
+        """The fused model's class."""
+        base = self.bases[1] if self.bases else getattr(transformers, f"{self.prefix}ForConditionalGeneration")
+        fields: dict[str, Any] = {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} with another way through the decoder: see FusedMixin.",
+            "config_class": self.config_class,
+            "family_blank": staticmethod(self.blank),
+            "family_blocks": staticmethod(self.blocks),
+            "forward": _forward_like(base),
+        }
+        return type(f"Fused{base.__name__}", (FusedMixin, base), fields)
+
+    def register(self) -> None:
+        """Makes the Auto classes, `transformers serve` and the rules for weight names know the fused class."""
+        AutoConfig.register(self.fused_type, self.config_class, exist_ok=True)
+        AutoModelForImageTextToText.register(self.config_class, self.model_class, exist_ok=True)
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(self.fused_type, self.model_class.__name__)
+        # files name their weights as the family's do; these rules go by class name or model_type
+        base = f"{self.prefix}ForConditionalGeneration"
+        rules = get_checkpoint_conversion_mapping(base) or get_checkpoint_conversion_mapping(self.model_type)
+        if rules is not None:
+            register_checkpoint_conversion_mapping(self.model_class.__name__, rules, overwrite=True)
+
+
+def _forward_like(base: Any) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FusedMixin.forward(self, *args, **kwargs)
+
+    forward.__doc__ = FusedMixin.forward.__doc__
+    forward.__signature__ = fused_signature(base)  # type: ignore[attr-defined]  # what generate() reads
+    return forward
+
+
+_ALL = (
+    Family("llava", "Llava", _llava),
+    Family("llava_next", "LlavaNext", _tiles),
+    Family("llava_onevision", "LlavaOnevision", _tiles),
+    Family("internvl", "InternVL"),
+    Family("qwen2_vl", "Qwen2VL", _patches),
+    Family("qwen2_5_vl", "Qwen2_5_VL", _patches),
+    Family("qwen3_vl", "Qwen3VL", _patches),
+    Family("glm4v", "Glm4v", _patches),
+    Family("smolvlm", "SmolVLM", _listed),
+    Family("idefics3", "Idefics3", _listed),
+    Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
+    Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
+    Family("ovis2", "Ovis2"),
+    Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
+    Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+for _family in FAMILIES.values():
+    _family.register()
+
+
+def family_of(model_type: str | None, source: Any = "config.json") -> Family:
+    """Returns the family of a model_type, of Hugging Face's config or of the fused one.
+
+    Raises:
+        UnsupportedModelError: it is none of FAMILIES.
+    """
+    name = str(model_type).removeprefix("fused_")
+    if name not in FAMILIES:
+        raise UnsupportedModelError(f"{source}: got model_type {model_type}, expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a fused class by name, e.g. FusedQwen3VLForConditionalGeneration: a release's auto_map names it so."""
+    for family in FAMILIES.values():
+        for kind in (family.model_class, family.config_class):
+            if kind.__name__ == name:
+                return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,489 @@
+"""The mixins that make a Hugging Face VLM staged: FusedMixin around the whole model, FusedTextMixin for its decoder.
+
+A VLM of transformers ends in one call of its text model with the image features merged into the embeddings. The outer
+forward marks the visual tokens and names the schedule; the text model then runs through run_decoder. Tiles, position
+indices, DeepStack features, processors and generate() stay Hugging Face's. No parameter is added or renamed.
+
+Letters: B batch, S sequence, D width, R rows of visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache as remembered
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
+
+from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
+from .decoder import DecoderOutput, run_decoder
+from .schedule_base import Dense, Schedule
+from .schedules import resolve_schedule
+from .stage_plan import StagePlan
+
+IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
+VISION_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
+ADDED_ARGUMENTS = ("schedule", "visual")
+USED_KEYWORDS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
+Blank = Callable[[], tuple[Tensor, list[Tensor]]]  # features (R, D) of a blank image, and its DeepStack features
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What the forward of a fused model returns.
+
+    Beside the fields: `live`, the tokens of each layer, and `visual` (B, S) bool, the visual tokens of the input.
+
+    Attributes:
+        loss: next-token loss, mean over labelled tokens; with labels alone.
+        logits: (B, S or kept, vocabulary), right at text positions; visual positions of a staged model mean nothing.
+        past_key_values: the KV cache.
+        image_hidden_states: the projected image features, from the families that return them.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    image_hidden_states: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.decoder: DecoderOutput | None = None
+        self.visual: Tensor | None = None
+
+    @property
+    def live(self) -> list[list[Tensor]]:
+        """One entry a layer, each one int64 tensor a sample: the slots of the tokens that the layer ran on."""
+        if self.decoder is None:
+            raise ValueError("live: this output was not made by a forward of a fused model")
+        return self.decoder.live
+
+
+@dataclass
+class _Call:
+    """What the outer forward hands to the text model, and the text model back."""
+
+    schedule: Schedule
+    visual: Tensor
+    attention_mask: Tensor | None
+    query_mask: Tensor | None
+    blocks: Tensor | None
+    blank: Blank | None
+    embeddings_learn: bool
+    output: DecoderOutput | None = None
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """A running generate() of one model: the length of its prompt and the schedule that it was started with."""
+
+    model: Any
+    prompt_length: int
+    schedule: Schedule
+
+
+# Context variables, so that two threads that run one model do not see each other's call.
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+_GENERATION: ContextVar[_Generation | None] = ContextVar("generation", default=None)
+
+
+class FusedTextMixin:
+    """A text model that runs through run_decoder while a fused model's forward is running; else as it always did."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        deepstack_visual_embeds: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Takes what the text model takes; the attention mask is the 2-D one of the outer forward."""
+        call = _CALL.get()
+        if call is None:
+            if deepstack_visual_embeds is not None:
+                kwargs["deepstack_visual_embeds"] = deepstack_visual_embeds
+            return super().forward(  # type: ignore[misc]  # the text model's
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if inputs_embeds is None:
+            raise ValueError("inputs_embeds: got None, expected the embeddings with the image merged in")
+        deepstack = list(deepstack_visual_embeds or ())
+        visual_embeds = None
+        if call.blank is not None:
+            visual_embeds, deepstack = call.blank()
+        elif not isinstance(call.schedule, Dense) and not call.embeddings_learn:
+            # The gradient reaches the projector through these rows alone, so layers before `enter` keep no graph.
+            visual_embeds, inputs_embeds = inputs_embeds[call.visual], inputs_embeds.detach()
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True))  # type: ignore[attr-defined]
+        call.output = run_decoder(
+            self,  # type: ignore[arg-type]  # a mixin of nn.Module
+            inputs_embeds,
+            call.visual,
+            attention_mask=call.attention_mask,
+            position_ids=_counted_positions(position_ids, inputs_embeds, past_key_values),
+            schedule=call.schedule,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            visual_embeds=visual_embeds,
+            query_mask=call.query_mask,
+            blocks=call.blocks,
+            deepstack=deepstack,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=call.output.last_hidden_state, past_key_values=call.output.past_key_values
+        )
+
+
+class FusedMixin:
+    """A VLM whose visual tokens are live only where its stage plan, or another schedule, says so.
+
+    Any checkpoint of the family loads into it: `config.stages` is None then, and it computes what Hugging Face does.
+
+    Attributes:
+        plan: the stage plan of the config, or None.
+        family_blank: returns, from the config, the inputs of get_image_features for a blank image.
+        family_blocks: returns, from the inputs of forward, the image blocks (B, S) that attend in both directions, or
+            None.
+    """
+
+    accepts_loss_kwargs = True  # Trainer: num_items_in_batch is used, in every family
+    family_blank: Callable[[Any], dict[str, Any]]
+    family_blocks: Callable[[Mapping[str, Any]], Tensor | None]
+    config: Any
+    model: Any
+    lm_head: Any
+    training: bool
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Builds the family's model.
+
+        Raises:
+            ValueError: the plan or the schedule of the config is wrong, or names a layer that the decoder lacks.
+            UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
+        """
+        kind = config.text_config.model_type
+        if kind not in SUPPORTED_DECODERS.values():
+            expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
+            raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
+        depth = config.text_config.num_hidden_layers
+        plan: StagePlan | None = None
+        if config.stages is not None:
+            plan = StagePlan.from_dict(config.stages)
+            plan.check(depth)
+            config.stages = plan.to_dict()
+        schedule = resolve_schedule(config.schedule, plan, depth)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the family's
+        self.plan = plan
+        self._schedule = schedule
+        text = self.model.get_decoder()
+        text.__class__ = fused_text_class(type(text))  # type: ignore[arg-type]  # mypy: a class is no Hashable
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of forward() and generate().
+
+        Assign another to switch: an object, a name of SCHEDULES with its published settings, or {"name": ..., setting:
+        ...}. None goes back to the trained plan. A pruner on a model with a plan prunes inside the plan's window.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, choice: Schedule | str | Mapping[str, Any] | None) -> None:
+        self._schedule = self.resolve(choice)
+
+    def resolve(self, choice: Schedule | str | Mapping[str, Any] | None) -> Schedule:
+        """Returns the schedule that a choice means for this checkpoint: see `schedule`.
+
+        Raises:
+            ScheduleError: an unknown name or setting, or one beyond the decoder.
+        """
+        return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        schedule: Schedule | str | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates as Hugging Face does; `schedule` is for this call alone, None the model's."""
+        prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
+        length = 0 if prompt is None else prompt.shape[1]
+        chosen = self.schedule if schedule is None else self.resolve(schedule)
+        token = _GENERATION.set(_Generation(self, length, chosen))
+        try:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
+        finally:
+            _GENERATION.reset(token)
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> FusedOutput:
+        """Runs the model as Hugging Face's class of the family does, over the live tokens only.
+
+        Args:
+            args: as in the family's forward.
+            kwargs: as in the family's forward, with the differences below.
+            labels: (B, S), -100 where nothing is to be predicted. The head then runs on the labelled positions alone.
+            logits_to_keep: as in Hugging Face; None, the default, is all positions without labels, and no logits with
+                labels.
+            use_cache: None is the text config's value without labels, False with labels.
+            schedule: for this call alone; None is the model's.
+            visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
+            num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
+
+        Returns:
+            FusedOutput. A training batch without an image passes a blank one through tower and projector, so that
+            every rank runs the same modules.
+
+        Raises:
+            TypeError: a keyword that the family's forward does not know.
+            ValueError: image tokens and features differ in number; a label directly follows a visual token in a staged
+                model; a pruner is asked to train; merged embeddings come without `visual` under a staged schedule.
+        """
+        given = self._named(args, kwargs)
+        schedule = self._schedule_of_call(given.pop("schedule", None))
+        labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
+        items = given.pop("num_items_in_batch", None)
+        call = self._call(given, schedule, given.pop("visual", None), labels)
+        if labels is not None and given.get("use_cache") is None:
+            given["use_cache"] = False
+        token = _CALL.set(call)
+        try:
+            outputs = self.model(**given)
+        finally:
+            _CALL.reset(token)
+        hidden, loss, logits = outputs[0], None, None
+        if labels is not None:
+            loss = self._loss(hidden, labels, call, items)
+        if labels is None or kept is not None:
+            logits = self.lm_head(_kept_rows(hidden, kept))
+        features = getattr(outputs, "image_hidden_states", None)
+        output = FusedOutput(loss, logits, call.output and call.output.past_key_values, features)
+        output.decoder, output.visual = call.output, call.visual
+        return output
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the inputs of forward by name; those that are None are left out."""
+        names, known = _arguments_of(type(self).forward, type(self.model).forward)
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{name}'")
+            if name in names[: len(args)]:
+                raise TypeError(f"{type(self).__name__}.forward() got multiple values for argument '{name}'")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in ("output_attentions", "output_hidden_states"):
+            if given.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"{name}: got True, expected False, because layers hold different tokens")
+        for name in TransformersKwargs.__annotations__.keys() - USED_KEYWORDS:
+            if given.get(name) is not None and name not in names:
+                raise ValueError(f"{name}: got a value, expected None: rows are not packed, attention is causal")
+        if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("attention_mask: expected a (batch, sequence) tensor, 0 on padding")
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _schedule_of_call(self, choice: Any) -> Schedule:
+        running = _GENERATION.get()
+        if choice is None and running is not None and running.model is self:
+            return running.schedule
+        return self.schedule if choice is None else self.resolve(choice)
+
+    def _call(self, given: dict[str, Any], schedule: Schedule, visual: Tensor | None, labels: Tensor | None) -> _Call:
+        """Returns what the text model needs beside its inputs."""
+        has_vision = any(name in given for name in VISION_INPUTS)
+        if labels is not None and self.training:
+            self._refuse_training(schedule)
+        query_mask = None
+        if schedule.reads_attention:
+            query_mask = self._prompt_end(given) if labels is None else _instruction_ends(labels)
+        embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
+        is_leaf_input = "inputs_embeds" in given or bool(getattr(self, "_require_grads_hooks", None))
+        return _Call(
+            schedule=schedule,
+            visual=self._visual(given, has_vision, schedule, visual),
+            attention_mask=given.get("attention_mask"),
+            query_mask=query_mask,
+            blocks=type(self).family_blocks(given),
+            blank=self._blank if self.training and not has_vision else None,
+            embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
+        )
+
+    def _visual(self, given: dict[str, Any], has_vision: bool, schedule: Schedule, visual: Tensor | None) -> Tensor:
+        """Returns (B, S) bool: the visual tokens of this call's input."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        shape = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]  # one of them is there
+        device = (ids if ids is not None else embeds).device  # type: ignore[union-attr]
+        past = given.get("past_key_values")
+        seen = 0 if past is None else past.get_seq_length()
+        if visual is not None:
+            visual = visual.to(device=device, dtype=torch.bool)
+            if visual.shape[1] != shape[1]:  # given once for the whole prompt
+                visual = torch.nn.functional.pad(visual, (0, max(0, seen + shape[1] - visual.shape[1])))
+                visual = visual[:, seen : seen + shape[1]]
+            return visual
+        if not has_vision:
+            is_decode_step = seen > 0 and shape[1] == 1
+            if embeds is not None and not is_decode_step and not isinstance(schedule, Dense):
+                raise ValueError(
+                    f"visual: got inputs_embeds without it under {type(schedule).__name__}, expected the (batch, "
+                    "sequence) mask of the visual tokens merged into them (all False: none)"
+                )
+            return torch.zeros(shape, dtype=torch.bool, device=device)
+        found = torch.zeros(shape, dtype=torch.bool, device=device)
+        for token in self._visual_tokens(given):
+            if ids is not None:
+                found |= ids == token
+            else:
+                found |= (embeds == self.get_input_embeddings()(torch.tensor(token, device=device))).all(dim=-1)  # type: ignore[attr-defined]
+        return found
+
+    def _visual_tokens(self, given: dict[str, Any]) -> list[int]:
+        """Returns the ids of the tokens that this call's vision inputs replace."""
+        encoded = given.get("mm_encoder_outputs") or {}
+        has_video = "pixel_values_videos" in given or encoded.get("video") is not None
+        has_image = "pixel_values" in given or "image_hidden_states" in given or encoded.get("image") is not None
+        tokens = [self.config.image_token_id] if has_image or not hasattr(self.config, "video_token_id") else []
+        if has_video and getattr(self.config, "video_token_id", None) is not None:
+            tokens.append(self.config.video_token_id)
+        return tokens
+
+    def _prompt_end(self, given: dict[str, Any]) -> Tensor | None:
+        """Returns (B, S) bool: the last token of generate()'s prompt, where candidates of an assistant follow it."""
+        running, ids = _GENERATION.get(), given.get("input_ids")
+        if running is None or running.model is not self or ids is None:
+            return None
+        past = given.get("past_key_values")
+        column = running.prompt_length - 1 - (0 if past is None else past.get_seq_length())
+        if not 0 <= column < ids.shape[1] - 1:
+            return None
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        text = (columns <= column) & (ids != self.config.image_token_id)
+        return columns == columns.where(text, -1).amax(dim=1, keepdim=True)
+
+    def _blank(self) -> tuple[Tensor, list[Tensor]]:
+        """Returns the features (R, D) of a blank image, and its DeepStack features."""
+        weight = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+        inputs = {
+            name: value.to(weight.device, self.dtype if value.is_floating_point() else None)  # type: ignore[attr-defined]
+            for name, value in type(self).family_blank(self.config).items()
+        }
+        features = self.model.get_image_features(**inputs, return_dict=True)
+        return _flat(features.pooler_output), [
+            _flat(one) for one in getattr(features, "deepstack_features", None) or ()
+        ]
+
+    def _refuse_training(self, schedule: Schedule) -> None:
+        if not schedule.trainable:
+            raise ValueError(f"schedule: got {type(schedule).__name__}, expected Dense or Fused in training")
+        levels = len(getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ())
+        plan = getattr(schedule, "plan", None)
+        if plan is None or levels == 0:
+            return
+        seeing = sum(plan.sees(layer) for layer in range(self.config.text_config.num_hidden_layers))
+        if seeing < levels:
+            raise ValueError(
+                f"stages: got {seeing} layers that see vision, expected at least {levels} in training: DeepStack adds "
+                f"{levels} features, one after each, and the projector of a feature without a layer would not learn"
+            )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, call: _Call, num_items_in_batch: Any) -> Tensor:
+        """Returns the next-token loss; the head runs on labelled positions alone, and on every rank."""
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labelled = following != IGNORE_INDEX
+        if not isinstance(call.schedule, Dense) and bool((labelled & call.visual).any()):
+            sample = int((labelled & call.visual).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"labels: sample {sample} of the batch has a label directly after a visual token, whose state the "
+                "deep layers no longer hold; expected a text token (a newline) between image and answer"
+            )
+        logits, targets = self.lm_head(hidden[labelled]), following[labelled]
+        if len(targets) == 0:
+            return logits.sum() * 0.0
+        return self.loss_function(  # type: ignore[attr-defined]  # PreTrainedModel's
+            logits=logits,
+            labels=targets,
+            shift_labels=targets,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=num_items_in_batch,
+        )
+
+
+@remembered
+def fused_text_class(kind: Any) -> Any:
+    """Returns a text model's class with FusedTextMixin.
+
+    It keeps name and module: some of transformers' rules for weight names go by class name.
+    """
+    if issubclass(kind, FusedTextMixin):
+        return kind
+    return type(kind.__name__, (FusedTextMixin, kind), {"__module__": kind.__module__})
+
+
+@remembered
+def _arguments_of(forward: Callable[..., Any], inner: Callable[..., Any]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Returns the names of forward's positional arguments, and all keywords that it or the inner model's knows."""
+    parameters = signature(forward).parameters
+    names = [name for name, one in parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+    known = {
+        *names,
+        "use_cache",
+        *ADDED_ARGUMENTS,
+        *signature(inner).parameters,
+        *TransformersKwargs.__annotations__,
+    }
+    return tuple(names), frozenset(known - {"self", "kwargs"})
+
+
+def fused_signature(kind: Any) -> Signature:
+    """Returns the signature of a family's forward with the arguments that FusedMixin adds: generate() reads it."""
+    parameters = dict(signature(kind.forward).parameters)
+    variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
+    for name in ADDED_ARGUMENTS:
+        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=None)
+    return Signature([*parameters.values(), variable])
+
+
+def _counted_positions(position_ids: Tensor | None, embeds: Tensor, cache: Any) -> Tensor:
+    """Returns the given position ids, or every position counted from 0, padding too, as Hugging Face does."""
+    if position_ids is not None:
+        return position_ids
+    seen = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
+
+
+def _instruction_ends(labels: Tensor) -> Tensor:
+    """Returns (B, S) bool: the tokens directly before a supervised span."""
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return (following != IGNORE_INDEX) & (labels == IGNORE_INDEX)
+
+
+def _kept_rows(hidden: Tensor, kept: int | Tensor | None) -> Tensor:
+    """Returns the hidden states whose logits are asked for: see Hugging Face's `logits_to_keep`."""
+    if isinstance(kept, Tensor):
+        return hidden[kept] if kept.dtype == torch.bool and kept.ndim == 2 else hidden[:, kept]
+    return hidden[:, -kept:] if kept else hidden
+
+
+def _flat(features: Any) -> Tensor:
+    """Returns image features, a tensor or one an image, as rows (R, D)."""
+    joined = features if isinstance(features, Tensor) else torch.cat(list(features))
+    return joined.flatten(0, -2)

@@ -1,0 +1,58 @@
+"""Random: the control that any rule for choosing tokens has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+
+
+@dataclass(frozen=True)
+class Random(ScorePruner):
+    """From layer `layer` on, int(N `ratio`) of a sample's N visual tokens stay, drawn at random.
+
+    The draw depends on the seed and on N alone, so a sample keeps the same tokens in any batch.
+
+    Attributes:
+        layer: the first layer that runs without the others.
+        ratio: how many stay, 0 ... 1.
+        seed: of the draw.
+
+    Source: ours.
+    """
+
+    layer: int = published_setting(2)
+    ratio: float = 0.5
+    seed: int = 0
+
+    @property
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        """The draw looks at nothing."""
+        return False
+
+    def __post_init__(self) -> None:
+        require(is_int(self.layer, 0), "Random.layer", self.layer, "a layer number (int >= 0)")
+        require(is_number(self.ratio, 0.0, 1.0), "Random.ratio", self.ratio, "a ratio, 0 to 1")
+        require(is_int(self.seed, 0), "Random.seed", self.seed, "an int >= 0")
+
+    @property
+    def cuts(self) -> Sequence[int]:
+        """The one layer."""
+        return (self.layer,)
+
+    def keeps(self, cut: int, visual: int) -> int:
+        """Returns the ratio."""
+        return int(visual * self.ratio)
+
+    def score(self, view: View) -> Tensor:
+        """Returns the rank of each visual token in the sample's draw, the first drawn highest."""
+        scores = torch.zeros(view.visual_mask.shape)
+        for sample, number in enumerate(view.visual_counts):
+            draw = torch.randperm(number, generator=torch.Generator().manual_seed(self.seed))
+            scores[sample, draw] = torch.arange(number, 0, -1.0)
+        rank = (view.visual_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return scores.to(rank.device).gather(1, rank)

@@ -1,0 +1,379 @@
+"""What a schedule is; the ones that belong to every model: Dense, Fused, and a pruner Within a trained plan."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionRow
+from .live_tokens import NO_VISUAL, Selection
+from .stage_plan import StagePlan, kept_count
+from .value_remap import ValueRemap
+
+
+@dataclass(frozen=True)
+class View:
+    """What a schedule may read before a layer runs. The executor makes one for each layer.
+
+    Attributes:
+        num_layers: the decoder's depth.
+        layer: the layer that is about to run.
+        visual: all visual tokens of the input.
+        live: what the schedule selected for the layer before; at first all visual tokens.
+        last_visual_layer: the last layer that ran on visual tokens; None before the first one.
+        state: what `Schedule.new_state` returned for this run.
+        attention: returns (B, S), the attention that the last instruction token pays each position in layer
+            `last_visual_layer`, mean over heads (and over instruction tokens, where there are several), 0 on dead
+            positions.
+        next_layer_attention: the same for the layer that is about to run, with its norm and projections on the hidden
+            states as they are now. Only after a layer ran on visual tokens.
+        last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`,
+            head by head.
+        hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0), 0 on dead
+            positions. A copy of all of them: for measurements.
+
+    `last_visual_layer` and the three that read attention need `reads_attention`. Each of the three costs O(S), never a
+    whole matrix.
+    """
+
+    num_layers: int
+    layer: int
+    visual: Selection
+    live: Selection
+    last_visual_layer: int | None
+    state: Any
+    attention: Callable[[], Tensor]
+    next_layer_attention: Callable[[], Tensor]
+    last_query_attention: Callable[[], AttentionRow]
+    hidden_states: Callable[[], Tensor]
+
+    @property
+    def visual_mask(self) -> Tensor:
+        """(B, S) bool, all visual tokens."""
+        return mask_of(self.visual)
+
+    @property
+    def visual_counts(self) -> list[int]:
+        """How many visual tokens each sample has."""
+        return self.visual_mask.sum(dim=1).tolist()
+
+
+def mask_of(selection: Selection) -> Tensor:
+    """Returns the (B, S) mask of a selection that is not NO_VISUAL."""
+    if selection.mask is None:
+        raise ValueError("NO_VISUAL has no mask")
+    return selection.mask
+
+
+class Schedule:
+    """Decides, layer by layer, which visual tokens are live. Holds settings only: one object serves any run.
+
+    Attributes:
+        update: what a live visual token does in a layer: `full` or `kv` (see StagePlan).
+        reads_attention: the schedule reads attention, so the executor keeps what that needs.
+        renumbers: each layer numbers its live tokens anew for its position ids, instead of every token keeping its
+            position id throughout.
+        trainable: may be used with gradients.
+    """
+
+    update: str = "full"
+    reads_attention: bool = False
+    renumbers: bool = False
+    trainable: bool = False
+
+    def check(self, num_layers: int) -> None:
+        """Raises ValueError when the schedule does not fit a decoder of `num_layers` layers."""
+
+    def new_state(self) -> Any:
+        """Returns what the schedule keeps between the layers of one run, as `view.state`; None: nothing."""
+        return None
+
+    @abstractmethod
+    def live(self, view: View) -> Selection:
+        """Returns the visual tokens that are live at `view.layer`: a subset of `view.visual`.
+
+        Returning `view.visual`, `view.live` or NO_VISUAL saves gathering them anew.
+        """
+
+    def value_remap(self, view: View) -> ValueRemap | None:
+        """Returns what weights on visual keys count for after the softmax of `view.layer`; None: nothing changes.
+
+        Returning the same object for several layers saves making its masks again.
+        """
+        return None
+
+    def on_end(self, view: View) -> None:
+        """Called once after the last layer, with `view.layer` the decoder's depth. For measurements."""
+
+
+class WrappedSchedule(Schedule):
+    """A schedule around another: everything is the inner one's until a subclass says otherwise."""
+
+    inner: Schedule
+
+    @property
+    def update(self) -> str:  # type: ignore[override]
+        """As the inner schedule."""
+        return self.inner.update
+
+    @property
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        """As the inner schedule."""
+        return self.inner.reads_attention
+
+    @property
+    def renumbers(self) -> bool:  # type: ignore[override]
+        """As the inner schedule."""
+        return self.inner.renumbers
+
+    @property
+    def trainable(self) -> bool:  # type: ignore[override]
+        """As the inner schedule."""
+        return self.inner.trainable
+
+    def check(self, num_layers: int) -> None:
+        """Raises what the inner schedule raises."""
+        self.inner.check(num_layers)
+
+    def new_state(self) -> Any:
+        """Returns the state of the inner schedule."""
+        return self.inner.new_state()
+
+    def live(self, view: View) -> Selection:
+        """Returns what the inner schedule selects."""
+        return self.inner.live(view)
+
+    def value_remap(self, view: View) -> ValueRemap | None:
+        """Returns what the inner schedule wants."""
+        return self.inner.value_remap(view)
+
+    def on_end(self, view: View) -> None:
+        """Calls the inner schedule."""
+        self.inner.on_end(view)
+
+
+class Dense(Schedule):
+    """Every visual token is live at every layer: the model as Hugging Face runs it. Source: arXiv 2304.08485."""
+
+    trainable = True
+
+    def live(self, view: View) -> Selection:
+        """Returns all visual tokens."""
+        return view.visual
+
+
+@dataclass
+class _FusedState:
+    kept: Selection | None = None
+
+
+@dataclass(frozen=True)
+class Fused(Schedule):
+    """A stage plan at work: vision enters, shrinks and leaves at the layers that the model was trained with.
+
+    Source: ours, after the guidelines of VisiPruner (arXiv 2510.17205, section 6); StagePlan names the parts.
+    """
+
+    plan: StagePlan
+
+    @property
+    def trainable(self) -> bool:  # type: ignore[override]
+        """A plan is made to be trained with."""
+        return True
+
+    @property
+    def update(self) -> str:  # type: ignore[override]
+        """The plan's visual update."""
+        return self.plan.update
+
+    @property
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        """Only a plan that keeps some of the tokens reads attention, to choose them."""
+        return bool(self.plan.keep)
+
+    def check(self, num_layers: int) -> None:
+        """Raises ValueError when the plan names a layer beyond the decoder."""
+        self.plan.check(num_layers)
+
+    def new_state(self) -> _FusedState:
+        """Returns which tokens the plan has kept so far."""
+        return _FusedState()
+
+    def live(self, view: View) -> Selection:
+        """Returns the visual tokens inside the window that the plan keeps."""
+        state: _FusedState = view.state
+        amount = self.plan.keep.get(view.layer)
+        if amount is not None:
+            counts = [kept_count(amount, number) for number in view.visual_counts]
+            state.kept = keep_highest(view.attention(), state.kept or view.visual, counts)
+        if not self.plan.sees(view.layer):
+            return NO_VISUAL
+        return state.kept or view.visual
+
+
+@dataclass
+class _WithinState:
+    plan: Any
+    pruner: Any
+    pruned: Selection | None = None
+    both: tuple[Selection, Selection, Selection] | None = None
+
+
+@dataclass(frozen=True)
+class Within(WrappedSchedule):
+    """A pruner on a fused checkpoint: live is what the trained plan lets in and the pruner keeps.
+
+    Layers keep the decoder's numbers. The pruner is asked only at layers that the plan lets see vision; a cut that it
+    wants before any layer ran on visual tokens comes right after the first one that did.
+
+    Source: ours.
+    """
+
+    plan: StagePlan
+    inner: Schedule
+
+    @property
+    def update(self) -> str:  # type: ignore[override]
+        """The plan's visual update."""
+        return self.plan.update
+
+    @property
+    def reads_attention(self) -> bool:  # type: ignore[override]
+        """Either may read."""
+        return bool(self.plan.keep) or self.inner.reads_attention
+
+    def check(self, num_layers: int) -> None:
+        """Raises ValueError when either names a layer beyond the decoder."""
+        self.plan.check(num_layers)
+        self.inner.check(num_layers)
+
+    def new_state(self) -> _WithinState:
+        """Returns the states of both."""
+        return _WithinState(_FusedState(), self.inner.new_state())
+
+    def live(self, view: View) -> Selection:
+        """Returns the visual tokens that both let live."""
+        state: _WithinState = view.state
+        trained = Fused(self.plan).live(replace(view, state=state.plan))
+        if trained is NO_VISUAL:
+            return NO_VISUAL
+        pruned = self.inner.live(replace(view, live=state.pruned or view.visual, state=state.pruner))
+        state.pruned = pruned
+        if pruned is NO_VISUAL or trained is view.visual:
+            return pruned
+        if pruned is view.visual:
+            return trained
+        if state.both is None or state.both[0] is not trained or state.both[1] is not pruned:
+            state.both = trained, pruned, Selection(mask_of(trained) & mask_of(pruned))
+        return state.both[2]
+
+    def value_remap(self, view: View) -> ValueRemap | None:
+        """Returns what the pruner wants."""
+        return self.inner.value_remap(replace(view, state=view.state.pruner))
+
+    def on_end(self, view: View) -> None:
+        """Calls the pruner."""
+        self.inner.on_end(replace(view, state=view.state.pruner))
+
+
+@dataclass
+class _CutsMade:
+    number: int = 0
+
+
+class ScorePruner(Schedule):
+    """A pruner that keeps, from certain layers on, the visual tokens with the highest scores.
+
+    A subclass says at which layers (`cuts`), how many of a sample's visual tokens stay (`keeps`), and what a token's
+    score is (`score`).
+    """
+
+    reads_attention = True
+
+    @property
+    @abstractmethod
+    def cuts(self) -> Sequence[int]:
+        """The layers from which on fewer tokens are live, ascending."""
+
+    @abstractmethod
+    def keeps(self, cut: int, visual: int) -> int:
+        """Returns how many of a sample's `visual` tokens stay after the cut number `cut`."""
+
+    @abstractmethod
+    def score(self, view: View) -> Tensor:
+        """Returns (B, S), at least 0: tokens with higher scores stay."""
+
+    def check(self, num_layers: int) -> None:
+        """Raises ScheduleError where the decoder does not reach the last cut."""
+        name = f"{type(self).__name__}.{'layer' if hasattr(self, 'layer') else 'layers'}"
+        require_depth(name, self.cuts[-1], num_layers - 1, num_layers)
+
+    def new_state(self) -> _CutsMade:
+        """Returns how many cuts the run has made."""
+        return _CutsMade()
+
+    def live(self, view: View) -> Selection:
+        """Returns all visual tokens before the first cut, fewer after each one."""
+        state: _CutsMade = view.state
+        due = sum(layer <= view.layer for layer in self.cuts)
+        if due == state.number or (self.reads_attention and view.last_visual_layer is None):
+            return view.live
+        state.number = due
+        counts = [self.keeps(due - 1, number) for number in view.visual_counts]
+        return keep_highest(self.score(view), view.live, counts)
+
+
+def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Selection:
+    """Returns, of each sample's live tokens, the `counts[b]` with the highest score; ties go to the first.
+
+    Args:
+        scores: (B, S), at least 0; higher stays.
+        live: the tokens to choose from.
+        counts: how many stay, a number for each sample.
+    """
+    mask = mask_of(live)
+    order = scores.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
+    count = torch.tensor(counts, device=mask.device)[:, None]
+    first = torch.arange(mask.shape[1], device=mask.device) < count
+    return Selection(torch.zeros_like(mask).scatter(1, order, first) & mask)
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+class ScheduleError(ValueError):
+    """A schedule's setting is wrong, or does not fit the decoder."""
+
+
+def require(good: bool, name: str, value: Any, expected: str) -> None:
+    """Raises ScheduleError, naming the setting and its value, unless `good`."""
+    if not good:
+        raise ScheduleError(f"{name}: got {value!r}, expected {expected}")
+
+
+def require_depth(name: str, layer: int, last: int, num_layers: int) -> None:
+    """Raises ScheduleError where a layer number is beyond `last`, in a decoder of `num_layers` layers."""
+    require(layer <= last, name, layer, f"at most {last}, because the decoder has {num_layers} layers")
+
+
+def is_int(value: Any, low: int) -> bool:
+    """Returns whether a value is a whole number, at least `low`."""
+    return type(value) is int and value >= low
+
+
+def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
+    """Returns whether a value is a number in low ... high."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def published_setting(depth_bound: int | Sequence[int]) -> Any:
+    """Returns a dataclass field whose default is a layer number (or several) published for a 32-layer decoder.
+
+    `published` (models/schedules.py) scales exactly these fields to another depth.
+    """
+    return field(default=depth_bound, metadata={"published_depth": 32})

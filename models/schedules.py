@@ -1,0 +1,111 @@
+"""Every schedule by name. Adding one is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .fastv import FastV
+from .pyramiddrop import PyramidDrop
+from .random_tokens import Random
+from .schedule_base import Dense, Fused, Schedule, ScheduleError, ScorePruner, View, Within
+from .stage_plan import StagePlan
+from .visipruner import VisiPruner
+from .vtw import VTW
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "dense": Dense,
+    "visipruner": VisiPruner,
+    "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
+    "vtw": VTW,
+    "random": Random,
+}
+TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has none
+
+
+def published(name: str, num_layers: int, **settings: Any) -> Schedule:
+    """Returns the named schedule with its published settings, layer numbers scaled to a decoder's depth.
+
+    Args:
+        name: a key of SCHEDULES.
+        num_layers: the decoder's depth.
+        settings: fields in place of the published ones, taken as they are.
+
+    Raises:
+        ScheduleError: an unknown name or setting, or a value that the schedule refuses.
+    """
+    if name not in SCHEDULES:
+        raise ScheduleError(f"schedule: got {name!r}, expected one of {', '.join([TRAINED, *SCHEDULES])}")
+    kind = SCHEDULES[name]
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    known = [field.name for field in fields]
+    for key in settings:
+        if key not in known:
+            raise ScheduleError(f"schedule {name}: got setting {key!r}, expected {', '.join(known) or 'none'}")
+    scaled = {
+        field.name: _scaled(field.default, field.metadata["published_depth"], num_layers)
+        for field in fields
+        if "published_depth" in field.metadata
+    }
+    return kind(**{**scaled, **settings})
+
+
+def resolve_schedule(
+    choice: Schedule | str | Mapping[str, Any] | None, plan: StagePlan | None, num_layers: int
+) -> Schedule:
+    """Returns the schedule that a choice means for a checkpoint: a pure function of its arguments.
+
+    Args:
+        choice: None or "trained" is the checkpoint's plan, dense without one; a name of SCHEDULES, with its published
+            settings; {"name": ..., setting: ...}; or a Schedule. A pruner on a checkpoint with a plan prunes inside
+            the plan's window.
+        plan: the checkpoint's stage plan, or None.
+        num_layers: the decoder's depth.
+
+    Raises:
+        ScheduleError: an unknown name or setting, a class in place of an object, a setting beyond the decoder.
+        ValueError: a plan beyond the decoder.
+    """
+    if isinstance(choice, type):
+        raise ScheduleError(f"schedule: got the class {choice.__name__}, expected an object: {choice.__name__}(...)")
+    if isinstance(choice, Mapping):
+        settings = dict(choice)
+        choice = published(settings.pop("name", None), num_layers, **settings)
+    if isinstance(choice, str) and choice != TRAINED:
+        choice = published(choice, num_layers)
+    if choice is None or choice == TRAINED:
+        choice = Dense() if plan is None else Fused(plan)
+    if not isinstance(choice, Schedule):
+        raise ScheduleError(f"schedule: got {choice!r}, expected a Schedule, a name, or None")
+    if plan is not None and not choice.trainable and not isinstance(choice, Within):
+        choice = Within(plan, choice)
+    choice.check(num_layers)
+    return choice
+
+
+def _scaled(value: Any, published_depth: int, num_layers: int) -> Any:
+    if isinstance(value, int):
+        return max(1, round(value * num_layers / published_depth))
+    return tuple(_scaled(layer, published_depth, num_layers) for layer in value)
+
+
+__all__ = [
+    "SCHEDULES",
+    "TRAINED",
+    "VTW",
+    "Dense",
+    "FastV",
+    "Fused",
+    "PyramidDrop",
+    "Random",
+    "Schedule",
+    "ScheduleError",
+    "ScorePruner",
+    "View",
+    "VisiPruner",
+    "Within",
+    "published",
+    "resolve_schedule",
+]
