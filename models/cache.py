@@ -84,15 +84,20 @@ def staged_cache(cache: Any, num_layers: int) -> DynamicCache:
     Raises:
         ValueError: the cache is of another kind, or already filled by another model.
     """
+    require_own_cache(cache)
     if cache is None:
         cache = DynamicCache()
-    layers = getattr(cache, "layers", None)
-    if layers and all(isinstance(layer, StagedLayer) for layer in layers):
-        return cache
+    if not cache.layers or not all(isinstance(layer, StagedLayer) for layer in cache.layers):
+        cache.layers = [StagedLayer() for _ in range(num_layers)]
+    return cache
+
+
+def require_own_cache(cache: Any) -> None:
+    """Raises ValueError unless `cache` is None, an empty DynamicCache, or one that `staged_cache` returned."""
     expected = "expected None, an empty DynamicCache, or the cache that this model returned"
+    if cache is None:
+        return
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"past_key_values: got a {type(cache).__name__}, {expected}")  # noqa: TRY004  # one kind
-    if cache.get_seq_length() > 0:
+    if cache.get_seq_length() > 0 and not all(isinstance(layer, StagedLayer) for layer in cache.layers):
         raise ValueError(f"past_key_values: got a {type(cache).__name__} filled by another model, {expected}")
-    cache.layers = [StagedLayer() for _ in range(num_layers)]
-    return cache

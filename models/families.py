@@ -74,7 +74,8 @@ def _llava(config: Any) -> dict[str, Tensor]:
 
 
 def _pixtral(config: Any, side: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.zeros(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
+    """Two visual tokens, each `side` pixels wide: transformers cannot split the features of one."""
+    return {"pixel_values": torch.zeros(1, 3, side, 2 * side), "image_sizes": torch.tensor([[side, 2 * side]])}
 
 
 def _tiles(config: Any) -> dict[str, Tensor]:
@@ -95,8 +96,8 @@ def _patches(config: Any) -> dict[str, Tensor]:
 
 
 def _listed(config: Any) -> dict[str, Tensor]:
-    """Idefics3, SmolVLM: a sample with a list of one image."""
-    return {"pixel_values": _square(config)["pixel_values"][None]}
+    """Idefics3, SmolVLM: a sample with a list of one image; one of zeros would be taken for padding."""
+    return {"pixel_values": torch.ones_like(_square(config)["pixel_values"])[None]}
 
 
 def _molmo2(config: Any) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
+from .cache import require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .schedule_base import Dense, Schedule
 from .schedules import resolve_schedule
@@ -296,6 +297,7 @@ class FusedMixin:
                 raise ValueError(f"{name}: got a value, expected None: rows are not packed, attention is causal")
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+        require_own_cache(given.get("past_key_values"))
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError("attention_mask: expected a (batch, sequence) tensor, 0 on padding")
@@ -399,10 +401,11 @@ class FusedMixin:
         if plan is None or levels == 0:
             return
         seeing = sum(plan.sees(layer) for layer in range(self.config.text_config.num_hidden_layers))
-        if seeing < levels:
+        if seeing <= levels:
             raise ValueError(
-                f"stages: got {seeing} layers that see vision, expected at least {levels} in training: DeepStack adds "
-                f"{levels} features, one after each, and the projector of a feature without a layer would not learn"
+                f"stages: got {seeing} layers that see vision, expected at least {levels + 1} in training: DeepStack "
+                f"adds {levels} features, one after each, and the projector of one that no later layer reads would not "
+                "learn"
             )
 
     def _loss(self, hidden: Tensor, labels: Tensor, call: _Call, num_items_in_batch: Any) -> Tensor:

@@ -1,0 +1,211 @@
+"""A slow reference of every schedule, for any family: full length, one sample, whole matrices, nothing gathered.
+
+It runs the layers of Hugging Face's model one by one under an attention function of its own, which makes the whole
+matrix of weights and lets the rule of a schedule change it after the softmax. It shares no code with models/.
+"""
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, Random, VisiPruner
+
+NAME = "slow_reference"
+
+
+class _Attention:
+    """Softmax attention that records weights (H, S, S), values (H, S, d) and output (H, S, d) of its last call."""
+
+    def __init__(self):
+        self.edit, self.weights, self.values, self.output = None, None, None, None
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **_):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(dim=-1)
+        if self.edit is not None:
+            weights = weights.clone()
+            self.edit(weights[0])
+        output = weights @ value
+        self.weights, self.values, self.output = weights[0], value[0], output[0]
+        return output.transpose(1, 2), weights
+
+
+ATTENTION = _Attention()
+ALL_ATTENTION_FUNCTIONS.register(NAME, ATTENTION)
+
+
+class SlowDecoder:
+    """The text model of a Hugging Face VLM, at one sample without padding.
+
+    Attributes:
+        visual: (S,) bool.
+        embeds: (1, S, D), the image merged in.
+    """
+
+    def __init__(self, model, batch):
+        self.model, self.text_model = model, model.model.get_decoder()
+        self.visual = batch["input_ids"][0] == model.config.image_token_id
+        self.blocks = _blocks(model, batch)
+        seen = {}
+        hook = self.text_model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        hook.remove()
+        self.embeds, self.features = seen["inputs_embeds"], list(seen.get("deepstack_visual_embeds") or ())
+        size, positions = self.embeds.shape[1], seen.get("position_ids")
+        if positions is None:
+            positions = torch.arange(size)[None]
+        self.three = positions.ndim == 3 or "mrope_section" in (self.text_model.config.rope_parameters or {})
+        if self.three:
+            positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, 1, -1)
+        self.positions = positions
+
+    def rotary(self, number, positions=None):
+        decoder, at = self.text_model, self.positions if positions is None else positions
+        if hasattr(decoder, "rope_types"):
+            scaled = decoder.rope_types[number] == "scaled"
+            return (decoder.rotary_emb if scaled else decoder.rotary_emb_unscaled)(self.embeds, at)
+        if type(decoder).__name__ == "Gemma3TextModel":
+            return decoder.rotary_emb(self.embeds, at, decoder.config.layer_types[number])
+        return decoder.rotary_emb(self.embeds, at)
+
+    def mask(self, number, keys):
+        """Returns (1, 1, S, S), additive: causal or same block, over `keys` (S,), as far as the window reaches."""
+        size, attention = len(keys), self.text_model.layers[number].self_attn
+        rows, columns = torch.arange(size)[:, None], torch.arange(size)[None]
+        allowed = columns <= rows
+        if self.blocks is not None:
+            allowed |= (self.blocks[:, None] == self.blocks[None]) & (self.blocks >= 0)[None]
+        window = getattr(attention, "sliding_window", getattr(self.text_model.config, "sliding_window", None))
+        if window is not None:
+            allowed &= rows - columns < window
+        allowed = (allowed & keys[None]) | (rows == columns)  # a dead row has to see something
+        return torch.zeros(1, 1, size, size).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+    def layer(self, number, hidden, keys, edit=None, positions=None):
+        """Returns the output of a layer (1, S, D) with `keys` (S,) bool as its keys; ATTENTION has the rest."""
+        layer, before = self.text_model.layers[number], self.text_model.config._attn_implementation
+        self.text_model.config._attn_implementation, ATTENTION.edit = NAME, edit
+        try:
+            given = {"attention_mask": self.mask(number, keys), "position_embeddings": self.rotary(number, positions)}
+            return layer(hidden, position_ids=None, past_key_values=None, **given)
+        finally:
+            self.text_model.config._attn_implementation, ATTENTION.edit = before, None
+
+    @torch.no_grad()
+    def run(self, schedule):
+        """Returns the logits (S, vocabulary) and the places that each layer runs on."""
+        text, hidden, rule, places = ~self.visual, self.embeds, _Rule(self, schedule), []
+        last, features = int(text.nonzero()[-1]), list(self.features)
+        for number in range(len(self.text_model.layers)):
+            live = rule.live(number, hidden, last)
+            keys = text | live
+            positions = (keys.long().cumsum(0) - 1).clamp(min=0)[None] if schedule.renumbers else None
+            output = self.layer(number, hidden, keys, rule.edit(number), positions)
+            rule.after(number, live, last)
+            runs = text if schedule.update == "kv" else keys
+            hidden = torch.where(runs[:, None], output, hidden)
+            if live.any() and features:
+                added = torch.zeros_like(hidden)
+                added[0, self.visual] = features.pop(0)
+                hidden = hidden + added * live[:, None]
+            places.append(keys.nonzero().flatten().tolist())
+        return self.model.lm_head(self.text_model.norm(hidden))[0], places
+
+
+class _Rule:
+    """Which visual tokens are live, by the published rule of a schedule."""
+
+    def __init__(self, decoder, schedule):
+        self.decoder, self.schedule = decoder, schedule
+        self.kept, self.scores, self.quiet, self.fired = decoder.visual.clone(), None, 0, False
+
+    def live(self, number, hidden, last):
+        rule, visual, total = self.schedule, self.decoder.visual, int(self.decoder.visual.sum())
+        nothing = torch.zeros_like(visual)
+        if isinstance(rule, Dense):
+            return visual
+        if isinstance(rule, VTW):
+            return visual if number < rule.layer else nothing
+        if isinstance(rule, Fused):
+            amount = rule.plan.keep.get(number)
+            if amount is not None:
+                self._keep(self.scores, min(amount, total) if isinstance(amount, int) else int(total * amount))
+            return self.kept if rule.plan.sees(number) else nothing
+        if isinstance(rule, FastV) and number == rule.layer:
+            self._keep(self.scores, round(total * (1 - rule.drop)))
+        if isinstance(rule, PyramidDrop) and number in rule.layers:
+            keys = ~visual | self.kept
+            positions = (keys.long().cumsum(0) - 1).clamp(min=0)[None] if rule.renumbers else None
+            self.decoder.layer(number, hidden, keys, positions=positions)
+            ahead = ATTENTION.weights[:, last].mean(dim=0)
+            self._keep(ahead, int(total * rule.ratios[rule.layers.index(number)]))
+        if isinstance(rule, Random) and number == rule.layer:
+            drawn = torch.randperm(total, generator=torch.Generator().manual_seed(rule.seed))[: int(total * rule.ratio)]
+            self.kept = torch.zeros_like(visual)
+            self.kept[visual.nonzero().flatten()[drawn]] = True
+        return self.kept
+
+    def _keep(self, scores, count):
+        kept = self.kept.nonzero().flatten().tolist()
+        self.kept = torch.zeros_like(self.kept)
+        self.kept[sorted(kept, key=lambda place: -float(scores[place]))[:count]] = True
+
+    def edit(self, number):
+        rule = self.schedule
+        if not isinstance(rule, VisiPruner) or "shallow" not in rule.modes or number >= rule.shallow_end:
+            return None
+        return lambda weights: self._mask_shallow(weights, number)
+
+    def _mask_shallow(self, weights, number):
+        """Changes weights (H, S, S) in place."""
+        visual, rule = self.decoder.visual, self.schedule
+        images = visual.nonzero().flatten().tolist()
+        for row in range(len(visual)):
+            if visual[row]:
+                if number == 0 or not rule.visual_self_attention:
+                    weights[:, row, images] = 0
+            elif number > 0:
+                weights[:, row, images] = 0
+            elif rule.first_layer == "half":
+                weights[:, row, images[: len(images) // 2]] = 0
+            elif images:
+                mass = weights[:, row, images].sum(dim=-1)
+                weights[:, row, images] = 0
+                weights[:, row, images[0]] = mass
+
+    def after(self, number, live, last):
+        if live.any():
+            self.scores = ATTENTION.weights[:, last].mean(dim=0)
+        rule = self.schedule
+        if not isinstance(rule, VisiPruner) or "middle" not in rule.modes or number <= rule.shallow_end:
+            return
+        if not live.any():
+            return
+        added = (ATTENTION.weights[:, last, :, None] * ATTENTION.values).transpose(0, 1).flatten(1)[live]
+        output = ATTENTION.output[:, last].flatten()
+        cosines = torch.cosine_similarity(output[None] - added, output[None], dim=-1)
+        if not self.fired:
+            if (cosines < rule.layer_threshold).any():
+                self.fired, kept = True, torch.zeros_like(live)
+                kept[live] = added.norm(dim=-1) > rule.token_threshold
+                self.kept = kept
+        elif "deep" in rule.modes and bool((cosines >= rule.exit_threshold).all()):
+            self.quiet += 1
+            if self.quiet == rule.exit_patience:
+                self.kept = torch.zeros_like(live)
+
+
+def _blocks(model, batch):
+    """Returns (S,) block numbers of the families whose image tokens see each other in both directions, or None."""
+    name = type(model).__name__
+    if "Gemma3" in name:
+        blocks, number = [], -1
+        types = batch["token_type_ids"][0].tolist()
+        for place, kind in enumerate(types):
+            number += kind == 1 and (place == 0 or types[place - 1] != 1)
+            blocks.append(number if kind == 1 else -1)
+        return torch.tensor(blocks)
+    if "Molmo2" in name:
+        return torch.where(batch["mm_token_type_ids"][0] == 1, 0, -1)
+    return None
