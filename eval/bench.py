@@ -1,6 +1,6 @@
 """Benchmarks: `python -m eval.bench train|prefill [--quick]`. Every figure is a ratio measured side by side in one run.
 
-train: one training step, forward and backward, of Hugging Face's LLaVA, dense, fused, and the text alone.
+train: one training step, forward and backward, of Hugging Face's model, dense, fused, and the text alone.
 prefill: prompt and 32 decode steps under each schedule.
 """
 
@@ -34,22 +34,32 @@ def main() -> None:
     parser.add_argument("what", choices=list(TITLES))
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: two minutes")
     parser.add_argument("--repeats", type=measure.positive, default=None, help="timed rounds (default 9, quick 5)")
+    parser.add_argument(
+        "--family", choices=measure.BENCH_FAMILIES, default="llava", help="whose training step (default llava)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="also write the tables to this file")
     args = parser.parse_args()
     bench = bench_train if args.what == "train" else bench_prefill
     shapes = bench.GPU_SHAPES if torch.cuda.is_available() else bench.SHAPES
     repeats = args.repeats or (5 if args.quick else 9)
     if repeats == 1:
-        parser.error("--repeats: found 1, accepted: at least 2, because quartiles are printed")
+        parser.error("--repeats: got 1, expected at least 2, because quartiles are printed")
+    if args.what == "prefill" and args.family != "llava":
+        parser.error(f"--family: got {args.family} with prefill, expected train")
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    command = f"python -m eval.bench {args.what}" + (" --quick" if args.quick else "") + f" --repeats {repeats}"
+    command = f"python -m eval.bench {args.what}" + (
+        (" --quick" if args.quick else "")
+        + (f" --family {args.family}" if args.family != "llava" else "")
+        + f" --repeats {repeats}"
+    )
     header = (
         f"# {TITLES[args.what]}\n\n`{command}`: {precision}, {measure.setting()}; medians of {repeats} rounds in turns "
         f"after a warm-up. {MEMORY_NOTE}\n"
     )
     if args.what == "prefill":
         header += PREFILL_NOTES
-    tables = [bench.table(shape, repeats) for shape in (bench.QUICK if args.quick else shapes)]
+    families = {"family": args.family} if args.what == "train" else {}
+    tables = [bench.table(shape, repeats, **families) for shape in (bench.QUICK if args.quick else shapes)]
     report = "\n".join([header, "\n\n".join(tables), ""])
     print(report)
     if args.out is not None:

@@ -1,4 +1,4 @@
-"""One training step, forward and backward: Hugging Face's LLaVA, dense, fused, and the text alone, side by side."""
+"""One training step, forward and backward: Hugging Face's model, dense, fused, and the text alone, side by side."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Variant:
     text_only: bool = False
 
 
-def variants(shape: Shape) -> list[Variant]:
+def variants(shape: Shape, family: str = "llava") -> list[Variant]:
     """Returns the rows: fusion over a quarter of the layers, from a quarter on."""
     enter, leave = shape.layers // 4, shape.layers // 2
     rows = [
-        Variant("Hugging Face LLaVA", hugging_face=True),
+        Variant(f"Hugging Face ({family})", hugging_face=True),
         Variant("dense"),
         Variant("fused full", plan=StagePlan(enter, leave)),
         Variant("fused kv", plan=StagePlan(enter, leave, "kv")),
@@ -47,13 +47,14 @@ def variants(shape: Shape) -> list[Variant]:
     return rows
 
 
-def prepare(shape: Shape, variant: Variant) -> Callable[[], None]:
+def prepare(shape: Shape, variant: Variant, family: str = "llava") -> Callable[[], None]:
     """Returns the variant's step, on the same weights and the same text as every other's."""
-    model = measure.build(shape, plan=variant.plan, hugging_face=variant.hugging_face)
-    model.model.vision_tower.requires_grad_(False)  # as LLaVA-1.5 tunes
+    model = measure.build(shape, plan=variant.plan, hugging_face=variant.hugging_face, family=family)
+    if family == "llava":
+        model.model.vision_tower.requires_grad_(False)  # as LLaVA-1.5 tunes
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model.train().to(measure.device(), dtype)
-    batch = measure.make_batch(shape, text_only=variant.text_only)
+    batch = measure.make_batch(shape, text_only=variant.text_only, family=family)
     moved = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
     return lambda: step(model, moved)
 
@@ -64,10 +65,10 @@ def step(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def table(shape: Shape, repeats: int) -> str:
+def table(shape: Shape, repeats: int, family: str = "llava") -> str:
     """Returns the markdown table of one shape."""
-    rows = variants(shape)
-    seconds = measure.time_side_by_side({row.name: prepare(shape, row) for row in rows}, repeats)
+    rows = variants(shape, family)
+    seconds = measure.time_side_by_side({row.name: prepare(shape, row, family) for row in rows}, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     config = measure.text_config(shape)
     lines = [
@@ -79,7 +80,7 @@ def table(shape: Shape, repeats: int) -> str:
     for row in rows:
         low, _, high = statistics.quantiles(seconds[row.name], n=4)
         cost = plan_cost(config, row.plan, visual=0 if row.text_only else shape.visual, text=shape.text)
-        memory = measure.added_memory(prepare, shape, row) / 2**20
+        memory = measure.added_memory(prepare, shape, row, family) / 2**20
         lines.append(
             f"| {row.name} | {medians[row.name]:.4f} | {low:.4f} - {high:.4f} "
             f"| {medians['dense'] / medians[row.name]:.2f} | {medians[row.name] / medians['text-only limit']:.2f} "

@@ -16,11 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    InternVLConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedModel,
+    Qwen3VLConfig,
+)
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+from models import FusedAutoModel, StagePlan
 
 IMAGE_TOKEN, VOCABULARY = 8000, 8192
+BENCH_FAMILIES = ("llava", "qwen3_vl", "internvl")
 _M_MMAP_THRESHOLD = -3  # glibc's mallopt
 WIDE = 1024  # decoders from this width on have heads of 128
 
@@ -41,7 +51,7 @@ class Shape:
 def positive(text: str) -> int:
     """Returns a whole number above 0, for a command line."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: a whole number above 0")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
     return int(text)
 
 
@@ -72,32 +82,45 @@ def text_config(shape: Shape) -> LlamaConfig:
     )
 
 
-def build(shape: Shape, *, plan: StagePlan | None = None, hugging_face: bool = False) -> PreTrainedModel:
-    """Returns a LLaVA whose random weights depend on the shape alone; its tower is a dwarf."""
-    side = int(shape.visual**0.5)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=side * 2,
-        patch_size=2,
-    )
-    common: dict[str, Any] = {
-        "text_config": text_config(shape),
-        "vision_config": vision,
-        "image_token_index": IMAGE_TOKEN,
-        "vision_feature_layer": -1,
-        "attn_implementation": "sdpa",
-    }
+def family_config(family: str, shape: Shape) -> Any:
+    """Returns the config of Hugging Face's model around the shape's decoder, with a tiny vision tower.
+
+    Args:
+        family: one of BENCH_FAMILIES.
+        shape: of the benchmark; `visual` is a square number.
+    """
+    decoder, side = text_config(shape).to_dict(), int(shape.visual**0.5)
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    if family == "llava":
+        vision = CLIPVisionConfig(**tower, image_size=side * 2, patch_size=2)
+        fields = {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -1}
+        return LlavaConfig(text_config=decoder, vision_config=vision, **fields)
+    if family == "internvl":
+        vision = {**tower, "image_size": [side * 4, side * 4], "patch_size": [2, 2]}
+        return InternVLConfig(text_config=decoder, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    half = text_config(shape).head_dim // 2
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * (half // 3), *[half // 3] * 2]}
+    known = Qwen3VLTextConfig().to_dict().keys() - {"rope_parameters", "model_type"}
+    decoder = {name: value for name, value in decoder.items() if name in known} | {"rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 1, "patch_size": 2}
+    vision |= {"out_hidden_size": shape.width, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": IMAGE_TOKEN + 1, "vision_start_token_id": IMAGE_TOKEN + 2}
+    return Qwen3VLConfig(text_config=decoder, vision_config=vision, **ids)
+
+
+def build(
+    shape: Shape, *, plan: StagePlan | None = None, hugging_face: bool = False, family: str = "llava"
+) -> PreTrainedModel:
+    """Returns a VLM whose random weights depend on shape and family alone."""
+    config = family_config(family, shape)
     torch.manual_seed(0)
     if hugging_face:
-        return LlavaForConditionalGeneration(LlavaConfig(**common))
+        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     stages = None if plan is None else plan.to_dict()
-    return FusedLlavaForConditionalGeneration(FusedLlavaConfig(**common, stages=stages))
+    return FusedAutoModel.from_config(config, stages=stages, attn_implementation="sdpa")
 
 
-def make_batch(shape: Shape, *, text_only: bool = False) -> dict[str, Tensor]:
+def make_batch(shape: Shape, *, text_only: bool = False, family: str = "llava") -> dict[str, Tensor]:
     """Returns one sample: a few tokens, the image, a question, and as labels an answer of half the text."""
     random = torch.Generator().manual_seed(1)
     words = torch.randint(0, IMAGE_TOKEN, (1, shape.text), generator=random)
@@ -105,12 +128,19 @@ def make_batch(shape: Shape, *, text_only: bool = False) -> dict[str, Tensor]:
     if text_only:
         return {"input_ids": words, "labels": labels}
     image = torch.full((1, shape.visual), IMAGE_TOKEN)
+    ids = torch.cat([words[:, :8], image, words[:, 8:]], dim=1)
+    batch = {"input_ids": ids, "labels": torch.cat([labels[:, :8], torch.full_like(image, -100), labels[:, 8:]], dim=1)}
     side = int(shape.visual**0.5) * 2
-    return {
-        "input_ids": torch.cat([words[:, :8], image, words[:, 8:]], dim=1),
-        "labels": torch.cat([labels[:, :8], torch.full_like(image, -100), labels[:, 8:]], dim=1),
-        "pixel_values": torch.randn(1, 3, side, side, generator=random),
-    }
+    if family == "qwen3_vl":
+        grid = torch.tensor([[1, side, side]])
+        patches = torch.randn(side * side, 3 * 2 * 2 * 2, generator=random)
+        return batch | {
+            "pixel_values": patches,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (ids == IMAGE_TOKEN).int(),
+        }
+    pixels = side * 2 if family == "internvl" else side
+    return batch | {"pixel_values": torch.randn(1, 3, pixels, pixels, generator=random)}
 
 
 def time_side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

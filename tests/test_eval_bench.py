@@ -12,26 +12,28 @@ SHAPE = Shape(4, 64, 16, 24)
 DEEP = Shape(8, 64, 64, 24)
 
 
-def build(variant, shape=SHAPE):
-    return measure.build(shape, plan=variant.plan, hugging_face=variant.hugging_face)
+def build(variant, shape=SHAPE, family="llava"):
+    return measure.build(shape, plan=variant.plan, hugging_face=variant.hugging_face, family=family)
 
 
-def test_every_training_row_has_the_same_weights_and_answer():
-    variants = bench_train.variants(SHAPE)
-    states = [build(row).state_dict() for row in variants]
+@pytest.mark.parametrize("family", measure.BENCH_FAMILIES)
+def test_every_training_row_has_the_same_weights_and_answer(family):
+    variants = bench_train.variants(SHAPE, family)
+    states = [build(row, family=family).state_dict() for row in variants]
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(state[name], states[0][name]) for name in state)
     for row in variants:
-        batch = measure.make_batch(SHAPE, text_only=row.text_only)
+        batch = measure.make_batch(SHAPE, text_only=row.text_only, family=family)
         assert int((batch["labels"] != -100).sum()) == SHAPE.text // 2
         assert ("pixel_values" in batch) != row.text_only
 
 
-def test_hugging_face_and_dense_compute_the_same_loss():
-    theirs, ours = bench_train.variants(SHAPE)[:2]
-    batch = measure.make_batch(SHAPE)
-    assert build(theirs)(**batch).loss.item() == pytest.approx(build(ours)(**batch).loss.item(), rel=1e-6)
+@pytest.mark.parametrize("family", measure.BENCH_FAMILIES)
+def test_hugging_face_and_dense_compute_the_same_loss(family):
+    theirs, ours = (build(row, family=family) for row in bench_train.variants(SHAPE, family)[:2])
+    batch = measure.make_batch(SHAPE, family=family)
+    assert theirs(**batch).loss.item() == pytest.approx(ours(**batch).loss.item(), rel=1e-6)
 
 
 def test_a_step_leaves_no_gradients():
