@@ -1,15 +1,19 @@
 """`python -m eval.demo DIR`: a page in the browser that asks a checkpoint about an image, under any schedule.
 
-It shows the answer, what it took, and which visual tokens were live in which layer. The page needs no network.
+It shows the answer, its cost, and which visual tokens were live in which layer. The page needs no network. Whoever
+reaches its address may ask the model: every input is checked here, and no file is opened but what was uploaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import hmac
 import os
+import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +22,13 @@ from typing import Any
 
 import gradio as gr
 import torch
-import uvicorn
-from fastapi import FastAPI
+from gradio.utils import get_upload_folder
 from PIL import Image, ImageOps
 from transformers.generation.streamers import BaseStreamer
 
 from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
+from data.records import IMAGE_MARK, RowError
 from eval.checkpoint import TRAINED, Checkpoint, CheckpointError, set_schedule
 from eval.live import live_visual
 from eval.overlay import draw_overlay
@@ -33,10 +37,20 @@ from models.schedules import SCHEDULES
 from models.stage_plan import StagePlan
 from recipes.resolved import saved_data
 
-NEW_TOKENS, MOST_NEW_TOKENS = 64, 1024
+NEW_TOKENS, MAX_NEW_TOKENS = 64, 1024
+MAX_CHARACTERS = 8_000
+MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 25_000_000, 8_000, 50  # padded to a square, a side of 8,000 takes 200 MB
+MAX_FILE = "30mb"
+MAX_WAITING = 32  # questions in the queue
+KEPT_SECONDS = 3600  # of an uploaded file
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that Pillow decodes with another program
 EXAMPLES = 4
+_SIZES = (
+    f"expected at most {MAX_PIXELS // 10**6} million pixels, and no side above {MAX_SIDE:,} or "
+    f"{MAX_ASPECT} times the other"
+)
 _PORTS = range(1 << 16)
-_SYSTEM_FONTS = ("system-ui", "sans-serif")  # the machine's own: nothing is fetched
+_SYSTEM_FONTS = ("system-ui", "sans-serif")  # already on the machine: nothing is fetched
 _THEME = gr.themes.Base(font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace"))
 _CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important }
@@ -48,14 +62,18 @@ _CSS = """
 """
 
 
+class QuestionError(ValueError):
+    """A question that the demo does not ask; the message is one line for the user who typed it."""
+
+
 @dataclass(frozen=True)
 class Response:
-    """An answer and what it took.
+    """An answer and its cost.
 
     Attributes:
         answer: the text.
-        new_tokens: tokens generated, the end mark too.
-        prefill_seconds: until the first token arrived: vision tower, prompt, first token.
+        new_tokens: generated tokens, the end mark included.
+        prefill_seconds: until the first token: vision tower, prompt, first token.
         decode_seconds: of all further tokens.
         token_layers: visual tokens that layers ran on in the prefill, summed over layers.
         dense_token_layers: the same if every layer saw every visual token.
@@ -72,23 +90,23 @@ class Response:
 
 
 class _Clock(BaseStreamer):
-    """Notes when generate() hands over the prompt, and when each token."""
+    """Records when generate() hands over the prompt and each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        """Notes the time."""
+        """Records the time."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to be noted."""
+        """Does nothing."""
 
 
 def respond(
     model: Any, prompter: Prompter, image: Image.Image | None, question: str, schedule: str, max_new_tokens: int
 ) -> Response:
-    """Returns the greedy answer to a question under a schedule; the model's own schedule is put back afterwards.
+    """Returns the greedy answer to a question under a schedule; the model's schedule is restored afterwards.
 
     Args:
         model: a FusedLlavaForConditionalGeneration, ready for inference. Not to be shared with another call meanwhile.
@@ -97,10 +115,18 @@ def respond(
         question: what a user typed.
         schedule: `trained`, or a name in `SCHEDULES`, with published settings scaled to the model's depth.
         max_new_tokens: at least 1.
+
+    Raises:
+        QuestionError: prompt and answer do not fit into the model's positions, or the tokenizer cannot write the text.
     """
     depth, before = model.config.text_config.num_hidden_layers, model.schedule
     images = [] if image is None else [image.convert("RGB")]
-    inputs = {name: part.to(model.device) for name, part in prompter.batch([Asked(question, images)]).items()}
+    try:
+        batch = prompter.batch([Asked(question, images)])
+    except RowError as error:
+        raise QuestionError(str(error)) from error
+    _check_length(model, batch["input_ids"].shape[1], max_new_tokens)
+    inputs = {name: part.to(model.device) for name, part in batch.items()}
     clock = _Clock()
     try:
         set_schedule(model, schedule)
@@ -128,6 +154,16 @@ def respond(
     )
 
 
+def _check_length(model: Any, prompt: int, new: int) -> None:
+    """Raises QuestionError where a prompt and its answer need more positions than the decoder has."""
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions is not None and prompt + new > positions:
+        raise QuestionError(
+            f"The prompt takes {prompt:,} tokens and the answer up to {new:,}: got {prompt + new:,}, "
+            f"expected at most {positions:,}. Shorten the question, or ask for fewer new tokens."
+        )
+
+
 def schedule_choices(model: Any) -> list[tuple[str, str]]:
     """Returns (label, name) of each schedule that a model can be asked under; its own plan, if any, comes first."""
     if model.config.stages is None:
@@ -148,7 +184,7 @@ def examples(checkpoint: Checkpoint) -> list[list[str]]:
 
 
 def figures(response: Response) -> str:
-    """Returns what an answer took, in two lines of markdown."""
+    """Returns the cost of an answer, in two lines of markdown."""
     tokens, dense = response.token_layers, response.dense_token_layers
     share = f"{tokens:,} of dense's {dense:,} ({100 * tokens / dense:.0f} %)" if dense else "none, without an image"
     return (
@@ -161,13 +197,76 @@ def read_image(file: str) -> Image.Image:
     """Returns an uploaded image, upright and in RGB.
 
     Raises:
-        gradio.Error: the file is none that can be read; the page shows what it says.
+        QuestionError: the file is no upload, not an image, or larger than the demo takes.
+    """
+    path = _uploaded(file)
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # refused below
+            image = Image.open(path, formats=FORMATS)
+        with image:
+            _check_size(*image.size)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except QuestionError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's limit, far above this one
+        raise QuestionError(f"The image is too large: {_SIZES}.") from error
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+        raise QuestionError(f"{path.name} cannot be read as an image. Expected one of {', '.join(FORMATS)}.") from error
+
+
+def _uploaded(file: Any) -> Path:
+    """Returns the file that a client names, if it lies in the folder of uploads; Gradio has checked that once.
+
+    Raises:
+        QuestionError: the path leads elsewhere, by `..` or a link too, or nothing is there.
     """
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error(f"{Path(file).name} cannot be read as an image.", print_exception=False) from error
+        path, folder = Path(str(file)).resolve(), Path(get_upload_folder()).resolve()
+        if path.is_relative_to(folder) and path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a loop of links
+        pass
+    raise QuestionError("That image is not, or no longer, among the uploads. Upload it again.")
+
+
+def _check_size(width: int, height: int) -> None:
+    long, short = max(width, height), min(width, height)
+    if width * height > MAX_PIXELS or long > MAX_SIDE or long > MAX_ASPECT * short:
+        raise QuestionError(f"The image is too large: got {width:,} x {height:,} pixels, {_SIZES}.")
+
+
+def _only_uploads(image: gr.Image) -> gr.Image:
+    """Returns the component; it refuses an address, which Gradio would fetch, and a folder, which it cannot delete."""
+    move = image.async_move_resource_to_block_cache
+
+    async def moved(place: str | Path | None) -> str | None:
+        if "://" in str(place) or (place and Path(place).is_dir()):
+            raise gr.Error("Upload the image: addresses and folders are not opened.", print_exception=False)
+        return await move(place)
+
+    image.async_move_resource_to_block_cache = moved  # type: ignore[method-assign, assignment]  # a subclass writes a .pyi file
+    return image
+
+
+def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tuple[str, str, int]:
+    """Returns question, schedule and number of new tokens, as a client sent them.
+
+    Raises:
+        QuestionError: one of them is nothing that the page can send.
+    """
+    if not isinstance(question, str) or not question.replace(IMAGE_MARK, "").strip():
+        raise QuestionError("Type a question first.")
+    if len(question) > MAX_CHARACTERS:
+        raise QuestionError(
+            f"The question is too long: got {len(question):,} characters, expected at most {MAX_CHARACTERS:,}."
+        )
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise QuestionError("The question holds half a character (a lone surrogate). Type it again.")
+    if schedule not in names:
+        raise QuestionError(f"Schedule: got {str(schedule)[:40]!r}, expected one of {', '.join(names)}.")
+    if type(new) not in (int, float) or not 1 <= new <= MAX_NEW_TOKENS or new != int(new):
+        raise QuestionError(f"New tokens: got {str(new)[:40]}, expected a whole number, 1 to {MAX_NEW_TOKENS:,}.")
+    return question, schedule, int(new)
 
 
 def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] = ()) -> gr.Blocks:
@@ -179,28 +278,33 @@ def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] =
         prompter: asks it as it was trained to be asked.
         shown: [image file, question] of each example.
     """
+    choices = schedule_choices(model)
+    names = [name for _, name in choices]
 
-    def ask(file: Any, question: str, schedule: str, new: float) -> tuple[str, str, Image.Image | None]:
-        if not question.strip():
-            raise gr.Error("Type a question first.", print_exception=False)
-        image = None if file is None else read_image(file["path"])
+    def ask(file: Any, question: Any, schedule: Any, new: Any) -> tuple[str, str, Image.Image | None]:
         try:
-            response = respond(model, prompter, image, question, schedule, int(new))
-        except Exception as error:  # the user reads one line; the terminal shows where it came from
-            raise gr.Error(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            checked = _checked(question, schedule, new, names)
+            image = None if file is None else read_image(file["path"])
+            response = respond(model, prompter, image, *checked)
+        except QuestionError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise gr.Error("The machine has not enough memory for this question.") from error
         return response.answer, figures(response), response.overlay
 
-    choices = schedule_choices(model)
-    with gr.Blocks(title=f"Fused LLaVA: {name}", analytics_enabled=False, fill_width=True) as blocks:
+    cleaned = (KEPT_SECONDS // 4, KEPT_SECONDS)
+    with gr.Blocks(
+        title=f"Fused LLaVA: {name}", analytics_enabled=False, fill_width=True, delete_cache=cleaned
+    ) as blocks:
         gr.Markdown(f"# Fused LLaVA: {name}")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(
-                    label="Image", sources=["upload", "clipboard"], height=260, buttons=[], elem_id="image"
+                image = _only_uploads(
+                    gr.Image(label="Image", sources=["upload", "clipboard"], height=260, buttons=[], elem_id="image")
                 )
-                question = gr.Textbox(label="Question", elem_id="question")
+                question = gr.Textbox(label="Question", max_length=MAX_CHARACTERS, elem_id="question")
                 schedule = gr.Dropdown(choices, value=choices[0][1], label="Schedule", elem_id="schedule")
-                most = gr.Slider(1, MOST_NEW_TOKENS, NEW_TOKENS, step=1, label="Maximum new tokens", elem_id="most")
+                most = gr.Slider(1, MAX_NEW_TOKENS, NEW_TOKENS, step=1, label="Maximum new tokens", elem_id="most")
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column():
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id="answer")
@@ -214,58 +318,120 @@ def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] =
             ask,
             [image, question, schedule, most],
             [answer, took, overlay],
-            preprocess=False,  # Gradio's own says of a broken image what no user understands
+            preprocess=False,  # `ask` checks everything, and says what a broken image is
             concurrency_limit=1,
             api_visibility="private",
         )
-    return blocks.queue(api_open=False)  # else a request could go round the queue
+    # a request to the API routes would go round the queue, and answer beside another one
+    return blocks.queue(api_open=False, max_size=MAX_WAITING)
 
 
-def serve(blocks: gr.Blocks, listening: socket.socket) -> None:
-    """Serves a page on a listening socket until SIGINT, which goes on as KeyboardInterrupt."""
-    app = gr.mount_gradio_app(
-        FastAPI(), blocks, path="/", theme=_THEME, css=_CSS, footer_links=[], run_history=False, ssr_mode=False
+def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None = None, share: bool = False) -> str:
+    """Starts to serve a page and returns its address.
+
+    Args:
+        blocks: the page.
+        host: address of this machine.
+        port: a free one.
+        password: asked for before anything else is answered; None asks for none.
+        share: also at a public address, through Gradio's servers.
+    """
+    auth = None if password is None else lambda _, given: hmac.compare_digest(given.encode(), password.encode())
+    _, local, shared = blocks.launch(
+        server_name=f"[{host}]" if ":" in host else host,
+        server_port=port,
+        auth=auth,
+        auth_message="Any user name; the password is the one that the demo was started with.",
+        share=share,
+        max_file_size=MAX_FILE,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=_THEME,
+        css=_CSS,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)  # an open page never hangs up
-    host, port = listening.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    return shared or local
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Loads a checkpoint and serves its page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eval.demo", description=__doc__)
-    parser.add_argument("checkpoint", metavar="DIR", help="run folder, released folder or hub name")
-    parser.add_argument("--port", type=_port, default=7860, help="port to serve on (default 7860)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
-    )
-    args = parser.parse_args(given)
-    try:  # before weights are loaded, which may take minutes
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        listening = socket.create_server((args.host, args.port), family=family)
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
-        found = f"--host {args.host} --port {args.port}: {reason}"
-        parser.exit(2, f"{found}, accepted: an address of this machine and a free port\n")
+    args = _arguments(given)
+    if (args.share or not _is_local(args.host)) and args.password is None:
+        print(
+            "WARNING: no password. Everyone who reaches this address can ask the model and upload images. "
+            "Add --password WORD to ask for one.",
+            file=sys.stderr,
+        )
     try:
-        with listening, TemporaryDirectory() as folder:
-            os.environ["GRADIO_TEMP_DIR"] = folder  # of what is uploaded and drawn; Gradio itself keeps it for good
+        port = _free_port(args.host, args.port)  # before weights are loaded, which may take minutes
+        with TemporaryDirectory() as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads and drawings; Gradio would keep its own folder for good
             checkpoint = Checkpoint.find(args.checkpoint)
             model, processor = checkpoint.load()
-            serve(page(checkpoint.name, model, checkpoint.prompter(processor), examples(checkpoint)), listening)
-    except (CheckpointError, TokenizerError) as error:
+            blocks = page(checkpoint.name, model, checkpoint.prompter(processor), examples(checkpoint))
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
+            address = launch(blocks, host=args.host, port=port, password=args.password, share=args.share)
+            print(f"{address} (Ctrl-C ends it)", flush=True)
+            blocks.block_thread()
+    except (CheckpointError, TokenizerError, _AddressError) as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # uvicorn hands it on after it has shut down
+    except KeyboardInterrupt:
         print()
     return 0
 
 
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.demo", description=__doc__)
+    parser.add_argument("checkpoint", metavar="DIR", help="run folder, released folder or hub name")
+    parser.add_argument("--port", type=_port, default=7860, help="port to serve on (default 7860; 0: any free one)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
+    )
+    parser.add_argument("--share", action="store_true", help="serve at a public address too, through Gradio's servers")
+    parser.add_argument("--password", type=_word, metavar="WORD", help="ask for it before anything else")
+    return parser.parse_args(given)
+
+
+class _AddressError(ValueError):
+    """The page cannot be served at the address that the user gave."""
+
+
+def _is_local(host: str) -> bool:
+    """Returns whether an address is reached from this machine alone."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _free_port(host: str, port: int) -> int:
+    """Returns the port, or a free one for 0.
+
+    Raises:
+        _AddressError: the address is not this machine's, or the port is taken.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as listening:
+            return listening.getsockname()[1]
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise _AddressError(
+            f"--host {host} --port {port}: {reason}, expected an address of this machine and a free port"
+        ) from None
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) not in _PORTS:
-        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: 0 to {_PORTS[-1]}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0 to {_PORTS[-1]}")
     return int(text)
+
+
+def _word(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty word, expected at least one character")
+    return text
 
 
 if __name__ == "__main__":

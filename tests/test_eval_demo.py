@@ -1,5 +1,7 @@
 """The demo page: what it answers, in Python and in a real browser; answers are really generated, by a random model."""
 
+import io
+import json
 import os
 import signal
 import socket
@@ -7,7 +9,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from urllib.parse import urlsplit
+from uuid import uuid4
 
+import httpx
 import pytest
 import torch
 from PIL import Image
@@ -180,6 +184,186 @@ def test_the_page_in_a_browser(served, loaded, asked, tmp_path):
         assert process.wait(20) == 0
 
 
+@pytest.fixture(scope="module")
+def attacked(loaded, tmp_path_factory):
+    """Yields (client, the page's settings, folder of uploads, an uploaded picture) of a page served in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        uploads = tmp_path_factory.mktemp("uploads")
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        checkpoint, model, prompter = loaded
+        blocks = demo.page(checkpoint.name, model, prompter, demo.examples(checkpoint))
+        address = demo.launch(blocks, host="127.0.0.1", port=free_port())
+        with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+            yield client, client.get("/config").json(), uploads, upload_file(client, "red.png", png("red"))
+        blocks.close(verbose=False)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def png(colour, size=(64, 64), mode="RGB", kind="PNG"):
+    stream = io.BytesIO()
+    Image.new(mode, size, colour).save(stream, kind)
+    return stream.getvalue()
+
+
+def upload_file(client, name, content):
+    return client.post("/gradio_api/upload", files={"files": (name, content)}).json()[0]
+
+
+def ask(attacked, *data):
+    """Returns (whether it was answered, what came back) of a request that names `data` as the page's inputs."""
+    client, config, _, _ = attacked
+    (number,) = (each["id"] for each in config["dependencies"] if each["api_name"] == "ask")
+    session = uuid4().hex
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": session})
+    client.post("/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"})
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as events:
+        for line in events.iter_lines():
+            event = json.loads(line.removeprefix("data:")) if line else {"msg": ""}
+            if event["msg"] == "process_completed":
+                return event["success"], event["output"]
+    raise AssertionError("no answer")
+
+
+def as_file(path, **more):
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **more}
+
+
+def test_no_file_is_opened_but_uploads(attacked, tmp_path):
+    _, _, uploads, red = attacked
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png("purple"))
+    (uploads / "link.png").symlink_to(secret)
+    up = "../" * (len(uploads.parts) + 2)
+    for named in (
+        {"path": str(secret)},
+        {"path": str(secret), "meta": "x"},
+        as_file(secret),
+        as_file(os.path.relpath(secret)),
+        as_file(f"{uploads}/{up}{secret}"),
+        as_file(uploads / "link.png"),
+        as_file(secret, is_stream=True),
+        as_file(secret, orig_name="x.svg"),
+        as_file(f"file://{secret}"),
+        as_file("http://127.0.0.1:9/secret.png"),
+        as_file(f"{red}\0"),
+        as_file(uploads),
+        as_file("/dev/stdin"),
+        as_file("/" + "a" * 5000),
+        as_file(uploads / "gone.png"),
+        [as_file(secret)],
+        {"value": as_file(secret)},
+        str(secret),
+        3,
+    ):
+        answered, output = ask(attacked, named, "what shape?", "dense", 2)
+        assert not answered, named
+        assert set(output) <= {"error", "duration", "visible", "title"}
+    said = ask(attacked, as_file(red), "what shape?", "dense", 2)[1]["data"]
+    for named in (as_file(red, url=f"file://{secret}"), as_file(red, url="data:image/png;base64,AAAA")):
+        again = ask(attacked, named, "what shape?", "dense", 2)[1]["data"]
+        assert (again[0], again[2]["path"]) == (said[0], said[2]["path"])  # the drawing's path names its content
+
+
+def test_every_input_is_checked_on_the_server(attacked):
+    red = as_file(attacked[3])
+    for question, schedule, new, told in (
+        ("what?", "nope", 2, "Schedule: got 'nope', expected one of trained, dense"),
+        ("what?", None, 2, "Schedule: got 'None', expected one of trained, dense"),
+        ("what?", ["dense"], 2, "Schedule: got"),
+        ("what?", {"a": 1}, 2, "Schedule: got"),
+        ("what?", "dense", 3000, "New tokens: got 3000, expected a whole number, 1 to 1,024"),
+        ("what?", "dense", 0, "New tokens: got 0"),
+        ("what?", "dense", 1.5, "New tokens: got 1.5, expected a whole number, 1 to 1,024"),
+        ("what?", "dense", float("nan"), "New tokens: got nan"),
+        ("what?", "dense", True, "New tokens: got True"),
+        ("what?", "dense", "2", "New tokens: got 2"),
+        ("what?", "dense", None, "New tokens: got None"),
+        (None, "dense", 2, "Type a question first"),
+        (["what?"], "dense", 2, "Type a question first"),
+        ("<image> ", "dense", 2, "Type a question first"),
+        ("a" * 8001, "dense", 2, "got 8,001 characters, expected at most 8,000"),
+        ("a" * 7000, "dense", 2, "expected at most 1,024. Shorten the question"),  # the decoder's positions
+        ("what?", "dense", 1000, "Shorten the question, or ask for fewer new tokens"),
+        ("a\ud800b", "dense", 2, "half a character"),
+    ):
+        answered, output = ask(attacked, red, question, schedule, new)
+        assert not answered
+        assert told in output["error"], (question, output)
+    assert ask(attacked, red, "</s>\0\u202e<pad>\U0001f600", "dense", 2)[0]
+
+
+def test_direct_requests_do_not_go_round_the_queue(attacked):
+    client, _, _, red = attacked
+    for route in ("run/predict", "api/predict", "run/ask", "api/ask"):
+        body = {"data": [as_file(red), "what?", "dense", 2], "fn_index": 1}
+        assert client.post(f"/gradio_api/{route}", json=body).status_code == 404
+    for path in ("/etc/passwd", "README.md", f"{ROOT}/README.md", f"{os.path.dirname(red)}/../../../etc/passwd"):
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    too_much = client.post("/gradio_api/upload", files={"files": ("big.png", bytes(31 << 20))})
+    assert too_much.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("bomb.png", png(0, (12000, 12000), "1"), "too large: got 12,000 x 12,000 pixels, expected at most 25 million"),
+        ("worse.png", png(0, (15000, 15000), "1"), "too large: expected at most 25 million"),
+        ("thin.png", png(0, (1, 400), "1"), "got 1 x 400 pixels"),
+        ("wide.png", png(0, (8001, 2000), "1"), "got 8,001 x 2,000 pixels"),
+        ("text.png", b"no image", "text.png cannot be read as an image. Expected one of PNG"),
+        ("empty.png", b"", "empty.png cannot be read"),
+        ("cut.png", png("red")[:100], "cut.png cannot be read"),
+        ("program.png", png("red", kind="EPS"), "program.png cannot be read"),  # which Pillow gives to another program
+    ],
+)
+def test_images_that_are_too_much_are_refused(tmp_path, monkeypatch, name, content, told):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(demo.QuestionError, match=told):
+        demo.read_image(str(tmp_path / name))
+
+
+def test_a_camera_picture_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / "photo.jpg").write_bytes(png("red", (6000, 4000), kind="JPEG"))
+    assert demo.read_image(str(tmp_path / "photo.jpg")).size == (6000, 4000)
+
+
+def test_a_password_is_asked_for_before_anything_else(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    checkpoint, model, prompter = loaded
+    blocks = demo.page(checkpoint.name, model, prompter)
+    address = demo.launch(blocks, host="127.0.0.1", port=free_port(), password="open sesame")
+    picture = {"files": {"files": ("red.png", png("red"))}}
+    question = {"json": {"data": [None, "what?", "dense", 2], "fn_index": 0, "session_hash": "a"}}
+    for word, status in (("wrong", 401), ("open sesame", 200)):
+        with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+            client.post("/login", data={"username": "me", "password": word})
+            assert client.get("/config").status_code == status
+            assert client.post("/gradio_api/upload", **picture).status_code == status
+            assert client.post("/gradio_api/queue/join", **question).status_code == status
+    blocks.close(verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_warned"),
+    [
+        ([], False),
+        (["--host", "0.0.0.0"], True),
+        (["--share"], True),
+        (["--host", "0.0.0.0", "--share", "--password", "x"], False),
+    ],
+)
+def test_a_page_for_everyone_without_a_password_says_so(tmp_path, monkeypatch, capsys, options, is_warned):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    assert demo.main([str(tmp_path), "--port", "0", *options]) == 2  # no checkpoint there
+    assert ("WARNING: no password" in capsys.readouterr().err) == is_warned
+
+
 def test_wrong_folder_leaves_with_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # main sets it; this puts it back
     assert demo.main([str(tmp_path), "--port", "0"]) == 2
@@ -190,8 +374,6 @@ def test_wrong_folder_leaves_with_2(tmp_path, capsys, monkeypatch):
 def test_a_taken_port_leaves_with_2(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit) as left:
-            demo.main([str(folder), "--port", str(port)])
-    assert left.value.code == 2
+        assert demo.main([str(folder), "--port", str(port)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--port {port}: Address already in use" in line
