@@ -7,11 +7,13 @@ prefill: prompt and 32 decode steps under each schedule.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from eval import bench_prefill, bench_train, measure
+from eval.arguments import UsageError, make_folder
 
 TITLES = {"train": "Training step, side by side", "prefill": "Prefill and decode steps, side by side"}
 MEMORY_NOTE = (
@@ -26,7 +28,7 @@ The other pruners have their published settings, layer numbers scaled to the dep
 """
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes them where asked."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +40,7 @@ def main() -> None:
         "--family", choices=measure.BENCH_FAMILIES, default="llava", help="whose training step (default llava)"
     )
     parser.add_argument("--out", type=Path, default=None, help="also write the tables to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     bench = bench_train if args.what == "train" else bench_prefill
     shapes = bench.GPU_SHAPES if torch.cuda.is_available() else bench.SHAPES
     repeats = args.repeats or (5 if args.quick else 9)
@@ -58,13 +60,24 @@ def main() -> None:
     )
     if args.what == "prefill":
         header += PREFILL_NOTES
+    if args.out is not None:
+        try:
+            _check_file(args.out)
+        except UsageError as error:
+            parser.exit(2, f"{error}\n")
     families = {"family": args.family} if args.what == "train" else {}
     tables = [bench.table(shape, repeats, **families) for shape in (bench.QUICK if args.quick else shapes)]
     report = "\n".join([header, "\n\n".join(tables), ""])
     print(report)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(report, encoding="utf-8")
+
+
+def _check_file(file: Path) -> None:
+    """Raises UsageError where a file cannot be written; makes its folder."""
+    if file.is_dir():
+        raise UsageError(f"--out: got the folder {file}, expected a file")
+    make_folder("--out", file.parent)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoProcessor
 
+from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
 from models import FusedLlavaForConditionalGeneration
@@ -25,10 +28,25 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "recipe.yaml"]
 TRAINED = "trained"  # as a schedule's name: the checkpoint's own plan; dense where it has none
 FORMATS = ("vicuna_v1", "chat_template")
 ASPECTS = ("pad", "processor")
+KINDS = ("llava", "fused_llava")
 
 
-class CheckpointError(ValueError):
-    """A folder given for comparison does not hold a checkpoint."""
+# what transformers raises of a config, a tokenizer or weights that are wrong; ImportError: of a missing quantiser
+_LOADING = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    StrictDataclassError,
+    SafetensorError,
+)
+
+
+class CheckpointError(UsageError):
+    """What was named as a checkpoint is none, or cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +83,30 @@ class Checkpoint:
         """
         folder = Path(given)
         if not folder.exists() and _HUB_NAME.fullmatch(str(given)):
-            return cls._described(str(given), _fetched(str(given)), [], chat_format, aspect)
+            _check_kind(_fetched(str(given), ["config.json"]))  # before all weights of another kind are fetched
+            return cls._described(str(given), _fetched(str(given), _HUB_FILES), [], chat_format, aspect)
         for weights in (folder / "final", folder):
             if (weights / "config.json").is_file() and any(weights.glob("*.safetensors")):
                 is_final = weights.resolve().name == "final"
                 name = weights.resolve().parent.name if is_final else folder.resolve().name
                 run = weights.parent if is_final else folder
                 return cls._described(name, weights, [run / "align", run], chat_format, aspect)
+        found = "a LoRA adapter" if (folder / "adapter_config.json").is_file() else "no checkpoint"
         raise CheckpointError(
-            f"{given}: no checkpoint found, accepted: a run folder with final/, a folder with config.json and "
-            "safetensors, or a hub name"
+            f"{given}: got {found}, expected a run folder with final/, a folder with config.json and safetensors, or "
+            "a hub name"
         )
 
     @classmethod
     def _described(
         cls, name: str, weights: Path, phases: list[Path], chat_format: str | None, aspect: str | None
     ) -> Checkpoint:
+        _check_kind(weights)
         trained = _trained_with(weights)
         chat_format = chat_format or trained[0]
         if chat_format not in FORMATS:
             raise CheckpointError(
-                f"{weights}: was trained with data.format {chat_format}, which asks no questions, accepted: "
+                f"{weights}: was trained with data.format {chat_format}, which asks no questions, expected "
                 f"{' or '.join(FORMATS)}"
             )
         return cls(name, weights, chat_format, aspect or trained[1], *_history(phases))
@@ -93,7 +114,7 @@ class Checkpoint:
     @property
     def stages(self) -> dict[str, Any] | None:
         """The stage plan's fields; None for a dense checkpoint."""
-        return json.loads((self.weights / "config.json").read_text(encoding="utf-8")).get("stages")
+        return _config(self.weights).get("stages")
 
     def load(self, dtype: torch.dtype | None = None) -> tuple[FusedLlavaForConditionalGeneration, Any]:
         """Returns the model, ready for inference, on the GPU where there is one, and its processor.
@@ -102,25 +123,38 @@ class Checkpoint:
             dtype: of the weights; None is what they are saved in.
 
         Raises:
-            CheckpointError: weights or processor cannot be read.
+            CheckpointError: weights or processor cannot be read, or weights of the model are missing.
         """
         processor = self.processor()
         try:
-            model = FusedLlavaForConditionalGeneration.from_pretrained(self.weights, dtype=dtype or "auto")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{self.weights}: cannot be loaded: {' '.join(str(error).split())}") from error
+            model, report = FusedLlavaForConditionalGeneration.from_pretrained(
+                self.weights, dtype=dtype or "auto", output_loading_info=True
+            )
+        except _LOADING as error:
+            raise _not_loaded(self.weights, error) from error
+        if missing := sorted(report["missing_keys"]):  # which would be random
+            raise CheckpointError(
+                f"{self.weights}: {len(missing)} weights are missing, {missing[0]} among them, expected all of them"
+            )
         return model.eval().to(device()), processor
 
     def processor(self) -> Any:
         """Returns the processor: tokenizer, chat template and image processor.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: it cannot be read, or does not know how many visual tokens an image has.
         """
         try:
-            return AutoProcessor.from_pretrained(self.weights)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.weights}: cannot be loaded: {' '.join(str(error).split())}") from error
+            processor = AutoProcessor.from_pretrained(self.weights)
+        except _LOADING as error:
+            raise _not_loaded(self.weights, error) from error
+        for part in ("tokenizer", "image_processor", "patch_size"):
+            if getattr(processor, part, None) is None:
+                raise CheckpointError(
+                    f"{self.weights}: processor: got a {type(processor).__name__} without {part}, expected a "
+                    "processor_config.json that names it"
+                )
+        return processor
 
     def prompter(self, processor: Any) -> Prompter:
         """Returns what asks this checkpoint as it was trained to be asked.
@@ -137,9 +171,46 @@ def set_schedule(model: Any, name: str) -> None:
     model.schedule = None if name == TRAINED else published(name, depth)
 
 
-def _fetched(name: str) -> Path:
+def _config(weights: Path) -> dict[str, Any]:
+    """Returns the fields of config.json.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = weights / "config.json"
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: got a {type(fields).__name__}, expected an object of a model's fields")
+    return fields
+
+
+def _not_loaded(weights: Path, error: Exception) -> CheckpointError:
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return CheckpointError(f"{weights}: cannot be loaded: {kind}{' '.join(str(error).split())}")
+
+
+def _check_kind(weights: Path) -> None:
+    """Raises CheckpointError unless config.json is a LLaVA's of Hugging Face's; nothing is built before this."""
+    fields = _config(weights)
+    kind = fields.get("model_type")
+    if any(str(name).startswith("mm_") for name in fields) and "text_config" not in fields:
+        raise CheckpointError(
+            f"{weights}: got a checkpoint in the original LLaVA format, expected Hugging Face's, such as "
+            "llava-hf/llava-1.5-7b-hf"
+        )
+    if kind not in KINDS:
+        raise CheckpointError(f"{weights}: got model_type {kind!r}, expected one of {', '.join(KINDS)}")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(fields.get(part), dict):
+            raise CheckpointError(f"{weights}: config.json: got no {part}, expected the fields of one")
+
+
+def _fetched(name: str, files: Sequence[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # no such name, no access, no network
         raise CheckpointError(f"{name}: no such folder, nor on the hub: {' '.join(str(error).split())}") from error
 
@@ -157,20 +228,30 @@ def _trained_with(weights: Path) -> tuple[str, str]:
 
 
 def _history(phases: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns what the phases of a run took together, and their log lines one after the other."""
+    """Returns what the phases of a run took together, and their log lines one after the other.
+
+    Raises:
+        CheckpointError: run.json or log.jsonl is not what a run writes.
+    """
     total = {"seconds": 0.0, "steps": 0, "samples": 0}
     lines: list[dict[str, Any]] = []
     for folder in phases:
         record, log = folder / "final" / "run.json", folder / "log.jsonl"
         if not record.is_file():
             continue
-        if log.is_file():
-            for text in log.read_text(encoding="utf-8").splitlines():
+        file = log
+        try:
+            for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
                 line = json.loads(text)
                 counted = {"seconds": line["seconds"] + total["seconds"], "step": line["step"] + total["steps"]}
                 lines.append({**line, **counted})
-        run = json.loads(record.read_text(encoding="utf-8"))
-        total = {key: value + run[key] for key, value in total.items()}
+            file = record
+            run = json.loads(record.read_text(encoding="utf-8"))
+            total = {key: value + run[key] for key, value in total.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({type(error).__name__}: {error}), expected what a run writes"
+            ) from error
     if not total["steps"]:
         return {}, []
     return {**total, "samples_per_second": total["samples"] / total["seconds"]}, lines

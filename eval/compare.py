@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from data.chat import TokenizerError
 from eval import rows as tables
+from eval.arguments import UsageError, make_folder, names_of
 from eval.benchmarks import BENCHMARKS, missing_judge
 from eval.cells import Loaded, Record, Store, run_cell, run_speed
 from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointError
@@ -206,11 +207,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-aspect", choices=ASPECTS, help="show images so, whatever it was trained with")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, report and plots")
     args = parser.parse_args(given)
-    args.tasks = list(dict.fromkeys(args.tasks.split(",")))
-    args.schedules = list(dict.fromkeys(args.schedules.split(",")))
-    for name in args.schedules:
-        if name not in (TRAINED, *SCHEDULES):
-            parser.exit(2, f"--schedules: found '{name}', accepted: {', '.join((TRAINED, *SCHEDULES))}\n")
+    try:
+        args.tasks = names_of("--tasks", args.tasks)
+        args.schedules = names_of("--schedules", args.schedules, (TRAINED, *SCHEDULES))
+    except UsageError as error:
+        parser.exit(2, f"{error}\n")
     for name in args.tasks:
         if missing := missing_judge(name):
             parser.exit(2, f"--tasks: {missing}\n")
@@ -224,6 +225,7 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
         CheckpointError: a checkpoint cannot be found or read.
         ComparisonError: its rows would not be comparable.
         TokenizerError: a tokenizer does not go with its format.
+        UsageError: `--out` cannot be written.
     """
     found = [Checkpoint.find(given, args.chat_format, args.image_aspect) for given in args.checkpoints]
     for checkpoint in found:
@@ -232,15 +234,11 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
         named(found),
         settings_of(found, limit=args.limit, batch=args.batch, precision=args.precision),
     )
-    if args.out.exists() and not args.out.is_dir():
-        raise ComparisonError(f"--out: found the file {args.out}, accepted: a folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", args.out)
     harness = Harness(args.out, args.tasks)
     for task in args.tasks:
         if not harness.known(task):
-            raise ComparisonError(
-                f"--tasks: found '{task}', accepted: {', '.join(BENCHMARKS)}, or another of lmms-eval's"
-            )
+            raise ComparisonError(f"--tasks: got '{task}', expected {', '.join(BENCHMARKS)}, or another of lmms-eval's")
     check_settings(settings, args.out)
     return Comparison(checkpoints, args.schedules, args.tasks, settings=settings, out=args.out), harness
 
@@ -250,7 +248,7 @@ def main(given: Sequence[str] | None = None) -> int:
     args = arguments(given)
     try:
         comparison, harness = prepare(args)
-    except (CheckpointError, ComparisonError, TokenizerError) as error:
+    except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     logging.disable_progress_bar()  # of loading weights: there is one for all cells

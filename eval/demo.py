@@ -29,7 +29,8 @@ from transformers.generation.streamers import BaseStreamer
 from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
 from data.records import IMAGE_MARK, RowError
-from eval.checkpoint import TRAINED, Checkpoint, CheckpointError, set_schedule
+from eval.arguments import UsageError
+from eval.checkpoint import TRAINED, Checkpoint, set_schedule
 from eval.live import live_visual
 from eval.overlay import draw_overlay
 from eval.prompts import Asked, Prompter
@@ -244,7 +245,8 @@ def _only_uploads(image: gr.Image) -> gr.Image:
             raise gr.Error("Upload the image: addresses and folders are not opened.", print_exception=False)
         return await move(place)
 
-    image.async_move_resource_to_block_cache = moved  # type: ignore[method-assign, assignment]  # a subclass writes a .pyi file
+    # not in a subclass: Gradio writes a .pyi file beside the source of one
+    image.async_move_resource_to_block_cache = moved  # type: ignore[method-assign, assignment]
     return image
 
 
@@ -376,7 +378,7 @@ def main(given: Sequence[str] | None = None) -> int:
             address = launch(blocks, host=args.host, port=port, password=args.password, share=args.share)
             print(f"{address} (Ctrl-C ends it)", flush=True)
             blocks.block_thread()
-    except (CheckpointError, TokenizerError, _AddressError) as error:
+    except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -396,10 +398,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-class _AddressError(ValueError):
-    """The page cannot be served at the address that the user gave."""
-
-
 def _is_local(host: str) -> bool:
     """Returns whether an address is reached from this machine alone."""
     return host == "localhost" or host == "::1" or host.startswith("127.")
@@ -409,7 +407,7 @@ def _free_port(host: str, port: int) -> int:
     """Returns the port, or a free one for 0.
 
     Raises:
-        _AddressError: the address is not this machine's, or the port is taken.
+        UsageError: the address is not this machine's, or the port is taken.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -417,7 +415,7 @@ def _free_port(host: str, port: int) -> int:
             return listening.getsockname()[1]
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
-        raise _AddressError(
+        raise UsageError(
             f"--host {host} --port {port}: {reason}, expected an address of this machine and a free port"
         ) from None
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data.chat import TokenizerError
 from data.easy_vqa import questions
-from eval.checkpoint import Checkpoint, CheckpointError
+from eval.arguments import UsageError, make_folder
+from eval.checkpoint import Checkpoint
 from eval.measure import positive
 from eval.plots import draw_live_tokens
 from eval.prompts import Asked, Prompter
@@ -90,9 +91,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         checkpoint = Checkpoint.find(args.checkpoint)
+        make_folder("--out", args.out)
         model, processor = checkpoint.load()
         prompter = checkpoint.prompter(processor)
-    except (CheckpointError, TokenizerError) as error:
+    except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     depth = model.config.text_config.num_hidden_layers
@@ -100,7 +102,6 @@ def main() -> int:
     if model.config.stages is not None:
         chosen["trained"] = None
     parts = list(_batches(prompter, args.limit))
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, schedule in tqdm(chosen.items(), unit="schedule"):
         model.schedule = schedule  # a pruner on a fused checkpoint prunes within its plan
         counts = torch.cat([live_visual(model, inputs, model.schedule).sum(dim=2) for inputs in parts], dim=1)

@@ -31,8 +31,10 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 from PIL import Image, ImageFile
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from data.chat import TokenizerError
+from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointError, set_schedule
 from eval.prompts import Asked, Prompter
 from models.schedules import SCHEDULES
@@ -55,9 +57,20 @@ HARNESS_FOLDERS = {  # where lmms-eval defines what is usually asked for; "" for
 MODEL_NAME = "fused_llava"
 HARNESS = f"lmms-eval {version('lmms-eval')}"
 NEW_TOKENS = 128  # of a task that sets none (textvqa, vizwiz, seedbench); LLaVA-1.5's scripts say 128 for them too
-_GENERATE = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")  # what generate() is given
-_NOT_OURS = {"until", "image_aspect_ratio"}  # images are seen as the checkpoint was trained to see them
+_KNOWN = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | {"seed"}
+_FIXED = {  # what `FusedLlava.answer` relies on
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    **dict.fromkeys((name for name in _KNOWN if name.startswith("output_")), False),
+}
+_SAMPLING = {"seed", "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+# images are shown as the checkpoint was trained to see them; special tokens are no part of an answer
+_NOT_OURS = {"image_aspect_ratio", "skip_special_tokens"}
 _ANSWER_END = "\n\n"  # lmms-eval's end of an answer where a task names none
+
+
+class SettingsError(UsageError):
+    """A task's generation settings are not what generate() takes."""
 
 
 class FusedLlava(lmms):
@@ -87,13 +100,14 @@ class FusedLlava(lmms):
         Raises:
             CheckpointError: an argument is wrong, or the checkpoint cannot be loaded.
         """
-        given = dict(part.partition("=")[::2] for part in arg_string.split(",") if part)
+        parts = (part.partition("=") for part in arg_string.split(",") if part.strip())
+        given = {name.strip(): value.strip() for name, _, value in parts}
         known = ("pretrained", "schedule", "chat_format", "image_aspect")
         for name in given:
             if name not in known:
-                raise CheckpointError(f"--model_args: found '{name}', accepted: {', '.join(known)}")
+                raise CheckpointError(f"--model_args: got '{name}', expected {', '.join(known)}")
         if "pretrained" not in given:
-            raise CheckpointError("--model_args: found no pretrained, accepted: pretrained=FOLDER or a hub name")
+            raise CheckpointError("--model_args: got no pretrained, expected pretrained=FOLDER or a hub name")
         schedule = _choice(given, "schedule", (TRAINED, *SCHEDULES)) or TRAINED
         checkpoint = Checkpoint.find(
             given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
@@ -129,8 +143,12 @@ class FusedLlava(lmms):
         """Returns the answers to one batch, each cut at the first of `ends`."""
         model, prompter = self._held
         inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked).items()}
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, **dict(settings))
+        options = dict(settings)
+        seed = options.pop("seed", None)
+        with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            tokens = model.generate(**inputs, **options)
         texts = prompter.decode(tokens[:, inputs["input_ids"].shape[1] :])
         return [cut(text, ends) for text in texts]
 
@@ -148,20 +166,32 @@ class FusedLlava(lmms):
 
 
 def generation_settings(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
-    """Returns what generate() is given for a task's generation_kwargs, and what ends an answer; both hashable.
+    """Returns what generate() is given for a task's generation_kwargs, and what ends an answer.
+
+    Every setting of Hugging Face's GenerationConfig is passed on. Those that shape a distribution are left out of
+    greedy decoding, which does not use them, and `seed` with them. `max_gen_toks` is lmms-eval's older name of
+    `max_new_tokens`, and a temperature of 0 its word for greedy.
 
     Raises:
-        ValueError: a setting that is not known here.
+        SettingsError: a setting that generate() does not know, or that would change what it returns.
     """
-    for name in given:
-        if name not in _GENERATE and name not in _NOT_OURS:
-            raise ValueError(f"generation_kwargs: found {name!r}, accepted: {', '.join((*_GENERATE, *_NOT_OURS))}")
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    settings.update({name: given[name] for name in _GENERATE if given.get(name) is not None})
-    if not settings["do_sample"]:  # greedy: what shapes a distribution is not used, and transformers warns of it
-        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p")}
-    until = given.get("until", _ANSWER_END)
-    return tuple(sorted(settings.items())), (until,) if isinstance(until, str) else tuple(until)
+    settings = {name: value for name, value in given.items() if value is not None and name not in _NOT_OURS}
+    if "max_gen_toks" in settings:
+        settings.setdefault("max_new_tokens", settings.pop("max_gen_toks"))
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
+    ends = settings.pop("until", _ANSWER_END)
+    for name, value in settings.items():
+        if name in _FIXED and value != _FIXED[name]:
+            raise SettingsError(f"generation_kwargs: {name}: got {value!r}, expected {_FIXED[name]!r}")
+        if name not in _KNOWN:
+            raise SettingsError(
+                f"generation_kwargs: got {name!r}, expected a setting of GenerationConfig, seed or until"
+            )
+    if settings.get("temperature") == 0:
+        settings["do_sample"] = False
+    unused = _FIXED.keys() if settings["do_sample"] else _FIXED.keys() | _SAMPLING
+    settings = {name: value for name, value in settings.items() if name not in unused}
+    return tuple(sorted(settings.items())), (ends,) if isinstance(ends, str) else tuple(ends)
 
 
 def cut(text: str, ends: Sequence[str]) -> str:
@@ -261,7 +291,7 @@ def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:
 def _choice(given: Mapping[str, str], name: str, known: Sequence[str]) -> str | None:
     value = given.get(name)
     if value is not None and value not in known:
-        raise CheckpointError(f"--model_args: {name}: found '{value}', accepted: {', '.join(known)}")
+        raise CheckpointError(f"--model_args: {name}: got '{value}', expected {', '.join(known)}")
     return value
 
 
@@ -277,7 +307,7 @@ def main() -> int:
 
     try:
         cli_evaluate()
-    except (CheckpointError, TokenizerError) as error:
+    except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -16,12 +16,13 @@ from data.chat import IGNORE_INDEX, ChatFormat
 from data.files import read_rows
 from data.images import open_image
 from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, Turn, parse
+from eval.arguments import UsageError
 from eval.prompts import Asked, Prompter, pad_left
 from models.decoder import DecoderOutput, run_decoder
 from models.schedules import Schedule
 
 
-class SamplesError(ValueError):
+class SamplesError(UsageError):
     """The task cannot be asked; the text says what was found and what is accepted."""
 
 

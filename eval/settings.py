@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 import transformers
 
+from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint
 from eval.lmms import HARNESS
 
@@ -18,7 +19,7 @@ PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torc
 FILE: Final = "settings.json"
 
 
-class ComparisonError(ValueError):
+class ComparisonError(UsageError):
     """Rows that would not be comparable, or a folder that cannot take them; the text says what differs."""
 
 

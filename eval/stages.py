@@ -19,7 +19,8 @@ import torch
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
+from eval.arguments import UsageError, make_folder
+from eval.checkpoint import ASPECTS, FORMATS, Checkpoint
 from eval.measure import positive
 from eval.probe_samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples
 from eval.stages_analysis import Analysis
@@ -85,15 +86,15 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
         RecipeError: `--write` cannot be written.
         SamplesError: the task or the window is wrong.
         TokenizerError: the tokenizer does not go with the format.
+        UsageError: `--out` cannot be written.
     """
-    if args.out.exists() and not args.out.is_dir():
-        raise SamplesError(f"--out: found the file {args.out}, accepted: a folder")
     check_target(args.write)
     checkpoint = Checkpoint.find(args.checkpoint, args.chat_format, args.image_aspect)
     if args.write is not None:
         starting_recipe(checkpoint, args.checkpoint)
     checkpoint.prompter(checkpoint.processor())
     samples = samples_of(args)
+    make_folder("--out", args.out)
     model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     depth = model.config.text_config.num_hidden_layers
     window = args.window or max(1, round(depth / 8))
@@ -118,7 +119,6 @@ def main(given: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()  # of loading weights
     try:
         checkpoint, analysis = prepare(args)
-        args.out.mkdir(parents=True, exist_ok=True)
         analysis.run()
         trials, proposal = analysis.trials, None
         if needs_vision(trials, args.tolerance):
@@ -133,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> int:
         if args.write is not None:
             write_recipe(args.write, starting_recipe(checkpoint, args.checkpoint), record)
             print(f"written: {args.write}")
-    except (CheckpointError, RecipeError, SamplesError, TokenizerError) as error:
+    except (UsageError, RecipeError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

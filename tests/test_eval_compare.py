@@ -5,8 +5,10 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from eval import compare, measure, settings
+from eval import bench, compare, measure, settings, stages
 from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import main
@@ -276,11 +278,108 @@ def test_smoothing_starts_at_the_first_value():
 
 
 def test_what_cannot_be_compared_is_named(tmp_path, capsys):
-    with pytest.raises(CheckpointError, match="no checkpoint found"):
+    with pytest.raises(CheckpointError, match="got no checkpoint"):
         Checkpoint.find(tmp_path)
     for folder in (tmp_path, QUICKSTART):  # nothing there; a config without weights
         assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
-        assert "accepted: a run folder with final/" in capsys.readouterr().err.splitlines()[-1]
+        assert "expected a run folder with final/" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"model_type": "bert", "vocab_size": 9}', "got model_type 'bert', expected one of llava"),
+        ('{"model_type": "llava", "mm_vision_tower": "openai/clip", "hidden_size": 4096}', "the original LLaVA format"),
+        ('{"model_type": ["llava"]}', r"got model_type \['llava'\], expected one of llava"),
+        ('{"vocab_size": 9}', "got model_type None, expected one of llava"),
+        ('{"model_type": "llava"}', "config.json: got no text_config"),
+        ('{"model_type": "llava", "text_config": "x"}', "config.json: got no text_config"),
+        ("[1]", "config.json: got a list, expected an object"),
+        ("{", "config.json: cannot be read"),
+        ("", "config.json: cannot be read"),
+        ("[" * 100_000, "config.json: cannot be read"),
+    ],
+)
+def test_another_kind_of_checkpoint_is_refused_before_anything_is_built(tmp_path, monkeypatch, text, said):
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built
+    (tmp_path / "config.json").write_text(text)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": "64"}, "StrictDataclassFieldValidationError: .*expected int, got str"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"num_hidden_layers": 9}, r"9 weights are missing, model\.language_model\.layers\.8\."),
+        ({"hidden_size": 128}, "cannot be loaded"),
+        ({"model_type": "nope"}, "cannot be loaded: Unrecognized model type"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(runs, tmp_path, change, said):
+    shutil.copytree(f"{runs[0]}/final", tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["text_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=said) as raised:
+        Checkpoint.find(tmp_path).load()
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_processor_that_cannot_count_visual_tokens_is_refused(runs, tmp_path):
+    shutil.copytree(f"{runs[0]}/final", tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "processor_config.json").read_text())
+    del fields["patch_size"]
+    (tmp_path / "processor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="without patch_size, expected a processor_config"):
+        Checkpoint.find(tmp_path).processor()
+
+
+def test_a_record_that_is_cut_off_is_named(runs, tmp_path):
+    for name in ("log.jsonl", "final/run.json"):
+        shutil.copytree(runs[0], tmp_path, dirs_exist_ok=True)
+        (tmp_path / name).write_text('{"step": 1, "sec')
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be read .*expected what a run writes"):
+            Checkpoint.find(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_leaves_with_2_before_a_weight_is_loaded(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(Checkpoint, "load", None)
+    monkeypatch.setattr("sys.argv", ["bench"])
+    for out in ("file", "file/below", "x" * 300):
+        place = str(tmp_path / out)
+        assert main([runs[0], "--out", place]) == 2
+        assert stages.main([runs[0], "--out", place]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(" (")[0] for line in lines[-2:]] == [f"--out: got {place}"] * 2
+    with pytest.raises(SystemExit) as left:
+        bench.main(["train", "--out", str(tmp_path / "file/below.md")])
+    assert left.value.code == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_spaces_between_names_mean_nothing(runs, compared, monkeypatch):
+    monkeypatch.setattr(compare, "run_cell", None)  # all cells are there
+    given = ["--schedules", " trained, dense ,fastv,vtw", "--tasks", " easy_vqa ", "--limit", "40"]
+    assert main([*runs, *given, "--out", str(compared)]) == 0
+
+
+def test_only_the_config_of_another_kind_is_fetched_from_the_hub(tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(name, allow_patterns):
+        fetched.extend(allow_patterns)
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+        return str(tmp_path)
+
+    monkeypatch.setattr("eval.checkpoint.snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match="got model_type 'bert'"):
+        Checkpoint.find("someone/bert")
+    assert fetched == ["config.json"]
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, capsys):
@@ -298,9 +397,11 @@ def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "given", "said"),
     [
-        ("--schedules", "gqq", "--schedules: found 'gqq', accepted: trained, dense, visipruner"),
-        ("--tasks", "gqq", "--tasks: found 'gqq', accepted: easy_vqa, "),
+        ("--schedules", "gqq", "--schedules: got 'gqq', expected trained, dense, visipruner"),
+        ("--tasks", "gqq", "--tasks: got 'gqq', expected easy_vqa, "),
         ("--tasks", "mmvet", "--tasks: found mmvet, which a judge model scores, without OPENAI_API_KEY"),
+        ("--schedules", "trained,", "--schedules: got '', expected trained, dense, visipruner"),
+        ("--tasks", "easy_vqa,,pope", "--tasks: got '', expected names between commas"),
         ("--limit", "0", "accepted: a whole number above 0"),
         ("--limit", "many", "accepted: a whole number above 0"),
         ("--batch", "-1", "accepted: a whole number above 0"),

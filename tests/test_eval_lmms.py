@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 from data.easy_vqa import questions
 from eval.benchmarks import BENCHMARKS, missing_judge, value_of
 from eval.checkpoint import Checkpoint, CheckpointError, set_schedule
-from eval.lmms import FusedLlava, Harness, cut, generation_settings
+from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
 from eval.prompts import Asked
 from models.schedules import VTW
 from tests.benchmark_rows import ROWS
@@ -173,8 +173,53 @@ def test_generation_settings_are_what_generate_takes():
     assert dict(settings) == {"do_sample": False, "max_new_tokens": 128, "num_beams": 1}
     assert ends == ("A", "B")
     assert dict(generation_settings({"do_sample": True, "temperature": 0.2})[0])["temperature"] == 0.2
-    with pytest.raises(ValueError, match="found 'max_tokens', accepted: max_new_tokens"):
-        generation_settings({"max_tokens": 3})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"top_k": 1, "repetition_penalty": 1.0}, {"repetition_penalty": 1.0}),  # greedy does not use top_k
+        ({"seed": 1}, {}),
+        ({"max_gen_toks": 7}, {"max_new_tokens": 7}),
+        ({"max_gen_toks": 7, "max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"temperature": 0.0, "do_sample": True, "top_p": 0.9}, {}),  # lmms-eval's word for greedy
+        ({"do_sample": True, "seed": 3, "top_k": 5}, {"do_sample": True, "seed": 3, "top_k": 5}),
+        ({"num_beams": 3, "length_penalty": 0.5}, {"num_beams": 3, "length_penalty": 0.5}),
+        ({"min_new_tokens": 2, "no_repeat_ngram_size": 3}, {"min_new_tokens": 2, "no_repeat_ngram_size": 3}),
+        ({"top_p": None, "image_aspect_ratio": "original", "num_return_sequences": 1, "output_scores": False}, {}),
+    ],
+)
+def test_harmless_settings_are_passed_on_or_left_out(given, expected):
+    assert dict(generation_settings(given)[0]) == {"do_sample": False, "max_new_tokens": 128, **expected}
+
+
+def test_settings_that_generate_does_not_take_are_named():
+    for given, told in (
+        ({"max_tokens": 3}, "got 'max_tokens', expected a setting of GenerationConfig, seed or until"),
+        ({"num_return_sequences": 2}, "num_return_sequences: got 2, expected 1"),
+        ({"output_scores": True}, "output_scores: got True, expected False"),
+    ):
+        with pytest.raises(SettingsError, match=told):
+            generation_settings(given)
+
+
+def test_settings_reach_generate(loaded):
+    model = FusedLlava(*loaded, 1)
+    question = [Asked("what is it?", [Image.new("RGB", (64, 64), "red")])]
+
+    def said(**given):
+        return model.answer(question, generation_settings({"max_new_tokens": 12, **given})[0], ())
+
+    greedy = said()
+    assert said(top_k=1, repetition_penalty=1.0, seed=1) == greedy
+    first = loaded[1].tokenizer.encode(greedy[0], add_special_tokens=False)[0]
+    assert said(suppress_tokens=[first]) != greedy
+    torch.manual_seed(3)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    sampled = said(do_sample=True, temperature=2.0, seed=1)
+    assert torch.equal(torch.rand(1), after)  # the process's own random state is left alone
+    assert said(do_sample=True, temperature=2.0, seed=1) == sampled != said(do_sample=True, temperature=2.0, seed=2)
 
 
 def test_model_args_name_checkpoint_and_schedule(quickstart_run):
@@ -186,7 +231,7 @@ def test_model_args_name_checkpoint_and_schedule(quickstart_run):
         f"pretrained={quickstart_run},schedul=vtw",
         f"pretrained={quickstart_run},schedule=x",
     ):
-        with pytest.raises(CheckpointError, match=r"--model_args: .*found .*accepted: "):
+        with pytest.raises(CheckpointError, match=r"--model_args: .*got .*expected "):
             FusedLlava.create_from_arg_string(wrong)
 
 
@@ -201,12 +246,22 @@ def test_trained_is_the_plan_and_a_name_is_that_schedule(loaded):
 
 def test_lmms_evals_command_line_knows_model_and_tasks(quickstart_run, tmp_path):
     command = [sys.executable, "-m", "eval.lmms", "--model", "fused_llava", "--batch_size", "2", "--limit", "4"]
-    args = f"pretrained={quickstart_run},schedule=fastv"
-    good = [*command, "--model_args", args, "--tasks", "easy_vqa", "--output_path", str(tmp_path)]
+    args = f"pretrained={quickstart_run}, schedule=fastv"
+    good = [
+        *command,
+        "--model_args",
+        args,
+        "--tasks",
+        "easy_vqa",
+        "--output_path",
+        str(tmp_path),
+        "--gen_kwargs",
+        "top_k=1,repetition_penalty=1.0,seed=1",
+    ]
     ended = subprocess.run(good, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert list(tmp_path.rglob("*results.json"))
-    bad = [*command, "--model_args", f"{args}x", "--tasks", "easy_vqa"]
-    ended = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True, check=False)
+    unknown = [*good[:-1], "max_tokens=3"]
+    ended = subprocess.run(unknown, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert "--model_args: schedule: found 'fastvx'" in ended.stderr.splitlines()[-1]
+    assert "got 'max_tokens'" in ended.stderr.splitlines()[-1]
