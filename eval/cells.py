@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import BENCHMARKS, Benchmark, value_of
-from eval.checkpoint import Checkpoint, set_schedule
+from eval.checkpoint import Checkpoint
 from eval.live import costs_of, live_visual, text_tokens
 from eval.lmms import FusedLlava, Harness, Outcome
 from eval.overlay import live_runs
@@ -46,10 +46,7 @@ class Loaded:
 
     def schedule(self, name: str) -> Schedule:
         """Returns the schedule that a name means on this checkpoint."""
-        set_schedule(self.model, name)
-        schedule = self.model.schedule
-        self.model.schedule = None
-        return schedule
+        return self.model.resolve(name)
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,8 @@ def run_cell(
         limit: only the task's first so many questions; None is all.
         pictures: folder for the images of the sample pages.
     """
-    set_schedule(loaded.model, schedule)
+    loaded.model.schedule = chosen = loaded.schedule(schedule)
     outcome = harness.run(FusedLlava(loaded.model, loaded.prompter, loaded.batch), task, limit)
-    loaded.model.schedule = None
-    chosen = loaded.schedule(schedule)
     benchmark = benchmark_of(task, outcome)
     return {
         "status": "done",

@@ -18,17 +18,15 @@ from transformers import AutoProcessor
 from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
-from models import FusedLlavaForConditionalGeneration
-from models.schedules import published
+from models import FusedAutoModel, UnsupportedModelError
+from models.families import family_of
 from recipes.resolved import saved_data
 from recipes.schema import RecipeError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "recipe.yaml"]
-TRAINED = "trained"  # as a schedule's name: the checkpoint's own plan; dense where it has none
 FORMATS = ("vicuna_v1", "chat_template")
 ASPECTS = ("pad", "processor")
-KINDS = ("llava", "fused_llava")
 
 
 # what transformers raises of a config, a tokenizer or weights that are wrong; ImportError: of a missing quantiser
@@ -116,7 +114,7 @@ class Checkpoint:
         """The stage plan's fields; None for a dense checkpoint."""
         return _config(self.weights).get("stages")
 
-    def load(self, dtype: torch.dtype | None = None) -> tuple[FusedLlavaForConditionalGeneration, Any]:
+    def load(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         """Returns the model, ready for inference, on the GPU where there is one, and its processor.
 
         Args:
@@ -127,7 +125,7 @@ class Checkpoint:
         """
         processor = self.processor()
         try:
-            model, report = FusedLlavaForConditionalGeneration.from_pretrained(
+            model, report = FusedAutoModel.from_pretrained(
                 self.weights, dtype=dtype or "auto", output_loading_info=True
             )
         except _LOADING as error:
@@ -165,12 +163,6 @@ class Checkpoint:
         return Prompter(processor, chat_format=self.chat_format, aspect=self.aspect)
 
 
-def set_schedule(model: Any, name: str) -> None:
-    """Puts a schedule on a model: `trained`, or a name of SCHEDULES with its published settings, scaled in depth."""
-    depth = model.config.text_config.num_hidden_layers
-    model.schedule = None if name == TRAINED else published(name, depth)
-
-
 def _config(weights: Path) -> dict[str, Any]:
     """Returns the fields of config.json.
 
@@ -193,18 +185,19 @@ def _not_loaded(weights: Path, error: Exception) -> CheckpointError:
 
 
 def _check_kind(weights: Path) -> None:
-    """Raises CheckpointError unless config.json is a LLaVA's of Hugging Face's; nothing is built before this."""
+    """Raises CheckpointError unless config.json is of a family that runs staged; nothing is built before this."""
     fields = _config(weights)
-    kind = fields.get("model_type")
     if any(str(name).startswith("mm_") for name in fields) and "text_config" not in fields:
         raise CheckpointError(
             f"{weights}: got a checkpoint in the original LLaVA format, expected Hugging Face's, such as "
             "llava-hf/llava-1.5-7b-hf"
         )
-    if kind not in KINDS:
-        raise CheckpointError(f"{weights}: got model_type {kind!r}, expected one of {', '.join(KINDS)}")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(fields.get(part), dict):
+    try:
+        family = family_of(fields.get("model_type"), weights)
+    except UnsupportedModelError as error:
+        raise CheckpointError(str(error)) from None
+    for part in ("text_config", "vision_config") if family.model_type == "llava" else ():
+        if not isinstance(fields.get(part), dict):  # the defaults are a model of 7 billion weights
             raise CheckpointError(f"{weights}: config.json: got no {part}, expected the fields of one")
 
 

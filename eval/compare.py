@@ -23,12 +23,12 @@ from eval import rows as tables
 from eval.arguments import UsageError, make_folder, names_of
 from eval.benchmarks import BENCHMARKS, missing_judge
 from eval.cells import Loaded, Record, Store, run_cell, run_speed
-from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointError
+from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.lmms import Harness
 from eval.measure import positive
 from eval.report import write_report
 from eval.settings import PRECISIONS, ComparisonError, check_settings, fingerprint, named, settings_of
-from models.schedules import SCHEDULES
+from models.schedules import SCHEDULES, TRAINED
 
 _NOT_RUN: Record = {"status": "failed", "error": "not run"}
 

@@ -30,11 +30,11 @@ from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
 from data.records import IMAGE_MARK, RowError
 from eval.arguments import UsageError
-from eval.checkpoint import TRAINED, Checkpoint, set_schedule
+from eval.checkpoint import Checkpoint
 from eval.live import live_visual
 from eval.overlay import draw_overlay
 from eval.prompts import Asked, Prompter
-from models.schedules import SCHEDULES
+from models.schedules import SCHEDULES, TRAINED
 from models.stage_plan import StagePlan
 from recipes.resolved import saved_data
 
@@ -107,10 +107,10 @@ class _Clock(BaseStreamer):
 def respond(
     model: Any, prompter: Prompter, image: Image.Image | None, question: str, schedule: str, max_new_tokens: int
 ) -> Response:
-    """Returns the greedy answer to a question under a schedule; the model's schedule is restored afterwards.
+    """Returns the greedy answer to a question under a schedule; the model's own schedule does not matter.
 
     Args:
-        model: a FusedLlavaForConditionalGeneration, ready for inference. Not to be shared with another call meanwhile.
+        model: a fused model, ready for inference.
         prompter: asks it as it was trained to be asked.
         image: what the question is about; None asks the words alone.
         question: what a user typed.
@@ -120,7 +120,7 @@ def respond(
     Raises:
         QuestionError: prompt and answer do not fit into the model's positions, or the tokenizer cannot write the text.
     """
-    depth, before = model.config.text_config.num_hidden_layers, model.schedule
+    depth, chosen = model.config.text_config.num_hidden_layers, model.resolve(schedule)
     images = [] if image is None else [image.convert("RGB")]
     try:
         batch = prompter.batch([Asked(question, images)])
@@ -129,15 +129,10 @@ def respond(
     _check_length(model, batch["input_ids"].shape[1], max_new_tokens)
     inputs = {name: part.to(model.device) for name, part in batch.items()}
     clock = _Clock()
-    try:
-        set_schedule(model, schedule)
-        with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, streamer=clock
-            )
-        live = live_visual(model, inputs, model.schedule)[:, 0]
-    finally:
-        model.schedule = before
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock)
+    live = live_visual(model, inputs, chosen)[:, 0]
     ids, overlay = inputs["input_ids"][0], None
     if images:
         picture = prompter.picture(inputs["pixel_values"][0])
@@ -272,11 +267,11 @@ def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tu
 
 
 def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] = ()) -> gr.Blocks:
-    """Returns the page; it answers one request at a time, because the schedule is the model's own state.
+    """Returns the page; it answers one request at a time, so that its memory is that of one.
 
     Args:
         name: of the checkpoint.
-        model: a FusedLlavaForConditionalGeneration, ready for inference.
+        model: a fused model, ready for inference.
         prompter: asks it as it was trained to be asked.
         shown: [image file, question] of each example.
     """

@@ -35,9 +35,9 @@ from transformers import GenerationConfig
 
 from data.chat import TokenizerError
 from eval.arguments import UsageError
-from eval.checkpoint import ASPECTS, FORMATS, TRAINED, Checkpoint, CheckpointError, set_schedule
+from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.prompts import Asked, Prompter
-from models.schedules import SCHEDULES
+from models.schedules import SCHEDULES, TRAINED
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -115,7 +115,7 @@ class FusedLlava(lmms):
         model, processor = checkpoint.load()
         if torch.cuda.is_available():
             model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
-        set_schedule(model, schedule)
+        model.schedule = schedule
         return cls(model, checkpoint.prompter(processor), int((additional_config or {}).get("batch_size") or 1))
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval import measure
-from models import FusedLlavaForConditionalGeneration
+from models import FusedAutoModel
 from models.schedules import Schedule
 
 STEPS = 16  # decode steps that `speeds` times
@@ -113,5 +113,5 @@ def _runs(
 def _loaded_runs(
     weights: Path, dtype: torch.dtype, inputs: Mapping[str, Tensor], schedules: Mapping[str, Schedule | None]
 ) -> dict[str, Callable[[], None]]:
-    model = FusedLlavaForConditionalGeneration.from_pretrained(weights, dtype=dtype).eval()
+    model = FusedAutoModel.from_pretrained(weights, dtype=dtype).eval()
     return _runs(model, inputs, schedules)

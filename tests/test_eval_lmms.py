@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 
 from data.easy_vqa import questions
 from eval.benchmarks import BENCHMARKS, missing_judge, value_of
-from eval.checkpoint import Checkpoint, CheckpointError, set_schedule
+from eval.checkpoint import Checkpoint, CheckpointError
 from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
 from eval.prompts import Asked
 from models.schedules import VTW
@@ -233,15 +233,6 @@ def test_model_args_name_checkpoint_and_schedule(quickstart_run):
     ):
         with pytest.raises(CheckpointError, match=r"--model_args: .*got .*expected "):
             FusedLlava.create_from_arg_string(wrong)
-
-
-def test_trained_is_the_plan_and_a_name_is_that_schedule(loaded):
-    model, _ = loaded
-    set_schedule(model, "trained")
-    assert type(model.schedule).__name__ == "Fused"
-    set_schedule(model, "dense")
-    assert type(model.schedule).__name__ == "Dense"
-    set_schedule(model, "trained")
 
 
 def test_lmms_evals_command_line_knows_model_and_tasks(quickstart_run, tmp_path):
