@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import StagedLayer
+from .cache import CACHE, StagedLayer
 from .live_tokens import LayerTokens, LiveTokens, SequenceState
 
 SUPPORTED_DECODERS = {  # class name: model_type of its config
@@ -237,13 +237,13 @@ def run_layer(
     """Returns the layer's output (B, L, D) for its rows.
 
     All arguments are positional, in the order of the layer's signature: under gradient checkpointing transformers
-    blanks a `past_key_values` keyword, which brings the keys and values of `kv` visual tokens.
+    blanks the keyword of the cache, which brings the keys and values of `kv` visual tokens.
     """
     given = {
         "hidden_states": hidden,
         "attention_mask": mask,
         "position_ids": positions,
-        "past_key_values": shim,
+        CACHE: shim,
         "use_cache": shim is not None and shim.stored is not None,
         "position_embeddings": at,
     }

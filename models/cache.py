@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 class StagedLayer(DynamicLayer):
@@ -72,6 +73,10 @@ class StagedLayer(DynamicLayer):
         super().batch_select_indices(indices)
         if self.slots is not None and self.next_position is not None:
             self.slots, self.next_position = self.slots[indices], self.next_position[indices]
+
+
+# transformers 5.24 renamed the argument and the output field
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def staged_cache(cache: Any, num_layers: int) -> DynamicCache:

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
-from .cache import require_own_cache
+from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .schedule_base import Dense, Schedule
 from .schedules import resolve_schedule
@@ -36,7 +36,7 @@ Blank = Callable[[], tuple[Tensor, list[Tensor]]]  # features (R, D) of a blank 
 
 
 @dataclass
-class FusedOutput(ModelOutput):
+class FusedOutput(CausalLMOutputWithPast):
     """What the forward of a fused model returns.
 
     Beside the fields: `live`, the tokens of each layer, and `visual` (B, S) bool, the visual tokens of the input.
@@ -44,13 +44,10 @@ class FusedOutput(ModelOutput):
     Attributes:
         loss: next-token loss, mean over labelled tokens; with labels alone.
         logits: (B, S or kept, vocabulary), right at text positions; visual positions of a staged model mean nothing.
-        past_key_values: the KV cache.
+        past_key_values: the KV cache; transformers calls the field `cache` from 5.24 on.
         image_hidden_states: the projected image features, from the families that return them.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
     image_hidden_states: Any = None
 
     def __post_init__(self) -> None:
@@ -109,6 +106,7 @@ class FusedTextMixin:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Takes what the text model takes; the attention mask is the 2-D one of the outer forward."""
+        past_key_values = kwargs.pop("cache", past_key_values)
         call = _CALL.get()
         if call is None:
             if deepstack_visual_embeds is not None:
@@ -117,9 +115,9 @@ class FusedTextMixin:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         if inputs_embeds is None:
@@ -147,9 +145,7 @@ class FusedTextMixin:
             blocks=call.blocks,
             deepstack=deepstack,
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=call.output.last_hidden_state, past_key_values=call.output.past_key_values
-        )
+        return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
 
 class FusedMixin:
@@ -275,14 +271,16 @@ class FusedMixin:
             loss = self._loss(hidden, labels, call, items)
         if labels is None or kept is not None:
             logits = self.lm_head(_kept_rows(hidden, kept))
-        features = getattr(outputs, "image_hidden_states", None)
-        output = FusedOutput(loss, logits, call.output and call.output.past_key_values, features)
+        images = getattr(outputs, "image_outputs", None)  # transformers 5.24
+        features = getattr(outputs, "image_hidden_states", None) if images is None else images.pooler_output
+        output = FusedOutput(loss, logits, call.output and call.output.past_key_values, image_hidden_states=features)
         output.decoder, output.visual = call.output, call.visual
         return output
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the inputs of forward by name; those that are None are left out."""
         names, known = _arguments_of(type(self).forward, type(self.model).forward)
+        kwargs = {CACHE if name in ("cache", "past_key_values") else name: value for name, value in kwargs.items()}
         for name in kwargs:
             if name not in known:
                 raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{name}'")
@@ -297,7 +295,7 @@ class FusedMixin:
                 raise ValueError(f"{name}: got a value, expected None: rows are not packed, attention is causal")
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
-        require_own_cache(given.get("past_key_values"))
+        require_own_cache(given.get(CACHE))
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError("attention_mask: expected a (batch, sequence) tensor, 0 on padding")
@@ -334,7 +332,7 @@ class FusedMixin:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]  # one of them is there
         device = (ids if ids is not None else embeds).device  # type: ignore[union-attr]
-        past = given.get("past_key_values")
+        past = given.get(CACHE)
         seen = 0 if past is None else past.get_seq_length()
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
@@ -373,7 +371,7 @@ class FusedMixin:
         running, ids = _GENERATION.get(), given.get("input_ids")
         if running is None or running.model is not self or ids is None:
             return None
-        past = given.get("past_key_values")
+        past = given.get(CACHE)
         column = running.prompt_length - 1 - (0 if past is None else past.get_seq_length())
         if not 0 <= column < ids.shape[1] - 1:
             return None
