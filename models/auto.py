@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .families import family_of
+from .families import family_of, is_original
+from .original_checkpoints import load_original
+from .stage_plan import StagePlan
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -16,7 +18,9 @@ class FusedAutoModel:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Returns the fused model of an ordinary or a fused checkpoint of any supported family.
+        """Returns the fused model of a checkpoint of any supported family: ordinary, fused, or in LLaVA's own format.
+
+        The kind of the checkpoint and the plan are checked by config.json, before weights are downloaded.
 
         Args:
             source: a folder or a hub name.
@@ -26,13 +30,23 @@ class FusedAutoModel:
 
         Raises:
             UnsupportedModelError: the checkpoint is of another kind; names the supported ones.
+            UnsupportedDecoderError: its text model is of another kind; names the supported ones.
+            OSError: config.json or the weights cannot be read.
             ValueError: the plan does not fit the decoder.
         """
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+        fields = _read_config(source, hub)
+        if is_original(fields):
+            return load_original(source, fields, *args, hub=hub, stages=stages, **kwargs)
+        family = family_of(fields.get("model_type"), source)
+        if kwargs.get("config") is not None:
+            kwargs["config"] = _fused_config(kwargs["config"], stages)
+            return family.model_class.from_pretrained(source, *args, **kwargs)
+        depth = family.config_class.from_pretrained(source, **hub).text_config.num_hidden_layers
         if stages is not None:
+            StagePlan.from_dict(stages).check(depth)
             kwargs["stages"] = stages
-        return family_of(fields.get("model_type"), source).model_class.from_pretrained(source, *args, **kwargs)
+        return family.model_class.from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -45,13 +59,27 @@ class FusedAutoModel:
 
         Raises:
             UnsupportedModelError: the config is of another kind.
+            UnsupportedDecoderError: its text model is of another kind.
             ValueError: the plan does not fit the decoder.
         """
-        family = family_of(config.model_type)
-        fields = config.to_dict()
-        fields.pop("model_type", None)
-        if stages is not None:
-            fields["stages"] = stages
-        if getattr(config, "_attn_implementation_internal", None) is not None:
-            kwargs.setdefault("attn_implementation", config._attn_implementation)
-        return family.model_class._from_config(family.config_class(**fields), **kwargs)
+        fused = _fused_config(config, stages)
+        return family_of(config.model_type).model_class._from_config(fused, **kwargs)
+
+
+def _read_config(source: Any, hub: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return PreTrainedConfig.get_config_dict(source, **hub)[0]
+    except OSError as error:
+        raise OSError(f"{source}: config.json cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _fused_config(config: Any, stages: dict[str, Any] | None) -> Any:
+    """Returns the fused config of Hugging Face's or of a fused one, under the given plan or its own."""
+    family = family_of(config.model_type)
+    fields = config.to_dict()
+    fields.pop("model_type", None)
+    if stages is not None:
+        fields["stages"] = stages
+    if getattr(config, "_attn_implementation_internal", None) is not None:
+        fields["attn_implementation"] = config._attn_implementation
+    return family.config_class(**fields)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
+from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .fused import FusedMixin, fused_signature
 from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from .schedules import resolve_schedule
@@ -28,7 +29,12 @@ class UnsupportedModelError(ValueError):
 
 
 class StagesConfigMixin:
-    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with."""
+    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with.
+
+    Raises:
+        UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
+        ValueError: the plan or the schedule is wrong, or names a layer that the decoder lacks.
+    """
 
     base_model_type: str
     model_type: str
@@ -38,6 +44,10 @@ class StagesConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # PreTrainedConfig's
+        kind = self.text_config.model_type
+        if kind not in SUPPORTED_DECODERS.values():
+            expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
+            raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
         depth, plan = self.text_config.num_hidden_layers, None
         if self.stages is not None:
             plan = StagePlan.from_dict(self.stages)
@@ -54,7 +64,17 @@ class StagesConfigMixin:
             raise UnsupportedModelError(
                 f"{source}: config.json: got model_type {found}, expected {cls.base_model_type} or {cls.model_type}"
             )
+        if is_original(fields):
+            raise UnsupportedModelError(
+                f"{source}: config.json: got LLaVA's original format, expected Hugging Face's; "
+                "FusedAutoModel.from_pretrained loads both"
+            )
         return {**fields, "model_type": cls.model_type}, kwargs
+
+
+def is_original(fields: Mapping[str, Any]) -> bool:
+    """Returns whether the fields of a config.json are those of LLaVA's own code: see original_checkpoints.py."""
+    return "text_config" not in fields and ("mm_vision_tower" in fields or "mm_projector_type" in fields)
 
 
 # -- what differs between families ---------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .schedule_base import Dense, Schedule
@@ -173,12 +172,7 @@ class FusedMixin:
 
         Raises:
             ValueError: the plan or the schedule of the config is wrong, or names a layer that the decoder lacks.
-            UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
         """
-        kind = config.text_config.model_type
-        if kind not in SUPPORTED_DECODERS.values():
-            expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
-            raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
         depth = config.text_config.num_hidden_layers
         plan: StagePlan | None = None
         if config.stages is not None:
