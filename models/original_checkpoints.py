@@ -74,6 +74,7 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a checkpoint loads the same each time; the new rows are around the mean of the old
         model.resize_token_embeddings(config.text_config.vocab_size + 2, pad_to_multiple_of=64)
+    model.eval()  # as from_pretrained leaves it; the head is a new module
     del model._weight_conversions  # save_pretrained would go back to the original names
     return (model, report) if wants_report else model
 
@@ -91,7 +92,7 @@ def _check(source: Any, fields: Mapping[str, Any]) -> None:
     checks: list[tuple[str, Sequence[Any]]] = [
         ("model_type", list(_DECODERS)),
         ("mm_projector_type", ["ldpnetv2" if is_mobile else "mlp2x_gelu"]),
-        ("mm_vision_select_feature", [*_STRATEGIES, None]),
+        ("mm_vision_select_feature", [*(["patch"] if is_mobile or is_tiled else _STRATEGIES), None]),
         ("image_aspect_ratio", [*ratios, None]),
         *([("mm_patch_merge_type", ["spatial_unpad"])] if is_tiled else []),
         *((name, [False, None]) for name in _UNCOVERED),
