@@ -68,9 +68,12 @@ class FusedAutoModel:
 
 def _read_config(source: Any, hub: dict[str, Any]) -> dict[str, Any]:
     try:
-        return PreTrainedConfig.get_config_dict(source, **hub)[0]
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     except OSError as error:
         raise OSError(f"{source}: config.json cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict) or not fields:
+        raise OSError(f"{source}: got no config.json or nothing in it, expected one that names a model_type")
+    return fields
 
 
 def _fused_config(config: Any, stages: dict[str, Any] | None) -> Any:

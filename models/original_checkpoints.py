@@ -19,22 +19,21 @@ from transformers import CONFIG_MAPPING, CLIPVisionConfig, PreTrainedConfig, Sig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
-from .families import Family, UnsupportedModelError, family_of
+from .families import UnsupportedModelError, family_of
 
 _DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "mobilevlm": "llama"}
 _TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
-_STRATEGIES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature: vision_feature_select_strategy
 _PROJECTORS = {  # mm_projector_type: names of its parts, there and here
     "mlp2x_gelu": {"0": "linear_1", "2": "linear_2"},
     "ldpnetv2": {"mlp.mlp.0": "linear_1", "mlp.mlp.2": "linear_2", "peg.peg.0": "positions"},
 }
-_UNCOVERED = ("mm_use_im_start_end", "mm_resampler_type", "s2", "quantization_config")
 _TOWER = "model.vision_tower.vision_tower."
+_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "lm_head", "model.mm_projector", _TOWER)
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[str, Any], **kwargs: Any) -> Any:
-    """Returns the fused model of a checkpoint in the original format.
+    """Returns the fused model of a checkpoint in the original format: see FusedAutoModel.from_pretrained.
 
     Args:
         source: a folder or a hub name.
@@ -42,20 +41,15 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
         args: as in Hugging Face's from_pretrained.
         hub: those of `kwargs` that say where files come from.
         kwargs: as in Hugging Face's from_pretrained, and `stages`.
-
-    Raises:
-        UnsupportedModelError: a part is of another kind; before weights are downloaded where config.json tells.
-        OSError: the tower's config.json or the weights cannot be read.
-        ValueError: the plan does not fit the decoder, or weights are missing.
     """
     if kwargs.pop("config", None) is not None:
         raise ValueError(f"config: got one, expected None: the config of {source} is made from its original one")
-    _check(source, fields)
+    family = family_of(_check(source, fields))
     tower_hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    tower, family = _tower_config(source, fields, tower_hub), _family(fields)
-    dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-    wants_report = kwargs.pop("output_loading_info", False)
+    tower = _tower_config(source, fields, family.model_type == "llava", tower_hub)
     planned = {**_config_fields(fields, family, tower), "stages": kwargs.pop("stages", None)}
+    wants_report = kwargs.pop("output_loading_info", False)
+    dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     config, kwargs = family.config_class.from_dict(planned, return_unused_kwargs=True, **kwargs)
     names = _weight_names(source, hub)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = "lm_head.weight" not in names
@@ -63,8 +57,9 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
         _cut_siglip(config, names)
     has_tower = any(name.startswith(_TOWER) for name in names)
     kind = family.model_class if has_tower else _lenient(family.model_class, "missing", r"\bvision_tower\.")
-    options = {**dtypes, **kwargs, "key_mapping": _name_rules(source, fields, names), "output_loading_info": True}
-    model, report = kind.from_pretrained(source, *args, config=config, **options)
+    rules = _name_rules(source, fields, names)
+    kwargs |= {**dtypes, "config": config, "key_mapping": rules, "output_loading_info": True}
+    model, report = kind.from_pretrained(source, *args, **kwargs)
     missing = set(report["missing_keys"])
     if not has_tower:
         model.__class__ = family.model_class
@@ -72,87 +67,81 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
     if missing:
         raise ValueError(f"{source}: got no weights for {min(missing)} ({len(missing)} missing), expected all")
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # a checkpoint loads the same each time; the new rows are around the mean of the old
-        model.resize_token_embeddings(config.text_config.vocab_size + 2, pad_to_multiple_of=64)
-    model.eval()  # as from_pretrained leaves it; the head is a new module
+        torch.manual_seed(0)  # the new rows, drawn around the mean of the old, are the same each time
+        has_values = model.device.type != "meta"
+        model.resize_token_embeddings(len(model.lm_head.weight) + 2, pad_to_multiple_of=64, mean_resizing=has_values)
     del model._weight_conversions  # save_pretrained would go back to the original names
+    model.eval()  # as from_pretrained leaves it; the head is a new module
     return (model, report) if wants_report else model
 
 
-def _family(fields: Mapping[str, Any]) -> Family:
-    if fields.get("image_aspect_ratio") == "anyres":
-        return family_of("llava_next")
-    return family_of("mobilevlm" if fields["model_type"] == "mobilevlm" else "llava")
-
-
-def _check(source: Any, fields: Mapping[str, Any]) -> None:
-    """Refuses what config.json says and the rules below do not cover."""
+def _check(source: Any, fields: Mapping[str, Any]) -> str:
+    """Returns the family's model_type; refuses what config.json says and the rules below do not cover."""
     is_mobile, is_tiled = fields.get("model_type") == "mobilevlm", fields.get("image_aspect_ratio") == "anyres"
-    ratios = ["square", "pad"] if is_mobile else ["square", "pad", "anyres"]
-    checks: list[tuple[str, Sequence[Any]]] = [
-        ("model_type", list(_DECODERS)),
-        ("mm_projector_type", ["ldpnetv2" if is_mobile else "mlp2x_gelu"]),
-        ("mm_vision_select_feature", [*(["patch"] if is_mobile or is_tiled else _STRATEGIES), None]),
-        ("image_aspect_ratio", [*ratios, None]),
-        *([("mm_patch_merge_type", ["spatial_unpad"])] if is_tiled else []),
-        *((name, [False, None]) for name in _UNCOVERED),
-    ]
-    for name, accepted in checks:
-        if fields.get(name) not in accepted:
-            _refuse(source, name, fields.get(name), " or ".join(map(str, accepted)))
-    kinds = {"mm_vision_tower": str, "mm_vision_select_layer": int, "vocab_size": int}
-    for name, kind in {**kinds, **({"image_grid_pinpoints": list} if is_tiled else {})}.items():
-        if not isinstance(fields.get(name), kind):
-            _refuse(source, name, fields.get(name), f"a {kind.__name__}")
+    accepted: dict[str, Any] = {
+        "model_type": list(_DECODERS),
+        "mm_projector_type": ["ldpnetv2" if is_mobile else "mlp2x_gelu"],
+        "mm_vision_select_feature": ["patch", *([] if is_mobile or is_tiled else ["cls_patch"]), None],
+        "image_aspect_ratio": ["square", "pad", *([] if is_mobile else ["anyres"]), None],
+        **({"mm_patch_merge_type": ["spatial_unpad"], "image_grid_pinpoints": list} if is_tiled else {}),
+        **{name: [False, None] for name in ("mm_use_im_start_end", "mm_resampler_type", "s2", "quantization_config")},
+        **{"mm_vision_tower": str, "mm_vision_select_layer": int, "vocab_size": int},
+    }
+    for name, expected in accepted.items():
+        got, is_type = fields.get(name), isinstance(expected, type)
+        if not (isinstance(got, expected) if is_type else got in expected):
+            _refuse(source, name, got, f"a value of type {expected.__name__}" if is_type else _either(expected))
+    return "mobilevlm" if is_mobile else "llava_next" if is_tiled else "llava"
+
+
+def _either(values: Sequence[Any]) -> str:
+    return " or ".join(map(str, values))
 
 
 def _refuse(source: Any, name: str, got: Any, expected: str) -> None:
     raise UnsupportedModelError(f"{source}: config.json in LLaVA's format: {name}: got {got}, expected {expected}")
 
 
-def _tower_config(source: Any, fields: Mapping[str, Any], hub: dict[str, Any]) -> Any:
+def _tower_config(source: Any, fields: Mapping[str, Any], takes_siglip: bool, hub: dict[str, Any]) -> Any:
     """Returns the config of `mm_vision_tower`, from its config.json."""
-    name = fields["mm_vision_tower"]
+    name, layer = fields["mm_vision_tower"], fields["mm_vision_select_layer"]
     try:
-        found = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        found = str(PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type"))
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise OSError(
-            f"{source}: config.json: mm_vision_tower: the config of {name} cannot be read: {reason}"
-        ) from error
-    kind = str(found).removesuffix("_vision_model")
-    only_clip = fields["model_type"] == "mobilevlm" or fields.get("image_aspect_ratio") == "anyres"
-    if kind not in _TOWERS or (only_clip and kind != "clip"):
-        _refuse(source, "mm_vision_tower", f"{name} of type {found}", "clip" if only_clip else "clip or siglip")
-    if kind == "siglip" and fields["mm_vision_select_layer"] != -2:
-        _refuse(source, "mm_vision_select_layer", fields["mm_vision_select_layer"], "-2 with a siglip tower")
+        raise OSError(f"{source}: config.json: mm_vision_tower: config of {name} cannot be read: {reason}") from error
+    kind = found.removesuffix("_vision_model")
+    if kind not in _TOWERS or (kind == "siglip" and not takes_siglip):
+        _refuse(source, "mm_vision_tower", f"{name} of type {found}", "clip or siglip" if takes_siglip else "clip")
+    if kind == "siglip" and layer != -2:
+        _refuse(source, "mm_vision_select_layer", layer, "-2 with a siglip tower")
     tower = _TOWERS[kind].from_pretrained(name, **hub)
     if fields.get("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
         _refuse(source, "mm_hidden_size", fields["mm_hidden_size"], f"{tower.hidden_size}, the width of {name}")
     return tower
 
 
-def _config_fields(fields: Mapping[str, Any], family: Family, tower: Any) -> dict[str, Any]:
+def _config_fields(fields: Mapping[str, Any], family: Any, tower: Any) -> dict[str, Any]:
     """Returns the fields of the config, as llava-hf has them."""
     text_class = CONFIG_MAPPING[_DECODERS[fields["model_type"]]]
     named = (*text_class.__annotations__, "rope_theta", "rope_scaling")  # the last two are old names that it reads
-    is_clip = tower.model_type == "clip_vision_model"
-    strategy = _STRATEGIES[fields.get("mm_vision_select_feature") or "patch"] if is_clip else "full"
-    more = {"image_seq_length": (tower.image_size // tower.patch_size) ** 2 + (is_clip and strategy == "full")}
-    if family.model_type == "mobilevlm":
-        more = {"image_seq_length": family.config_class.token_grid**2}
-    if family.model_type == "llava_next":
-        more["image_grid_pinpoints"] = fields["image_grid_pinpoints"]
+    is_clip, takes_class = (
+        tower.model_type == "clip_vision_model",
+        fields.get("mm_vision_select_feature") == "cls_patch",
+    )
+    tokens = (tower.image_size // tower.patch_size) ** 2 + (is_clip and takes_class)
+    tiles = {"image_grid_pinpoints": fields["image_grid_pinpoints"]} if family.model_type == "llava_next" else {}
     return {
         "text_config": text_class(**{name: fields[name] for name in named if name in fields}),
         "vision_config": tower,
         "image_token_index": fields["vocab_size"],
         "pad_token_id": fields["vocab_size"] + 1,
+        "image_seq_length": family.config_class.token_grid**2 if family.model_type == "mobilevlm" else tokens,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": fields["mm_vision_select_layer"],
-        "vision_feature_select_strategy": strategy,
+        "vision_feature_select_strategy": "default" if is_clip and not takes_class else "full",
         "dtype": fields.get("dtype", fields.get("torch_dtype")),
-        **more,
+        **tiles,
     }
 
 
@@ -164,7 +153,7 @@ def _weight_names(source: Any, hub: dict[str, Any]) -> list[str]:
             return list(json.loads(Path(path).read_text("utf-8"))["weight_map"])
         if path is not None:
             return list(load_state_dict(path, map_location="meta"))
-    raise UnsupportedModelError(f"{source}: got no weights of a whole model, expected {' or '.join(_FILES)}")
+    raise UnsupportedModelError(f"{source}: got no weights of a whole model, expected {_either(_FILES)}")
 
 
 def _name_rules(source: Any, fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -176,14 +165,13 @@ def _name_rules(source: Any, fields: Mapping[str, Any], names: Sequence[str]) ->
     for old, new in _PROJECTORS[fields["mm_projector_type"]].items():
         rules[rf"^model\.mm_projector\.{re.escape(old)}\."] = f"model.multi_modal_projector.{new}."
     kept = (
-        r"^lm_head\.weight$|^model\.image_newline$"
-        if _family(fields).model_type == "llava_next"
-        else r"^lm_head\.weight$"
+        ["lm_head.weight", "model.image_newline"]
+        if fields.get("image_aspect_ratio") == "anyres"
+        else ["lm_head.weight"]
     )
-    unknown = [name for name in names if not any(re.search(rule, name) for rule in (*rules, kept))]
+    unknown = [name for name in names if name not in kept and not any(re.search(rule, name) for rule in rules)]
     if unknown:
-        parts = ", ".join(("model.embed_tokens", "model.layers", "model.norm", "lm_head", "model.mm_projector", _TOWER))
-        raise UnsupportedModelError(f"{source}: got a weight {min(unknown)}, expected those of {parts}")
+        raise UnsupportedModelError(f"{source}: got a weight {min(unknown)}, expected those of {_either(_PARTS)}")
     return rules
 
 

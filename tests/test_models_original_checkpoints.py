@@ -365,9 +365,9 @@ def test_mobilevlm_v2_computes_the_papers_projector_on_the_mapped_weights(tmp_pa
         ({"quantization_config": {"bits": 4}}, "quantization_config: got {'bits': 4}, expected"),
         ({"image_aspect_ratio": "anyres_max_9"}, "got anyres_max_9, expected square or pad or anyres"),
         ({**ANYRES, "mm_patch_merge_type": "flat"}, "mm_patch_merge_type: got flat, expected spatial_unpad"),
-        ({**ANYRES, "image_grid_pinpoints": None}, "image_grid_pinpoints: got None, expected a list"),
-        ({"mm_vision_tower": None}, "mm_vision_tower: got None, expected a str"),
-        ({"mm_vision_select_layer": [-2, -5]}, "mm_vision_select_layer: got [-2, -5], expected a int"),
+        ({**ANYRES, "image_grid_pinpoints": None}, "image_grid_pinpoints: got None, expected a value of type list"),
+        ({"mm_vision_tower": None}, "mm_vision_tower: got None, expected a value of type str"),
+        ({"mm_vision_select_layer": [-2, -5]}, "mm_vision_select_layer: got [-2, -5], expected a value of type int"),
     ],
     ids=lambda value: value.split(",")[0] if isinstance(value, str) else "",
 )
@@ -404,7 +404,7 @@ def test_a_tower_of_another_kind_is_refused_by_its_config(tower, fields, message
 @pytest.mark.parametrize("name", ["/a/path/of/another/machine", "nobody/has-this-tower"])
 def test_a_tower_that_cannot_be_reached_is_named_in_one_line(name, tmp_path):
     folder = write_config(tmp_path, mm_vision_tower=name)
-    with pytest.raises(OSError, match=f"config.json: mm_vision_tower: the config of {name} cannot be read") as caught:
+    with pytest.raises(OSError, match=f"config.json: mm_vision_tower: config of {name} cannot be read") as caught:
         FusedAutoModel.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
