@@ -310,7 +310,8 @@ class FusedMixin:
         if schedule.reads_attention:
             query_mask = self._prompt_end(given) if labels is None else _instruction_ends(labels)
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
-        is_leaf_input = "inputs_embeds" in given or bool(getattr(self, "_require_grads_hooks", None))
+        hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
+        is_leaf_input = hooked or "inputs_embeds" in given
         return _Call(
             schedule=schedule,
             visual=self._visual(given, has_vision, schedule, visual),
