@@ -35,12 +35,7 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[str, Any], **kwargs: Any) -> Any:
     """Returns the fused model of a checkpoint in the original format: see FusedAutoModel.from_pretrained.
 
-    Args:
-        source: a folder or a hub name.
-        fields: of its config.json.
-        args: as in Hugging Face's from_pretrained.
-        hub: those of `kwargs` that say where files come from.
-        kwargs: as in Hugging Face's from_pretrained, and `stages`.
+    `fields` are those of config.json; `hub` are those of `kwargs` that say where files come from.
     """
     if kwargs.pop("config", None) is not None:
         raise ValueError(f"config: got one, expected None: the config of {source} is made from its original one")
@@ -49,7 +44,7 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
     tower = _tower_config(source, fields, family.model_type == "llava", tower_hub)
     planned = {**_config_fields(fields, family, tower), "stages": kwargs.pop("stages", None)}
     wants_report = kwargs.pop("output_loading_info", False)
-    dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+    dtypes: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     config, kwargs = family.config_class.from_dict(planned, return_unused_kwargs=True, **kwargs)
     names = _weight_names(source, hub)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = "lm_head.weight" not in names

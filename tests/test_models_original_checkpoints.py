@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModelForImageTextToText, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
 from tests.tiny_vlms import CLIP, SIGLIP, TEXT, TINY, VOCABULARY, Tiny, plain, square
@@ -129,7 +129,7 @@ def checkpoint(clip, tmp_path_factory):
 
 @pytest.mark.parametrize("has_tower", [True, False], ids=["tower inside", "tower apart"])
 @pytest.mark.parametrize("form", ["safetensors", "bin", "sharded safetensors", "sharded bin"])
-def test_logits_are_those_of_the_same_weights_in_hugging_face(form, has_tower, clip, tmp_path):
+def test_logits_are_those_of_the_same_weights_in_hugging_face(form, has_tower, clip, tmp_path, caplog):
     weights = original(TINY["llava"].hugging_face())
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # buffers that older code saved
     weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
@@ -142,7 +142,9 @@ def test_logits_are_those_of_the_same_weights_in_hugging_face(form, has_tower, c
     write_weights(folder, weights if has_tower else without_tower(weights), form)
     model, report = FusedAutoModel.from_pretrained(folder, output_loading_info=True)
     assert complete(report)
+    assert "LOAD REPORT" not in caplog.text  # nor does transformers warn
     assert type(model) is FusedLlavaForConditionalGeneration
+    assert type(model.model.vision_tower) is CLIPVisionModel
     assert not any(module.training for module in model.modules())
     equal(logits(model, inputs()), logits(hugging_face(), inputs()))
 
@@ -188,6 +190,22 @@ def test_new_rows_are_around_the_mean_of_the_old_and_the_same_each_time(checkpoi
         torch.testing.assert_close(weight[VOCABULARY:], mean.expand(4, -1), rtol=0, atol=1e-3)
 
 
+def test_both_new_tokens_get_a_row_where_the_old_vocabulary_ends_one_before_a_multiple_of_64(clip, tmp_path):
+    folder = write_config(tmp_path, mm_vision_tower=str(clip), vocab_size=63)
+    weights = without_tower(original(TINY["llava"].hugging_face()))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:3]])
+    write_weights(folder, weights)
+    model = FusedAutoModel.from_pretrained(folder)
+    assert (model.config.image_token_id, model.config.pad_token_id) == (63, 64)
+    assert len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == 128
+
+
+def test_a_subfolder_is_the_checkpoints_not_the_towers(checkpoint):
+    model = FusedAutoModel.from_pretrained(checkpoint.parent, subfolder=checkpoint.name)
+    equal(logits(model, inputs()), logits(hugging_face(), inputs()))
+
+
 def test_a_plan_holds_and_the_model_saved_under_it_loads_as_a_fused_one(checkpoint, tmp_path):
     model = FusedAutoModel.from_pretrained(checkpoint, stages={"enter": 2, "exit": 4})
     staged = logits(model, inputs())
@@ -222,11 +240,12 @@ def test_dtype_is_the_configs_unless_another_is_given(clip, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llava_llama", "llava_mistral"])
 def test_the_text_model_follows_the_model_type(kind, clip, tmp_path):
-    folder = write_config(tmp_path, mm_vision_tower=str(clip), model_type=kind, rope_theta=5e5, sliding_window=None)
+    rope = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    folder = write_config(tmp_path, mm_vision_tower=str(clip), model_type=kind, sliding_window=None, **rope)
     write_weights(folder, without_tower(original(TINY["llava"].hugging_face())))
     text = FusedAutoModel.from_pretrained(folder).config.text_config
     assert text.model_type == kind.removeprefix("llava_")
-    assert text.rope_parameters["rope_theta"] == 5e5
+    assert [text.rope_parameters[name] for name in ("rope_theta", "rope_type", "factor")] == [5e5, "linear", 2.0]
 
 
 @pytest.mark.parametrize("has_head", [True, False])
@@ -270,7 +289,7 @@ def test_tiles_of_llava_1_6_are_llava_next(clip, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["inside", "inside, whole", "apart"])
-def test_a_siglip_tower_gives_every_patch_before_its_last_layer(place, tmp_path):
+def test_a_siglip_tower_gives_every_patch_before_its_last_layer(place, tmp_path, caplog):
     torch.manual_seed(0)
     config = SiglipVisionConfig(**{**SIGLIP, "num_hidden_layers": 3, "vision_use_head": True})
     tower = SiglipVisionModel(config).eval()
@@ -287,6 +306,7 @@ def test_a_siglip_tower_gives_every_patch_before_its_last_layer(place, tmp_path)
     write_weights(folder, weights)
     model, report = FusedAutoModel.from_pretrained(folder, output_loading_info=True)
     assert complete(report)
+    assert "LOAD REPORT" not in caplog.text
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         hidden = tower.embeddings(pixels)
