@@ -65,7 +65,7 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
         torch.manual_seed(0)  # the new rows, drawn around the mean of the old, are the same each time
         has_values = model.device.type != "meta"
         model.resize_token_embeddings(len(model.lm_head.weight) + 2, pad_to_multiple_of=64, mean_resizing=has_values)
-    del model._weight_conversions  # save_pretrained would go back to the original names
+    vars(model).pop("_weight_conversions", None)  # with it, save_pretrained goes back to the original names
     model.eval()  # as from_pretrained leaves it; the head is a new module
     return (model, report) if wants_report else model
 
@@ -171,7 +171,7 @@ def _name_rules(source: Any, fields: Mapping[str, Any], names: Sequence[str]) ->
 
 
 def _cut_siglip(config: Any, names: Sequence[str]) -> None:
-    """Deletes the last layer and the head of a SigLIP tower, as LLaVA's code does, where the file lacks them."""
+    """Deletes the last layer and the head of a SigLIP tower, as LLaVA-NeXT's code does, where the file lacks them."""
     vision, tower = config.vision_config, [name for name in names if name.startswith(_TOWER)]
     vision.vision_use_head = any(".head." in name for name in tower)
     if not any(f".layers.{vision.num_hidden_layers - 1}." in name for name in tower):
