@@ -63,8 +63,8 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
         raise ValueError(f"{source}: got no weights for {min(missing)} ({len(missing)} missing), expected all")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the new rows, drawn around the mean of the old, are the same each time
-        has_values = model.device.type != "meta"
-        model.resize_token_embeddings(len(model.lm_head.weight) + 2, pad_to_multiple_of=64, mean_resizing=has_values)
+        rows, has_values = config.text_config.vocab_size + 2, model.device.type != "meta"
+        model.resize_token_embeddings(rows, pad_to_multiple_of=64, mean_resizing=has_values)
     vars(model).pop("_weight_conversions", None)  # with it, save_pretrained goes back to the original names
     model.eval()  # as from_pretrained leaves it; the head is a new module
     return (model, report) if wants_report else model
