@@ -202,8 +202,9 @@ class Family:
 
     def register(self) -> None:
         """Makes the Auto classes, `transformers serve` and the rules for weight names know the fused class."""
-        AutoConfig.register(self.fused_type, self.config_class, exist_ok=True)
-        AutoModelForImageTextToText.register(self.config_class, self.model_class, exist_ok=True)
+        if not __name__.startswith("transformers_modules."):  # a release's auto_map says it, for that release alone
+            AutoConfig.register(self.fused_type, self.config_class, exist_ok=True)
+            AutoModelForImageTextToText.register(self.config_class, self.model_class, exist_ok=True)
         MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(self.fused_type, self.model_class.__name__)
         # files name their weights as the family's do; these rules go by class name or model_type
         base = f"{self.prefix}ForConditionalGeneration"

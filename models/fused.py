@@ -30,6 +30,8 @@ from .stage_plan import StagePlan
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
 VISION_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
 ADDED_ARGUMENTS = ("schedule", "visual")
+UNUSED_KEYWORDS = ("tokenizer", "assistant_tokenizer")  # generate() hands them to every forward
+CACHE_NAMES = dict.fromkeys(("cache", "past_key_values"), CACHE)
 USED_KEYWORDS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
 Blank = Callable[[], tuple[Tensor, list[Tensor]]]  # features (R, D) of a blank image, and its DeepStack features
 
@@ -274,7 +276,7 @@ class FusedMixin:
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the inputs of forward by name; those that are None are left out."""
         names, known = _arguments_of(type(self).forward, type(self.model).forward)
-        kwargs = {CACHE if name in ("cache", "past_key_values") else name: value for name, value in kwargs.items()}
+        kwargs = {CACHE_NAMES.get(name, name): value for name, value in kwargs.items() if name not in UNUSED_KEYWORDS}
         for name in kwargs:
             if name not in known:
                 raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{name}'")

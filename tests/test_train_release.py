@@ -26,22 +26,31 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from data.chat import ChatFormat
 from data.config import DataConfig
 from data.images import pixel_values, visual_tokens
 from data.records import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+from models.schedules import SCHEDULES
 from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
-from train import release, release_hub, release_proof
 from train.checkpoints import Progress, mark
-from train.release_card import plan_words, read_comparison
-from train.release_processor import released_processor
-from train.release_proof import picture
-from train.release_run import InputError, ReleaseError, find_run
-from train.release_sources import licences
+from train.release import hub as release_hub
+from train.release import proof as release_proof
+from train.release import release
+from train.release.card import plan_words, read_comparison
+from train.release.processor import released_processor
+from train.release.proof import picture
+from train.release.run import InputError, ReleaseError, find_run
+from train.release.sources import licences
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"
@@ -54,8 +63,8 @@ import importlib.util, json, sys
 from transformers import pipeline
 assert importlib.util.find_spec("models") is None
 said = []
-for place, image in json.loads(sys.argv[1]):
-    pipe = pipeline("image-text-to-text", model=place, trust_remote_code=True)
+for place, image, trust in json.loads(sys.argv[1]):
+    pipe = pipeline("image-text-to-text", model=place, trust_remote_code=trust)
     content = [{"type": "image", "url": image}, {"type": "text", "text": sys.argv[2]}]
     answers = pipe(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
     said.append(answers[0]["generated_text"])
@@ -308,8 +317,8 @@ def test_a_release_holds_all_that_it_needs(released, llava):
 
 def test_its_code_is_this_repositorys(released):
     code = sorted(path.name for path in released.glob("*.py"))
-    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py"} <= set(code)
-    for name in code:
+    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py", "visipruner.py"} <= set(code)
+    for name in set(code) - {"modeling_fused.py"}:  # which says what transformers it needs, and names the classes
         assert (released / name).read_bytes() == (ROOT / "models" / name).read_bytes()
 
 
@@ -350,11 +359,12 @@ def test_licences_name_what_is_known_and_ask_about_the_rest(released):
     assert "| language model | lmsys/vicuna-7b-v1.5 | Llama 2 Community License" in text
     assert "openai/clip-vit-large-patch14-336" in text
     options = ["model.language_model=/weights/mine", "model.vision_tower=null", "data.files=[/rows/own.json]"]
-    other = licences(load_recipe(ROOT / "recipes/llava_fused.yaml", [*options, "align=null"]))
+    other = licences(load_recipe(ROOT / "recipes/llava_fused.yaml", [*options, "align=null"]), code=False)
     assert "check the licence of mine |" in other
     assert "check the licence of own.json" in other
     assert "/weights" not in other
-    assert "MIT" in licences(load_recipe(ROOT / "recipes/quickstart.yaml"))
+    assert "*.py" not in other
+    assert "MIT" in licences(load_recipe(ROOT / "recipes/quickstart.yaml"), code=True)
 
 
 def test_plans_in_words():
@@ -420,8 +430,14 @@ def test_it_pads_images_as_training_padded(released, llava, size):
         assert not torch.equal(found, pixel_values(image, own, aspect="processor"))
 
 
-def answer(run, image, question, new_tokens=6):
+def answer(run, image, question, schedule=None):
     """Returns what a run's model answers when asked as it was trained to be asked."""
+    ids = answer_ids(run, image, question, schedule)
+    return AutoProcessor.from_pretrained(run / "final").tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def answer_ids(run, image, question, schedule=None):
+    """Returns the tokens of `answer`."""
     found = find_run(run)
     model = FusedLlavaForConditionalGeneration.from_pretrained(found.final).eval()
     processor = AutoProcessor.from_pretrained(found.final)
@@ -433,10 +449,11 @@ def answer(run, image, question, new_tokens=6):
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         pixel_values=pixels,
-        max_new_tokens=new_tokens,
+        max_new_tokens=6,
         do_sample=False,
+        schedule=schedule,
     )
-    return processor.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
+    return made[0, len(ids) :].tolist()
 
 
 def test_strangers_use_it_in_a_pipeline(quickstart, llava, released, hub, tmp_path):
@@ -449,9 +466,9 @@ def test_strangers_use_it_in_a_pipeline(quickstart, llava, released, hub, tmp_pa
     square = picture(AutoProcessor.from_pretrained(quickstart / "final").image_processor)
     wide = picture(AutoProcessor.from_pretrained(llava / "final").image_processor)
     places = []
-    for place, image in ((str(tmp_path / "dense"), square), (REPO, wide)):
+    for place, image, trust in ((str(tmp_path / "dense"), square, False), (REPO, wide, True)):
         image.save(tmp_path / f"{image.width}.png")
-        places.append((place, str(tmp_path / f"{image.width}.png")))
+        places.append((place, str(tmp_path / f"{image.width}.png"), trust))
     own = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, json.dumps(places), QUESTION],
@@ -465,6 +482,152 @@ def test_strangers_use_it_in_a_pipeline(quickstart, llava, released, hub, tmp_pa
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == [answer(quickstart, square, QUESTION), answer(llava, wide, QUESTION)]
     assert all(said)
+
+
+def loaded_elsewhere(tmp_path, code, *arguments):
+    """Returns what `code` prints as JSON in a process that knows the libraries alone; `sys.argv[1:]` are arguments."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import json, sys\n{code}", *map(str, arguments)],
+        cwd=tmp_path,
+        env=stranger(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_dense_release_is_a_plain_checkpoint(quickstart, tmp_path):
+    out = tmp_path / "dense"
+    assert release.main([str(quickstart), "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])
+    assert not {"auto_map", "stages", "schedule"} & config.keys()
+    assert not list(out.glob("*.py"))
+    theirs, report = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    ours = FusedLlavaForConditionalGeneration.from_pretrained(quickstart / "final").eval()
+    final = load_file(quickstart / "final/model.safetensors")
+    written = load_file(out / "model.safetensors")
+    assert final.keys() == written.keys()
+    assert all(torch.equal(final[name], written[name]) for name in final)
+    ids = torch.randint(5, 300, (1, 9))
+    assert torch.equal(theirs.eval()(input_ids=ids).logits, ours(input_ids=ids).logits)
+    card = (out / "README.md").read_text()
+    assert "plain Hugging Face checkpoint" in card
+    assert "trust_remote_code" not in card
+    assert "*.py" not in (out / "LICENSES.md").read_text()
+
+
+SCHEDULED = """
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+place, names = sys.argv[1], sys.argv[3:]
+image = Image.open(sys.argv[2])
+model = AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(place, trust_remote_code=True)
+content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+messages = [{"role": "user", "content": content}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+said = {}
+for name in names:
+    made = model.generate(**inputs, schedule=name, max_new_tokens=6, do_sample=False)
+    said[name] = made[0, inputs["input_ids"].shape[1]:].tolist()
+pipe = pipeline("image-text-to-text", model=place, trust_remote_code=True)
+answers = pipe(text=messages, max_new_tokens=6, return_full_text=False)
+other = AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True, schedule={"name": "vtw", "layer": 2})
+kinds = [repr(model.schedule), repr(other.schedule)]
+print(json.dumps([said, answers[0]["generated_text"], kinds]))
+"""
+
+
+def test_pruners_travel_with_a_release(quickstart, tmp_path):
+    """A dense run that starts under VisiPruner: in Python by every name, and in a pipeline by its config."""
+    out, setting = tmp_path / "pruned", {"name": "visipruner", "layer_threshold": 1.0}
+    rows = [
+        {"run": "quickstart", "schedule": name, "task": "easy_vqa", "metric": "accuracy", "score": score,
+         "visual_token_layers": layers}
+        for name, score, layers in (("dense", 0.75, 512.0), ("visipruner", 0.5, 200.0))
+    ]  # fmt: skip
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "table.md").write_text("")
+    given = ["--out", str(out), "--schedule", json.dumps(setting), "--comparison", str(tmp_path)]
+    assert release.main([str(quickstart), *given]) == 0
+    assert json.loads((out / "config.json").read_text())["schedule"] == setting
+    card = ModelCard.load(out / "README.md")
+    assert "starts under **visipruner**" in card.text
+    assert "| visipruner | easy_vqa | accuracy | 0.5 | 200 |" in card.text
+    assert "| fastv | - | - |" in card.text
+    assert card.data.eval_results is None  # these settings were not measured
+    image = picture(AutoProcessor.from_pretrained(quickstart / "final").image_processor)
+    image.save(tmp_path / "picture.png")
+    names = list(SCHEDULES)
+    said, piped, kinds = loaded_elsewhere(tmp_path, SCHEDULED, out, tmp_path / "picture.png", *names)
+    expected = {name: answer_ids(quickstart, image, QUESTION, schedule=name) for name in names}
+    assert said == expected
+    assert len({tuple(ids) for ids in said.values()}) > 1
+    assert piped == answer(quickstart, image, QUESTION, schedule=setting)
+    assert "layer_threshold=1.0" in kinds[0]
+    assert kinds[1] == "VTW(layer=2)"
+
+
+TWO = """
+from transformers import AutoModelForImageTextToText
+marks = []
+for place in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(place, trust_remote_code=True)
+    marks.append([sys.modules[type(model).__module__].MARK, type(model).generate.__module__, model.schedule.MARK])
+print(json.dumps(marks))
+"""
+
+
+def test_two_releases_in_one_process_run_their_own_code(released, tmp_path):
+    places = []
+    for word in ("first", "second"):
+        place = tmp_path / word / "model"  # the same name, as the hub's `main` of two repositories
+        shutil.copytree(released, place)
+        with (place / "modeling_fused.py").open("a") as file:
+            file.write(f"MARK = {word!r}\n")
+        with (place / "schedule_base.py").open("a") as file:
+            file.write(f"Fused.MARK = {word!r}\n")
+        places.append(place)
+    found = loaded_elsewhere(tmp_path, TWO, *places, places[0])
+    assert [word for word, _, _ in found] == [word for _, _, word in found] == ["first", "second", "first"]
+    assert len({module for _, module, _ in found}) == 2
+
+
+OLD = """
+import transformers
+transformers.__version__ = "4.57.6"
+from transformers import AutoModelForImageTextToText
+try:
+    AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+except ImportError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_transformers_that_is_too_old_is_named_with_the_one_that_is_needed(released, tmp_path):
+    found = loaded_elsewhere(tmp_path, OLD, released)
+    assert found.startswith("this model needs transformers >= 5.22, got 4.57.6: pip install")
+    assert '"transformers[serving]>=5.22' in (ROOT / "pyproject.toml").read_text()
+
+
+SAVED_AGAIN = """
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained("again")
+kinds = [AutoModelForImageTextToText, AutoModelForMultimodalLM]
+print(json.dumps([type(kind.from_pretrained("again", trust_remote_code=True)).__name__ for kind in kinds]))
+"""
+
+
+def test_what_a_stranger_saves_again_loads_again(released, tmp_path):
+    found = loaded_elsewhere(tmp_path, SAVED_AGAIN, released)
+    assert found == ["FusedLlavaForConditionalGeneration"] * 2
+    assert {path.name for path in released.glob("*.py")} == {path.name for path in (tmp_path / "again").glob("*.py")}
 
 
 @contextmanager
@@ -529,10 +692,10 @@ def test_a_push_replaces_files_only_when_forced(released, online):
 
 def test_what_keeps_a_push_from_working_is_said_first(online, monkeypatch):
     for name in ("no-org", "a/b/c", "some one/x"):
-        with pytest.raises(InputError, match="accepted: ORG/NAME"):
+        with pytest.raises(InputError, match="expected ORG/NAME"):
             release_hub.check_target(name, force=False)
     monkeypatch.setattr(Hub, "refused", True)
-    with pytest.raises(InputError, match="accepted: a token that may write there"):
+    with pytest.raises(InputError, match="expected a token that may write there"):
         release_hub.check_target(REPO, force=False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ReleaseError, match=r"hub at http://127\.0\.0\.1:9 cannot be reached"):
@@ -574,7 +737,7 @@ def test_the_proof_looks_at_everything(released, monkeypatch, tmp_path):
 
     def prove(folder=released, **found):
         monkeypatch.setattr(release_proof, "_fresh", lambda *_: expected | found)
-        release_proof.prove(folder, expected, image)
+        release_proof.prove(folder, expected, image, plain=False)
 
     prove()
     prove(logits=expected["logits"] + 1e-6)
@@ -585,7 +748,7 @@ def test_the_proof_looks_at_everything(released, monkeypatch, tmp_path):
             prove(**{part: tensor[..., :1].repeat(1, *[5] * (tensor.dim() - 1))})
     with pytest.raises(ReleaseError, match="logits"):
         prove(logits=expected["logits"] * torch.nan)
-    for spoil in (lambda f: (f / "plan.py").write_text("# other"), lambda f: (f / "more.txt").write_text("x")):
+    for spoil in (lambda f: (f / "stage_plan.py").write_text("# other"), lambda f: (f / "more.txt").write_text("x")):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(released, tmp_path / "copy")
         spoil(tmp_path / "copy")
@@ -595,10 +758,10 @@ def test_the_proof_looks_at_everything(released, monkeypatch, tmp_path):
 
 def test_code_that_does_not_load_alone_is_refused(released, tmp_path):
     shutil.copytree(released, tmp_path / "copy")
-    with (tmp_path / "copy/plan.py").open("a") as file:
-        file.write("import models.plan\n")
+    with (tmp_path / "copy/stage_plan.py").open("a") as file:
+        file.write("import models.stage_plan\n")
     with pytest.raises(ReleaseError, match=r"does not work in a fresh process: .*models"):
-        release_proof.prove(tmp_path / "copy", {}, Image.new("RGB", (8, 8)))
+        release_proof.prove(tmp_path / "copy", {}, Image.new("RGB", (8, 8)), plain=False)
 
 
 def test_only_a_release_is_replaced(released, llava, quickstart, tmp_path, capsys, monkeypatch):
@@ -627,14 +790,19 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
     shutil.copytree(llava, tmp_path / "cut")
     (tmp_path / "cut/final/model.safetensors").unlink()
     cases = [
-        ([tmp_path], "accepted: a run folder, which holds final/run.json"),
+        ([tmp_path], "expected a run folder, which holds final/run.json"),
         ([tmp_path / "stopped"], "without final/.*deepspeed train/run.py .*recipe.yaml` finishes it"),
         ([tmp_path / "saved"], "checkpoint-10, .*train.max_steps=10 at that checkpoint, on 8 ranks as before"),
         ([tmp_path / "cut"], "final: cannot be loaded"),
-        ([llava, "--max-shard-size", "big"], "found 'big', accepted: a size"),
-        ([llava, "--max-shard-size", "0GB"], "found '0GB', accepted: a size"),
-        ([llava, "--comparison", tmp_path], "accepted: a folder that eval.compare wrote"),
-        ([quickstart, "--comparison", llava / "table"], "found runs llava, other, accepted: one with quickstart"),
+        ([llava, "--max-shard-size", "big"], "got 'big', expected a size"),
+        ([llava, "--max-shard-size", "0GB"], "got '0GB', expected a size"),
+        ([llava, "--schedule", "nope"], "--schedule: schedule: got 'nope', expected one of trained, dense"),
+        ([llava, "--schedule", '{"name": "vtw", "layer": 99}'], "--schedule: VTW.layer: got 99"),
+        ([llava, "--schedule", '{"name": "vtw", "nope": 1}'], "--schedule: schedule vtw: got setting 'nope'"),
+        ([llava, "--schedule", '{"layer": 1}'], "--schedule: schedule: got None"),
+        ([llava, "--schedule", "{"], "--schedule: got '{'"),
+        ([llava, "--comparison", tmp_path], "expected a folder that eval.compare wrote"),
+        ([quickstart, "--comparison", llava / "table"], "got runs llava, other, expected one with quickstart"),
     ]
     for arguments, told in cases:
         assert release.main([*map(str, arguments), "--out", str(tmp_path / "out")]) == 2, arguments

@@ -70,19 +70,19 @@ def _figures(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{file}: found no JSON ({error}), accepted: what a run writes") from None
+        raise InputError(f"{file}: got no JSON ({error}), expected what a run writes") from None
 
 
 def _unfinished(folder: Path) -> str:
     """Returns what is wrong with a folder without a finished run, and what to do about it."""
     if not (folder / RECIPE).is_file():
-        return f"found no run, accepted: a run folder, which holds {FINAL}/{RUN}"
+        return f"got no run, expected a run folder, which holds {FINAL}/{RUN}"
     finish = f"`deepspeed train/run.py {folder / RECIPE}` finishes it"
     found = whole_checkpoints(folder)
     if not found:
-        return f"found a run without {FINAL}/, accepted: a finished one; {finish}"
+        return f"got a run without {FINAL}/, expected a finished one; {finish}"
     step, ranks = found[-1].name.rpartition("-")[2], read_progress(found[-1]).ranks
     return (
-        f"found an unfinished run with {found[-1].name}, accepted: a finished one; {finish}, with "
+        f"got an unfinished run with {found[-1].name}, expected a finished one; {finish}, with "
         f"train.max_steps={step} at that checkpoint, on {ranks} rank{'s' if ranks > 1 else ''} as before"
     )

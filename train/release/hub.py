@@ -15,7 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from train.release_run import InputError, ReleaseError
+from train.release.run import InputError, ReleaseError
 
 _OWN: Final = (".gitattributes",)  # what a new repository of the hub begins with
 _UNAUTHORIZED: Final = 401  # the hub's answer to a wrong token, also where a repository is not there
@@ -36,11 +36,11 @@ def check_target(repo: str, *, force: bool) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"--push: found {repo!r} ({_line(error)}), accepted: ORG/NAME") from None
+        raise InputError(f"--push: got {repo!r} ({_line(error)}), expected ORG/NAME") from None
     if repo.count("/") != 1:
-        raise InputError(f"--push: found {repo!r}, accepted: ORG/NAME")
+        raise InputError(f"--push: got {repo!r}, expected ORG/NAME")
     if get_token() is None:
-        raise InputError("--push: found no token of the hub, accepted: `hf auth login`, or the variable HF_TOKEN")
+        raise InputError("--push: got no token of the hub, expected `hf auth login`, or the variable HF_TOKEN")
     try:
         known = HfApi().model_info(repo).siblings or []
     except RepositoryNotFoundError as error:
@@ -54,7 +54,7 @@ def check_target(repo: str, *, force: bool) -> None:
     files = [file.rfilename for file in known if file.rfilename not in _OWN]
     if files and not force:
         raise InputError(
-            f"--push: {repo} holds {len(files)} files already, {files[0]} among them; accepted: an empty or a new "
+            f"--push: {repo} holds {len(files)} files already, {files[0]} among them; expected an empty or a new "
             "repository, or --force, which replaces them all"
         )
 
@@ -85,7 +85,7 @@ def push(release: Path, repo: str, *, force: bool) -> str:
 
 
 def _refused(repo: str, error: HfHubHTTPError) -> InputError:
-    return InputError(f"--push: {repo}: the hub says: {_line(error)}; accepted: a token that may write there")
+    return InputError(f"--push: {repo}: the hub says: {_line(error)}; expected a token that may write there")
 
 
 def _line(error: Exception) -> str:

@@ -63,12 +63,12 @@ def data_sources(recipe: Recipe) -> list[Source]:
     return [_data_source(file) for file in files]
 
 
-def licences(recipe: Recipe) -> str:
-    """Returns LICENSES.md: a note on the licence of each part."""
-    return "\n".join(_licence_lines(recipe)) + "\n"
+def licences(recipe: Recipe, *, code: bool) -> str:
+    """Returns LICENSES.md: a note on the licence of each part; `code`: the release holds this project's code."""
+    return "\n".join(_licence_lines(recipe, code)) + "\n"
 
 
-def _licence_lines(recipe: Recipe) -> Iterator[str]:
+def _licence_lines(recipe: Recipe, code: bool) -> Iterator[str]:
     yield "# Licences of the parts"
     yield ""
     yield "What is known of each part. These notes are no legal advice: read the licences themselves."
@@ -79,6 +79,8 @@ def _licence_lines(recipe: Recipe) -> Iterator[str]:
         yield f"| {source.part} | {source.name} | {source.licence} |"
     if not model_sources(recipe):
         yield "| weights | random at the start | no other model's licence reaches them |"
+    if not code:
+        return
     yield (
         "| code (`*.py`) | the Fused LLaVA project | no licence is named in this folder: ask the project's owner |"
         if licence_file() is None

@@ -18,21 +18,18 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.images import pixel_values
-from models import FusedLlavaForConditionalGeneration
-from train.release_processor import CONVERSATION, trained_ids
-from train.release_run import ReleaseError
+from train.release.processor import CONVERSATION, trained_ids
+from train.release.run import ReleaseError
 
 SUMS: Final = "SHA256SUMS"
-_PROBE: Final = Path(__file__).with_name("release_probe.py")
+_PROBE: Final = Path(__file__).with_name("probe.py")
 _NEW_TOKENS: Final = 8
 _LAST: Final = 8  # positions whose logits are compared: the last ones, which are text
 _TOLERANCE: Final = 1e-4  # of logits, relative to the largest; the same code on the same machine gives 0
 _PIXEL_TOLERANCE: Final = 1e-5
 
 
-def expect(
-    model: FusedLlavaForConditionalGeneration, processor: Any, data: DataConfig, image: Image.Image
-) -> dict[str, Tensor]:
+def expect(model: Any, processor: Any, data: DataConfig, image: Image.Image) -> dict[str, Tensor]:
     """Returns what the run's model makes of CONVERSATION with an image, asked as training asked.
 
     Args:
@@ -65,21 +62,27 @@ def picture(image_processor: Any) -> Image.Image:
     return Image.fromarray(values.numpy())
 
 
-def prove(release: Path, expected: dict[str, Tensor], image: Image.Image) -> None:
+def prove(release: Path, expected: dict[str, Tensor], image: Image.Image, *, plain: bool) -> None:
     """Loads a release in a fresh process and compares what it makes of CONVERSATION; then checks its checksums.
+
+    Args:
+        release: the folder.
+        expected: what `expect` returned for the run's model.
+        image: that `expect` was given.
+        plain: it has to load without `trust_remote_code`, into a class of transformers.
 
     Raises:
         ReleaseError: it does not load there, or gives something else, or a file is not what was written.
     """
     with tempfile.TemporaryDirectory() as name:
-        found = _fresh(release.resolve(), image, Path(name))
+        found = _fresh(release.resolve(), image, Path(name), plain)
     limits = {"input_ids": 0.0, "pixel_values": _PIXEL_TOLERANCE, "logits": _TOLERANCE, "tokens": 0.0}
     for part, limit in limits.items():  # causes before what follows from them
         error = _error(found[part], expected[part])
         if not error <= limit:
             raise ReleaseError(
                 f"the release in a fresh process: {part} differ from the run's by {error:.1e} of the largest, "
-                f"accepted: {limit:.0e}"
+                f"expected {limit:.0e}"
             )
     check_sums(release)
 
@@ -100,11 +103,12 @@ def check_sums(folder: Path) -> None:
             raise ReleaseError(f"{folder / name}: is not what {SUMS} says")
 
 
-def _fresh(release: Path, image: Image.Image, folder: Path) -> dict[str, Tensor]:
+def _fresh(release: Path, image: Image.Image, folder: Path, plain: bool) -> dict[str, Tensor]:
     """Returns what a process that knows the release alone makes of the conversation."""
     image.save(folder / "image.png")
     job = {
         "release": str(release),
+        "plain": plain,
         "messages": CONVERSATION,
         "image": str(folder / "image.png"),
         "found": str(folder / "found.safetensors"),

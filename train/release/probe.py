@@ -1,6 +1,6 @@
 """What a stranger does with a release: loads it where the repository is not, and asks it.
 
-Run as a script in a fresh, isolated process by train/release_proof.py; imports nothing of the repository.
+Run as a script in a fresh, isolated process by proof.py; imports nothing of the repository.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -23,11 +24,13 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     if importlib.util.find_spec("models") is not None:
         raise RuntimeError("a package named models can be imported here: this proves nothing")
-    model = AutoModelForImageTextToText.from_pretrained(job["release"], trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(job["release"], trust_remote_code=True)
+    trust = {} if job["plain"] else {"trust_remote_code": True}
+    model = AutoModelForImageTextToText.from_pretrained(job["release"], **trust).eval()
+    processor = AutoProcessor.from_pretrained(job["release"], **trust)
     code = Path(str(sys.modules[type(model).__module__].__file__)).resolve()
-    if not code.is_relative_to(Path(HF_MODULES_CACHE).resolve()):
-        raise RuntimeError(f"the model's code is {code}, not the release's")
+    home = Path(transformers.__file__).parent if job["plain"] else Path(HF_MODULES_CACHE)
+    if not code.is_relative_to(home.resolve()):
+        raise RuntimeError(f"the model's code is {code}, expected a file below {home}")
     with Image.open(job["image"]) as image:
         for message in job["messages"]:
             for part in message["content"]:

@@ -13,7 +13,7 @@ from data.config import DataConfig
 from data.images import visual_tokens
 from data.records import IMAGE_MARK, Turn
 from data.render import VICUNA_SYSTEM
-from train.release_run import InputError, ReleaseError
+from train.release.run import InputError, ReleaseError
 
 # Messages whose content is a list of parts (pipelines, servers) become messages whose content is text, as training
 # had them: first a mark and a newline for each image, then the text. Whatever follows need not know of parts. The
@@ -31,7 +31,7 @@ _PARTS_TO_TEXT: Final = """\
             {%- elif part['type'] in ['image', 'image_url'] -%}
                 {%- set said.marks = said.marks + 'IMAGE\\n' -%}
             {%- else -%}
-                {{- raise_exception('found a part of type ' ~ part['type'] ~ ', accepted: text, image') -}}
+                {{- raise_exception('got a part of type ' ~ part['type'] ~ ', expected text, image') -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -96,9 +96,7 @@ def read_processor(final: Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(final)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{final}: {' '.join(str(error).split())}; accepted: the processor that a run writes"
-        ) from None
+        raise InputError(f"{final}: {' '.join(str(error).split())}; expected the processor that a run writes") from None
 
 
 def released_processor(final: Path, data: DataConfig) -> Any:

@@ -1,0 +1,224 @@
+"""The model card of a release: README.md with the hub's metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from models import StagePlan
+from models.schedules import SCHEDULES, TRAINED
+from train.release.run import InputError, Run
+from train.release.sources import data_sources, model_sources
+from train.release.weights import OLDEST, render
+
+TABLE: Final = "table.json", "table.md"  # what eval.compare writes
+TASK: Final = "image-text-to-text"
+_SCORES: Final = ("task", "metric", "score", "standard_error", "num_questions")
+_COSTS: Final = {  # key of a row of eval.compare: its heading
+    "schedule": "schedule",
+    "task": "task",
+    "metric": "metric",
+    "score": "score",
+    "visual_token_layers": "visual token-layers",
+    "flops": "FLOPs",
+    "prefill_seconds": "prefill, s",
+    "faster_than_dense": "faster",
+}
+_KINDS: Final = {
+    name: " ".join((kind.__doc__ or "").split()).partition(". ")[0].rstrip(".") for name, kind in SCHEDULES.items()
+}
+_TRAINING: Final = ("steps", "seconds", "samples", "samples_per_second", "tokens", "loss", "ranks", "precision")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What eval.compare found.
+
+    Attributes:
+        table: table.md.
+        rows: the rows of this run under the schedule that it starts under.
+        schedules: its rows under every schedule.
+    """
+
+    table: str
+    rows: list[dict[str, Any]]
+    schedules: list[dict[str, Any]]
+
+
+def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None = None) -> Comparison:
+    """Returns the comparison in a folder of eval.compare.
+
+    Args:
+        folder: of the comparison.
+        run: whose rows are wanted.
+        schedule: that the release starts under; None is the trained plan.
+
+    Raises:
+        InputError: it holds none, or none of this run.
+    """
+    try:
+        record, table = (folder / name for name in TABLE)
+        found = json.loads(record.read_text(encoding="utf-8"))
+        text = table.read_text(encoding="utf-8")
+        rows = found["rows"] if isinstance(found, dict) else found
+        runs = sorted({str(row["run"]) for row in rows})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--comparison: {folder}: {' '.join(str(error).split())}, expected a folder that eval.compare wrote"
+        ) from None
+    wanted: tuple[str, ...]
+    if schedule is not None:
+        wanted = (schedule["name"],) if len(schedule) == 1 else ()  # other settings than were measured
+    else:
+        wanted = (TRAINED,) if run.recipe.plan else (TRAINED, "dense")  # two names of one schedule
+    own = [row for row in rows if row["run"] == run.name]
+    if not own:
+        raise InputError(f"--comparison: {folder}: got runs {', '.join(runs)}, expected one with {run.name}")
+    kept: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for row in own:
+        if row.get("schedule") in wanted and isinstance(row.get("score"), int | float):
+            kept.setdefault((row.get("task"), row.get("metric")), row)
+    return Comparison(text, list(kept.values()), [row for row in own if isinstance(row.get("score"), int | float)])
+
+
+def write_card(
+    folder: Path, run: Run, config: Any, comparison: Comparison | None, *, repo: str | None, plain: bool
+) -> None:
+    """Writes README.md.
+
+    Args:
+        folder: of the release.
+        run: what is released.
+        config: its config.
+        comparison: what it is worth next to others; None where it was not compared.
+        repo: hub id that it will have; None leaves a placeholder in the examples.
+        plain: it is a plain Hugging Face checkpoint.
+    """
+    place = repo or "path/to/this/folder"
+    text = render("card.md.jinja", **_values(run, config, comparison, place=place, plain=plain))
+    metadata = _metadata(run, comparison, plain=plain)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def plan_words(plan: StagePlan | None, depth: int) -> str:
+    """Returns what a stage plan does in a decoder of `depth` layers, in a few sentences."""
+    if plan is None:
+        return f"Dense: visual tokens run through all {depth} decoder layers, as in LLaVA."
+    layers = [layer for layer in range(depth) if plan.sees(layer)]
+    if plan.layers is None:
+        last = "never leave" if plan.exit == depth else f"are gone from layer {plan.exit} on"
+        words = f"Visual tokens enter at decoder layer {plan.enter} and {last}"
+    else:
+        words = f"Visual tokens are live at decoder layers {', '.join(map(str, layers))}"
+    words += f" (layers count from 0): {len(layers)} of {depth} layers see the image, the others run on text alone."
+    if plan.update == "kv":
+        words += " There a visual token only lends keys and values to the text, and never changes."
+    for layer, amount in plan.keep.items():
+        some = f"{amount:.4g} of the" if isinstance(amount, float) else str(amount)
+        words += f" From layer {layer} on {some} visual tokens stay."
+    return words
+
+
+def _metadata(run: Run, comparison: Comparison | None, *, plain: bool) -> ModelCardData:
+    models = [source.hub for source in model_sources(run.recipe) if source.hub]
+    datasets = list(dict.fromkeys(source.hub for source in data_sources(run.recipe) if source.hub))
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=str(row.get("task")),
+            dataset_name=str(row.get("task")),
+            dataset_args={"num_questions": row.get("num_questions")},  # a part of the task, or all of it
+            metric_type=str(row.get("metric")),
+            metric_value=row["score"],
+        )
+        for row in (comparison.rows if comparison else [])
+    ]
+    return ModelCardData(
+        model_name=run.recipe.name if results else None,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        license="other",
+        license_name="see-licenses-md",
+        license_link="LICENSES.md",
+        base_model=models or None,
+        datasets=datasets or None,
+        eval_results=results or None,
+        tags=["llava", "fused-llava", *([] if plain else ["custom_code"]), "vision-language"],
+    )
+
+
+def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str, plain: bool) -> dict[str, Any]:
+    """Returns what card.md.jinja is filled with."""
+    depth = config.text_config.num_hidden_layers
+    heads, rows, note = _schedules(comparison)
+    return {
+        "name": run.recipe.name,
+        "run": run.name,
+        "place": place,
+        "plain": plain,
+        "staged": config.stages is not None,
+        "plan": plan_words(None if config.stages is None else StagePlan.from_dict(config.stages), depth),
+        "schedule": TRAINED if config.schedule is None else config.schedule["name"],
+        "schedule_heads": heads,
+        "schedule_rows": rows,
+        "schedule_note": note,
+        "oldest": OLDEST,
+        "trust": "" if plain else ", trust_remote_code=True",
+        "sources": _sources(run),
+        "figure_heads": [name.replace("_", " ") for name in _TRAINING],
+        "figure_rows": [
+            [figures.get("phase", "-"), *(_shown(figures.get(name)) for name in _TRAINING)] for figures in run.figures
+        ],
+        "skipped": sum(len(figures.get("skipped") or []) for figures in run.figures),
+        # its headings go below the card's
+        "comparison": comparison and re.sub("^#+", "###", comparison.table.strip(), flags=re.MULTILINE),
+        "score_rows": [[_shown(row.get(name)) for name in _SCORES] for row in (comparison.rows if comparison else [])],
+        "captions": run.data.format == "plain",
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+    }
+
+
+def _sources(run: Run) -> list[str]:
+    lines = [f"{source.part}: {source.name}" for source in model_sources(run.recipe)]
+    lines = lines or ["weights: random at the start"]
+    lines += [f"{source.part}: {source.name}" for source in data_sources(run.recipe)]
+    lines.append(f"conversations as `{run.data.format}`, images by `{run.data.image_aspect}` (keys of the recipe)")
+    for phase in run.recipe.phases:
+        if phase.train.lora is not None:
+            lora = phase.train.lora
+            lines.append(f"phase {phase.name}: LoRA, r {lora.r}, alpha {lora.alpha:g}; merged into these weights")
+    return lines
+
+
+def _schedules(comparison: Comparison | None) -> tuple[list[str], list[list[str]], str]:
+    """Returns columns, rows and a note of the table of schedules: scores and costs, where they were measured."""
+    measured = comparison.schedules if comparison else []
+    if not measured:
+        return (
+            ["what it is"],
+            [[name, kind] for name, kind in _KINDS.items()],
+            "None of them was measured on this model.",
+        )
+    found = {row["schedule"] for row in measured}
+    rows = [[_shown(row.get(name)) for name in _COSTS] for row in measured]
+    rows += [[name, *["-"] * (len(_COSTS) - 1)] for name in SCHEDULES if name not in found]
+    note = (
+        "Measured by `python -m eval.compare`: visual token-layers and FLOPs are means over prompts, `faster` is "
+        "dense's prefill time over this one's."
+    )
+    return [_COSTS[name] for name in list(_COSTS)[1:]], rows, note
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
