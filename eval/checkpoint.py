@@ -114,6 +114,19 @@ class Checkpoint:
         """The stage plan's fields; None for a dense checkpoint."""
         return _config(self.weights).get("stages")
 
+    @property
+    def num_layers(self) -> int:
+        """The decoder's depth, by config.json.
+
+        Raises:
+            CheckpointError: the fields of config.json do not fit.
+        """
+        family = family_of(_config(self.weights).get("model_type"), self.weights)
+        try:
+            return family.config_class.from_pretrained(self.weights).text_config.num_hidden_layers
+        except _LOADING as error:
+            raise _not_loaded(self.weights, error) from error
+
     def load(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         """Returns the model, ready for inference, on the GPU where there is one, and its processor.
 
@@ -190,7 +203,7 @@ def _check_kind(weights: Path) -> None:
     if any(str(name).startswith("mm_") for name in fields) and "text_config" not in fields:
         raise CheckpointError(
             f"{weights}: got a checkpoint in the original LLaVA format, expected Hugging Face's, such as "
-            "llava-hf/llava-1.5-7b-hf"
+            "llava-hf/llava-1.5-7b-hf, or what FusedAutoModel.from_pretrained and save_pretrained make of it"
         )
     try:
         family = family_of(fields.get("model_type"), weights)

@@ -94,14 +94,14 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
         starting_recipe(checkpoint, args.checkpoint)
     checkpoint.prompter(checkpoint.processor())
     samples = samples_of(args)
-    make_folder("--out", args.out)
-    model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    depth = model.config.text_config.num_hidden_layers
+    depth = checkpoint.num_layers
     window = args.window or max(1, round(depth / 8))
     if window > depth:
         raise SamplesError(
             f"--window: found {window}, accepted: at most {depth}, because the decoder has {depth} layers"
         )
+    make_folder("--out", args.out)
+    model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     stages = model.config.stages
     return checkpoint, Analysis(
         model,

@@ -533,7 +533,7 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
         (("--window", "7"), "--window: found 7, accepted: at most 6"),
         (("--write", "taken.yaml"), "accepted: a file that does not exist yet"),
         (("--write", "no/such/folder.yaml"), "accepted: a .yaml file in a folder that exists"),
-        (("--out", "taken.yaml"), "accepted: a folder"),
+        (("--out", "taken.yaml"), "expected a folder that can be written"),
         (("--tolerance", "0"), "accepted: points of score, above 0 and at most 100"),
     ],
 )
@@ -553,7 +553,7 @@ def test_what_a_user_got_wrong_is_told_in_one_line(task, more, said, capsys, mon
 def test_no_checkpoint_is_told_in_one_line(task, capsys):
     code, _ = run(task, task / "nothing")
     assert code == 2
-    assert "no checkpoint found" in capsys.readouterr().err
+    assert "got no checkpoint" in capsys.readouterr().err
 
 
 def test_broken_rows_are_named(task, capsys):
