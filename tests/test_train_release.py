@@ -47,9 +47,10 @@ from train.release import hub as release_hub
 from train.release import proof as release_proof
 from train.release import release
 from train.release.card import plan_words, read_comparison
-from train.release.processor import released_processor
+from train.release.errors import InputError, ReleaseError
+from train.release.processor import released_processor, save_processor
 from train.release.proof import picture
-from train.release.run import InputError, ReleaseError, find_run
+from train.release.run import find_run
 from train.release.sources import licences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -417,6 +418,26 @@ def test_it_asks_as_training_asked(llava, quickstart, chat_format):
         assert ChatFormat(chat_format, processor.tokenizer).prompt(turns) == trained.prompt(turns)
         texts = [{"role": turn.role, "content": turn.text} for turn in turns]  # in place of parts
         assert processor.apply_chat_template(texts) == processor.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("chat_format", ["vicuna_v1", "chat_template"])
+def test_the_processor_of_a_finished_run_takes_parts_too(llava, quickstart, tmp_path, chat_format):
+    final = (quickstart if chat_format == "chat_template" else llava) / "final"
+    data = DataConfig(files=["x.json"], format=chat_format)
+    processor = AutoProcessor.from_pretrained(final)
+    trained = ChatFormat(chat_format, processor.tokenizer)
+    turns = [Turn("user", "<image>\none?"), Turn("assistant", "yes")]
+    expected = trained.encode(turns)
+    for _ in range(2):  # as a run that starts from a finished one
+        save_processor(processor, data, tmp_path)
+        processor = AutoProcessor.from_pretrained(tmp_path)
+        messages = [{"role": "user", "content": parts("one?", [Image.new("RGB", (64, 64))])}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        found = processor.apply_chat_template(messages, **options)["input_ids"][0]
+        repeats = {trained.image_token_id: visual_tokens(processor)}
+        assert found == [token for token in trained.prompt(turns[:1]) for _ in range(repeats.get(token, 1))]
+        assert ChatFormat(chat_format, processor.tokenizer).encode(turns) == expected
+    assert (tmp_path / "chat_template.jinja").read_text().count("set plain = namespace") == 1
 
 
 def test_a_system_message_takes_the_place_of_vicunas_own(released):
@@ -827,6 +848,8 @@ def test_a_lora_run_is_released_whole(tmp_path, capsys):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what color?"}]}]
+    assert "what color?" in AutoProcessor.from_pretrained(output / "final").apply_chat_template(asked)
     assert release.main([str(output), "--out", str(tmp_path / "out")]) == 0
     start, weights = load_file(output / "init/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert start.keys() == weights.keys()

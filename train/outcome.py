@@ -22,6 +22,7 @@ from train.failure import TrainingError
 from train.groups import trainable_counts
 from train.initial import refuse_faults
 from train.precision import resolve_dtype, resolve_precision
+from train.release.processor import save_processor
 from train.trainer import FusedTrainer
 
 FINAL: Final = "final"
@@ -62,7 +63,7 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
         weights = model.state_dict()
     unset_hf_deepspeed_config()
     model.save_pretrained(partial, state_dict=weights)
-    trainer.processing_class.save_pretrained(partial)
+    save_processor(trainer.processing_class, phase.data, partial)
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (partial / RUN).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _check_loads(partial)

@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from models import StagePlan
 from models.schedules import SCHEDULES, TRAINED
-from train.release.run import InputError, Run
+from train.release.errors import InputError
+from train.release.run import Run
 from train.release.sources import data_sources, model_sources
 from train.release.weights import OLDEST, render
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from train.release.run import InputError, ReleaseError
+from train.release.errors import InputError, ReleaseError
 
 _OWN: Final = (".gitattributes",)  # what a new repository of the hub begins with
 _UNAUTHORIZED: Final = 401  # the hub's answer to a wrong token, also where a repository is not there

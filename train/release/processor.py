@@ -13,7 +13,7 @@ from data.config import DataConfig
 from data.images import visual_tokens
 from data.records import IMAGE_MARK, Turn
 from data.render import VICUNA_SYSTEM
-from train.release.run import InputError, ReleaseError
+from train.release.errors import InputError, ReleaseError
 
 # Messages whose content is a list of parts (pipelines, servers) become messages whose content is text, as training
 # had them: first a mark and a newline for each image, then the text. Whatever follows need not know of parts. The
@@ -114,12 +114,7 @@ def released_processor(final: Path, data: DataConfig) -> Any:
         TokenizerError: the tokenizer does not go with the format.
     """
     processor = read_processor(final)
-    wanted = trained_ids(processor, data)
-    for template in _templates(data.format, processor.tokenizer):
-        processor.chat_template = processor.tokenizer.chat_template = template
-        if released_ids(processor) == wanted:
-            break
-    else:
+    if not take_parts(processor, data):
         raise ReleaseError(
             f"{final}: no chat template makes the tokens that data.format {data.format} was trained with; the "
             "tokenizer writes special tokens that the format does not have, or the other way round"
@@ -130,6 +125,34 @@ def released_processor(final: Path, data: DataConfig) -> Any:
         fields.pop("image_processor_type", None)
         processor.image_processor = LlavaImageProcessorPil(**{**fields, "do_pad": True})
     return processor
+
+
+def save_processor(processor: Any, data: DataConfig, folder: Path) -> None:
+    """Writes the processor of a checkpoint; its chat template asks as training did, from texts or from parts.
+
+    Where no template makes the tokens of the training, it keeps its own.
+    """
+    take_parts(processor, data)
+    processor.save_pretrained(folder)
+
+
+def take_parts(processor: Any, data: DataConfig) -> bool:
+    """Gives a processor the chat template that renders what `data.format` trains with, from texts or from parts.
+
+    Returns:
+        Whether one makes the very tokens; otherwise the processor keeps its own.
+
+    Raises:
+        TokenizerError: the tokenizer does not go with the format.
+    """
+    before = processor.chat_template, processor.tokenizer.chat_template
+    wanted = trained_ids(processor, data)
+    for template in _templates(data.format, processor.tokenizer):
+        processor.chat_template = processor.tokenizer.chat_template = template
+        if released_ids(processor) == wanted:
+            return True
+    processor.chat_template, processor.tokenizer.chat_template = before
+    return False
 
 
 def trained_ids(processor: Any, data: DataConfig) -> list[int]:
@@ -159,7 +182,7 @@ def _templates(chat_format: str, tokenizer: Any) -> list[str]:
     better one for vicuna_v1, but a tokenizer that puts a space before the first word may not do so behind it.
     """
     if chat_format == "chat_template":
-        return [_PARTS_TO_TEXT + tokenizer.get_chat_template()]
+        return [_PARTS_TO_TEXT + tokenizer.get_chat_template().removeprefix(_PARTS_TO_TEXT)]
     if chat_format == "plain":
         return [_PARTS_TO_TEXT + _PLAIN]
     return [_BEGIN + _PARTS_TO_TEXT + _VICUNA, _PARTS_TO_TEXT + _VICUNA]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.images import pixel_values
+from train.release.errors import ReleaseError
 from train.release.processor import CONVERSATION, trained_ids
-from train.release.run import ReleaseError
 
 SUMS: Final = "SHA256SUMS"
 _PROBE: Final = Path(__file__).with_name("probe.py")

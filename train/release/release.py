@@ -23,10 +23,11 @@ from data.chat import TokenizerError
 from recipes.schema import RecipeError
 from train.checkpoints import RECIPE
 from train.release.card import TABLE, Comparison, read_comparison, write_card
+from train.release.errors import InputError, ReleaseError
 from train.release.hub import check_target, push
 from train.release.processor import read_processor, released_processor
 from train.release.proof import SUMS, expect, picture, prove, write_sums
-from train.release.run import InputError, ReleaseError, Run, find_run
+from train.release.run import Run, find_run
 from train.release.sources import licence_file, licences
 from train.release.weights import is_plain, load, parse_schedule, write_model
 

@@ -11,14 +11,7 @@ from data.config import DataConfig
 from recipes.schema import Recipe, load_recipe
 from train.checkpoints import RECIPE, read_progress, whole_checkpoints
 from train.outcome import FINAL, RUN
-
-
-class InputError(ValueError):
-    """What the user asked for cannot be done; the message is one line: where, what was found, what is accepted."""
-
-
-class ReleaseError(RuntimeError):
-    """A release that went wrong; the message is one line, and nothing is left that looks like a release."""
+from train.release.errors import InputError
 
 
 @dataclass(frozen=True)

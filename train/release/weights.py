@@ -16,7 +16,8 @@ from models import FusedAutoModel, StagePlan
 from models.families import family_of
 from models.schedules import TRAINED, ScheduleError, resolve_schedule
 from train.initial import refuse_faults
-from train.release.run import InputError, Run
+from train.release.errors import InputError
+from train.release.run import Run
 
 OLDEST: Final = "5.22"  # transformers that a release runs on
 ENTRY: Final = "modeling_fused.py"  # the file that config.json's auto_map names
