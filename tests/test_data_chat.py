@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError
-from data.records import Turn
+from data.rows import Turn
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -192,7 +192,7 @@ def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
         ({"image": False}, "has no token <image>"),
         ({"eos_token": None}, "has no eos_token"),
         ({"single": "<s> $A </s>"}, "ends every text by a token of its own"),
-        ({"chat_template": None}, "found chat_template, but the tokenizer has none"),
+        ({"chat_template": None}, "got chat_template, but the tokenizer has none"),
     ],
 )
 def test_tokenizers_that_do_not_fit_are_refused(change, message):
@@ -210,5 +210,5 @@ def test_tokenizers_that_do_not_fit_are_refused(change, message):
 
 
 def test_slow_tokenizers_are_refused():
-    with pytest.raises(TokenizerError, match="found object, accepted: a fast one, because labels need"):
+    with pytest.raises(TokenizerError, match="got object, expected a fast one, because labels need"):
         ChatFormat("plain", object())

@@ -12,10 +12,9 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from data.collate import Collator
 from data.config import DataConfig
-from data.dataset import ConversationDataset
-from data.records import DataError
+from data.dataset import Collator, ConversationDataset
+from data.rows import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,7 +65,7 @@ def test_samples(folder, processor):
     assert "pixel_values" not in data[1]
     for index in range(3):
         sample = data[index]
-        assert {name: tensor.dtype for name, tensor in sample.items() if name != "pixel_values"} == {
+        assert {name: tensor.dtype for name, tensor in sample.items() if name.endswith("s") and name != "pixel_values"} == {
             "input_ids": torch.int64,
             "labels": torch.int64,
         }
@@ -113,7 +112,7 @@ def test_a_sample_whose_only_image_is_cut_off_is_text(folder, processor):
 BAD = [
     (talk("<image>\nx", "y", image="c.png"), "'c.png' is missing"),
     (talk("<image>\nx", "y", image="../a.png"), "outside the image folder"),
-    (talk("x", "y", image="a.png"), "found 0 <image>"),
+    (talk("x", "y", image="a.png"), "got 0 <image>"),
     (talk("<image>\nx", "y " * 600, image="a.png"), r"no label is left: the first answer ends after 1\d{3} tokens"),
     ({"id": 1}, "missing key 'conversations'"),
 ]
@@ -122,7 +121,7 @@ BAD = [
 @pytest.mark.parametrize(("bad", "reason"), BAD)
 def test_bad_rows_fail(folder, processor, bad, reason):
     given = config(folder, [GOOD[0], bad, GOOD[1]], max_length=512)
-    with pytest.raises(DataError, match=rf"found 1 rows with faults, accepted: up to 0.*data.json:1: .*{reason}"):
+    with pytest.raises(DataError, match=rf"got 1 rows with faults, expected up to 0.*data.json:1: .*{reason}"):
         ConversationDataset(given, processor)
 
 
@@ -132,13 +131,14 @@ def test_bad_rows_are_skipped_up_to_a_number_and_listed(folder, processor):
     assert len(data) == 2
     assert sorted(fault.row for fault in data.skipped) == [1, 2, 3, 4, 5]
     assert data.has_image == [True, False]
-    with pytest.raises(DataError, match="found 5 rows with faults, accepted: up to 4"):
+    with pytest.raises(DataError, match="got 5 rows with faults, expected up to 4"):
         ConversationDataset(config(folder, rows, max_length=512, max_bad_rows=4), processor)
 
 
 def test_an_error_lists_the_first_faults(folder, processor):
-    with pytest.raises(DataError, match=r"found 7 rows.*data.json:0: .*data.json:4: .*; and 2 more") as caught:
-        ConversationDataset(config(folder, [{"id": 1}] * 7), processor)
+    kinds = [{"x" * (place + 1): 1} for place in range(3)] + [talk("x", image="c.png"), [], talk("x"), 7, "text", talk("<image>", "x", image="c.png")]
+    with pytest.raises(DataError, match=r"got 9 rows.*data.json: 3 rows: missing key .*; and 1 more kinds; ") as caught:
+        ConversationDataset(config(folder, kinds), processor)
     assert "\n" not in str(caught.value)
 
 
@@ -155,7 +155,7 @@ def test_a_sample_without_a_label_is_a_fault(folder, processor):
 
 
 def test_nothing_left_is_an_error(folder, processor):
-    with pytest.raises(DataError, match="found no rows without a fault"):
+    with pytest.raises(DataError, match="got no rows without a fault"):
         ConversationDataset(config(folder, [{"id": 1}], max_bad_rows=1), processor)
 
 
@@ -169,10 +169,21 @@ def test_a_row_that_was_mended_is_used(folder, processor):
     assert "blue" in processor.tokenizer.decode(data[1]["input_ids"])
 
 
-def test_an_image_that_breaks_later_is_named(folder, processor):
-    data = ConversationDataset(config(folder, GOOD[:1]), processor)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_whose_image_breaks_later_is_passed_over_and_named(folder, processor, workers):
+    data = ConversationDataset(config(folder, [GOOD[0], GOOD[1]]), processor)
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
-    with pytest.raises(DataError, match=r"data\.json:0: image 'a\.png'"):
+    (batch,) = DataLoader(data, batch_size=2, num_workers=workers, collate_fn=Collator(0))
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    (fault,) = batch["faults"]
+    assert str(fault).startswith(f"{folder / 'data.json'}:0: image 'a.png' is ")
+    assert "faults" not in Collator(0)([data[1]])
+
+
+def test_no_row_that_can_be_opened_is_an_error(folder, processor):
+    data = ConversationDataset(config(folder, GOOD[:1]), processor)
+    (folder / "a.png").unlink()
+    with pytest.raises(DataError, match=r"data\.json:0: image 'a\.png' is missing .*no other row can be opened"):
         data[0]
 
 

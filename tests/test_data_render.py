@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.records import Turn
-from data.render import Writer, plain, vicuna
+from data.chat import Writer, plain, vicuna
+from data.rows import Turn
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

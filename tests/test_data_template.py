@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from data.records import RowError, Turn
-from data.template import ChatTemplate, TokenizerError
+from data.chat import ChatTemplate, TokenizerError
+from data.rows import RowError, Turn
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -91,8 +91,8 @@ def test_the_text_is_the_tokenizers_own(make, template):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "the tokenizer has none, accepted: vicuna_v1"),
-        ("{{ raise_exception('no') }}", "fails: no, accepted: one that"),
+        (None, "the tokenizer has none, expected vicuna_v1"),
+        ("{{ raise_exception('no') }}", "fails: no, expected one that"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "rewrites or drops a message"),
         ("{{ messages[0]['content'] }}", "rewrites or drops a message"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end mark follows an answer"),

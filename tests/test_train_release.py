@@ -31,7 +31,7 @@ from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor, PreT
 from data.chat import ChatFormat
 from data.config import DataConfig
 from data.images import pixel_values, visual_tokens
-from data.records import Turn
+from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe

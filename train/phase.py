@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from data.collate import Collator
-from data.dataset import ConversationDataset
+from data.dataset import Collator, ConversationDataset
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import ranks

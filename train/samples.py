@@ -5,9 +5,8 @@ from __future__ import annotations
 from transformers import LlavaProcessor
 
 from data.chat import TokenizerError
-from data.dataset import ConversationDataset
-from data.records import DataError
-from data.sampler import LengthModalitySampler
+from data.dataset import ConversationDataset, LengthModalitySampler
+from data.rows import DataError
 from recipes.schema import Phase, RecipeError
 from train.order import EpochSampler, ShuffledSampler, WholeBatches
 
