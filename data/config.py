@@ -102,6 +102,16 @@ class DataConfig(BaseModel):
             for source in given
         ]
 
+    @property
+    def names(self) -> list[str]:
+        """A short name of each source, for logs: `loss_<name>`."""
+        names: list[str] = []
+        for source in self.sources:
+            plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
+            name = plain[-1].partition(".")[0] if plain else source.path
+            names.append(f"{name}_{len(names)}" if name in names else name)
+        return names
+
 
 def expand(path: str) -> str:
     """Returns a path with `~` and environment variables replaced."""

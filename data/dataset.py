@@ -62,6 +62,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         lengths: tokens of each sample, visual tokens included.
         has_image: whether each sample has an image.
         source: number of each sample's source in `config.sources`.
+        source_rows: samples of each source.
         num_cut: samples that lost turns at their end, or the end of their answer, to `config.max_length`.
         skipped: the rows left out, at most `config.max_bad_rows`.
         encoder: makes samples of records.
@@ -80,6 +81,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.lengths: list[int] = rows["length"][:]
         self.has_image: list[bool] = [bool(names) for names in rows["images"][:]]
         self.source: list[int] = rows["source"][:]
+        self.source_rows = [self.source.count(number) for number in range(len(config.sources))]
         self.num_cut: int = sum(rows["is_cut"][:]) + sum(rows["is_answer_cut"][:])
 
     def __len__(self) -> int:
@@ -168,12 +170,15 @@ class Encoder:
     def of(cls, config: DataConfig, processor: Any) -> Encoder:
         """Returns the encoder of a recipe's data section; raises TokenizerError where the processor does not fit."""
         freeze_templates(processor)
-        formats = {name: ChatFormat(name, processor.tokenizer) for name in {source.format for source in config.sources}}
+        formats = {
+            name: ChatFormat(name, processor.tokenizer)
+            for name in dict.fromkeys(source.format or config.format for source in config.sources)
+        }
         try:
             image_tokens = visual_tokens(processor)
         except ValueError as error:
             raise TokenizerError(str(error)) from None
-        chats = tuple(formats[source.format] for source in config.sources)
+        chats = tuple(formats[source.format or config.format] for source in config.sources)
         return cls(chats, image_tokens, config.max_length, config.long_answers == "cut")
 
     @property

@@ -141,12 +141,15 @@ def parse(row: Any) -> Record:
     """Returns the row's record; with a single image its mark stands first in its turn, as in LLaVA.
 
     Args:
-        row: as read from a file: text, numbers, lists and dicts; images may be dicts of bytes and path.
+        row: as read from a file: text, numbers, lists and dicts; images may be dicts of bytes and path. For a line
+            that could not be read, its RowError, which is raised.
 
     Raises:
         RowError: no conversation, a key whose meaning is not supported, an unknown role, turns out of order, or marks
             that do not match the images.
     """
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, dict):
         raise RowError(f"got {_kind(row)}, expected an object with conversations or messages")
     _check_keys(row, _ROW_REFUSED, "")

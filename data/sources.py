@@ -9,15 +9,18 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import datasets
 import pyarrow as pa
+from datasets.distributed import split_dataset_by_node
+from pyarrow import parquet
 
 from data import easy_vqa
-from data.config import expand, shorten
+from data.config import DataConfig, expand, shorten
 from data.rows import DUPLICATE, DataError, RowError
 
 HUB: Final = "hf://"
@@ -71,14 +74,34 @@ def find_files(path: str) -> list[str]:
     raise DataError(f"{path}: no such file{start}; expected {READABLE}")
 
 
-def raw_rows(file: str) -> Iterator[Any]:
+def missing_paths(config: DataConfig) -> list[str]:
+    """Returns the sources and image folders of a recipe's data that are not on this machine."""
+    missing = []
+    for source in config.sources:
+        place = Path(expand(source.path))
+        is_here = easy_vqa.is_built_in(source.path) or place.exists() or _saved_split(place) or _glob(place)
+        missing += [] if is_here else [source.path]
+        if source.images and not Path(expand(source.images)).exists():
+            missing.append(source.images)
+    return missing
+
+
+def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
     """Yields each row of one of `find_files`' results as Python objects; in place of a broken line, its RowError.
+
+    Args:
+        file: one of them.
+        stream: Parquet is read as it is, without a copy in the cache of `datasets`.
 
     Raises:
         DataError: the file cannot be read, or is broken so that the rows after some place are lost.
     """
     if easy_vqa.is_built_in(file):
         yield from easy_vqa.conversations(easy_vqa.name_of(file))
+    elif stream and _head_of(file)[:4] == b"PAR1":
+        with _named(file), parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=_READ):
+                yield from batch.to_pylist()
     elif is_store(file):
         for table in open_store(file).with_format("arrow").iter(batch_size=_READ):
             yield from table.to_pylist()
@@ -103,32 +126,38 @@ def open_store(file: str) -> datasets.Dataset:
         DataError: it cannot be read or fetched.
     """
     place = Path(file)
-    try:
+    with _named(file):
         if file.startswith(HUB):
             name, subset, split = split_hub_name(file)
             return datasets.load_dataset(name, subset, split=split)
-        if split := _saved_split(place):
-            return datasets.load_from_disk(str(split))
+        if folder := _saved_split(place):
+            return datasets.load_from_disk(str(folder))
         if _is_saved(place):
             return _one_split(datasets.load_from_disk(file), file)
         if _head(file)[:4] == b"PAR1":
             return datasets.load_dataset("parquet", data_files=[file], split="train")
         return datasets.Dataset.from_file(file)
+
+
+def hub_rows(file: str, limit: int | None, shard: int, shards: int) -> Iterator[Any]:
+    """Yields the raw rows of one shard of a set of the hub as they are fetched; images stay bytes."""
+    name, subset, split = split_hub_name(file)
+    with _named(file):
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True).decode(False)
+        stream = stream if limit is None else stream.take(limit)
+        yield from split_dataset_by_node(stream, rank=shard, world_size=shards)
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Says in one line, with the file, what `datasets` cannot read or fetch."""
+    try:
+        yield
     except DataError:
         raise
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{file}: cannot be read: {shorten(str(cause), 200)}; expected {READABLE}") from None
-
-
-def stream_store(file: str) -> datasets.IterableDataset:
-    """Returns a store as a stream, without a copy on the disk; images stay bytes."""
-    if file.startswith(HUB):
-        name, subset, split = split_hub_name(file)
-        return datasets.load_dataset(name, subset, split=split, streaming=True).decode(False)
-    if not _is_saved(Path(file)) and _head(file)[:4] == b"PAR1":
-        return datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True).decode(False)
-    return open_store(file).to_iterable_dataset().decode(False)
+        reason = shorten(str(error.__cause__ or error), 200)
+        raise DataError(f"{file}: cannot be read: {reason}; expected {READABLE}") from None
 
 
 def split_hub_name(file: str) -> tuple[str, str | None, str]:
@@ -196,6 +225,11 @@ def _glob(pattern: Path) -> list[str]:
     return [str(file) for file in sorted(root.glob(str(parts))) if file.is_file()]
 
 
+def _head_of(file: str) -> bytes:
+    """Returns a file's first bytes; none for what is no file."""
+    return _head(file) if Path(file).is_file() else b""
+
+
 def _head(file: str) -> bytes:
     try:
         with Path(file).open("rb") as stream:
@@ -228,7 +262,7 @@ def _json_rows(file: str) -> Iterator[Any]:
 def _unpacked(file: str) -> io.BufferedReader:
     head = _head(file)
     if head.startswith(b"\x1f\x8b"):
-        return io.BufferedReader(gzip.open(file))  # type: ignore[type-var, arg-type]
+        return io.BufferedReader(gzip.open(file))
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         return io.BufferedReader(pa.input_stream(file, compression="zstd"))
     return Path(file).open("rb")

@@ -89,7 +89,7 @@ def read_records(path: str) -> Iterator[tuple[str, int, Record | RowError]]:
         number = -1
         for number, raw in enumerate(raw_rows(file)):
             try:
-                yield file, number, parse(_raised(raw))
+                yield file, number, parse(raw)
             except RowError as error:
                 yield file, number, error
         if number < 0:
@@ -149,12 +149,6 @@ def plain_notes(turns: Sequence[Turn], images: int) -> list[str]:
     notes = ["question_left_out"] if any(count_marks(text) == 0 or text.strip() for text in questions) else []
     notes += ["plain_dialogue"] if len(turns) > 2 else []
     return notes + (["plain_text_only"] if not images else [])
-
-
-def _raised(raw: Any) -> Any:
-    if isinstance(raw, RowError):
-        raise raw
-    return raw
 
 
 def _stored(row: dict[str, Any]) -> Any:

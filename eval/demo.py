@@ -20,11 +20,13 @@ import gradio as gr
 import torch
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
+from data.images import read_image as read_upload
+from data.rows import RowError
 from eval.checkpoint import TRAINED, Checkpoint, CheckpointError, set_schedule
 from eval.live import live_visual
 from eval.overlay import draw_overlay
@@ -141,7 +143,7 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
 def examples(checkpoint: Checkpoint) -> list[list[str]]:
     """Returns [image file, question] of some easy-VQA test questions for a checkpoint trained on it; else none."""
     recipe = checkpoint.weights / "recipe.yaml"
-    if not recipe.is_file() or not any(map(is_built_in, saved_data(recipe).files)):
+    if not recipe.is_file() or not any(is_built_in(source.path) for source in saved_data(recipe).sources):
         return []
     first = {question.image: question.text for question in reversed(questions("test"))}  # one of each image
     return [[str(image), text] for image, text in sorted(first.items())[:EXAMPLES]]
@@ -158,16 +160,16 @@ def figures(response: Response) -> str:
 
 
 def read_image(file: str) -> Image.Image:
-    """Returns an uploaded image, upright and in RGB.
+    """Returns an uploaded image as training sees it: upright, in RGB, on white where it is transparent.
 
     Raises:
         gradio.Error: the file is none that can be read; the page shows what it says.
     """
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise gr.Error(f"{Path(file).name} cannot be read as an image.", print_exception=False) from error
+        return read_upload(file)
+    except RowError as error:
+        reason = str(error).partition(f"{Path(file).name!r} ")[2] or str(error)
+        raise gr.Error(f"{Path(file).name} cannot be read as an image: it {reason}.", print_exception=False) from error
 
 
 def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] = ()) -> gr.Blocks:

@@ -65,7 +65,9 @@ def test_samples(folder, processor):
     assert "pixel_values" not in data[1]
     for index in range(3):
         sample = data[index]
-        assert {name: tensor.dtype for name, tensor in sample.items() if name.endswith("s") and name != "pixel_values"} == {
+        assert {
+            name: tensor.dtype for name, tensor in sample.items() if name.endswith("s") and name != "pixel_values"
+        } == {
             "input_ids": torch.int64,
             "labels": torch.int64,
         }
@@ -136,7 +138,8 @@ def test_bad_rows_are_skipped_up_to_a_number_and_listed(folder, processor):
 
 
 def test_an_error_lists_the_first_faults(folder, processor):
-    kinds = [{"x" * (place + 1): 1} for place in range(3)] + [talk("x", image="c.png"), [], talk("x"), 7, "text", talk("<image>", "x", image="c.png")]
+    missing = talk("<image>", "x", image="c.png")
+    kinds = [*({"x" * (place + 1): 1} for place in range(3)), missing, [], talk("x"), 7, "text", missing]
     with pytest.raises(DataError, match=r"got 9 rows.*data.json: 3 rows: missing key .*; and 1 more kinds; ") as caught:
         ConversationDataset(config(folder, kinds), processor)
     assert "\n" not in str(caught.value)
