@@ -346,7 +346,8 @@ def _parts(content: Any, role: str, where: str) -> tuple[Any, ...]:
         raise RowError(f"{where}: got {_kind(content)} as content, expected text or a list of parts")
     parts = tuple(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
     if role != "user" and any(isinstance(part, _Slot) for part in parts):
-        raise RowError(f"{where}: got an image in a {role} turn, expected images in questions")
+        place = "an answer" if role == "assistant" else "a system prompt"
+        raise RowError(f"{where}: got an image in {place}, expected images in questions")
     return parts or ("",)
 
 

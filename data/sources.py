@@ -135,7 +135,8 @@ def open_store(file: str) -> datasets.Dataset:
         if _is_saved(place):
             return _one_split(datasets.load_from_disk(file), file)
         if _head(file)[:4] == b"PAR1":
-            return datasets.load_dataset("parquet", data_files=[file], split="train")
+            copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"
+            return datasets.load_dataset("parquet", data_files=[file], split="train", cache_dir=str(copy))
         return datasets.Dataset.from_file(file)
 
 

@@ -160,6 +160,7 @@ def _read_rows(config: DataConfig) -> datasets.Dataset:
 
     The table is built once and cached by the sources and what their files hold; ranks of one machine wait for another.
     """
+    open_store.cache_clear()  # files may have changed since
     sources = [(source.path, source.limit, source.format) for source in config.sources]
     stamps = [code_stamp("rows", "sources", "table", "easy_vqa")]
     try:
