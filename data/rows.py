@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, Final
 
 from data.config import shorten
@@ -45,7 +44,7 @@ _TURN_REFUSED: Final = (
     _MEDIA | _OTHER_IMAGES | _TOOLS | {"mask", "labels", "image", "images", "chosen", "rejected"}
 ) | {"reasoning", "reasoning_content", "thinking"}
 _NEVER_IMAGES: Final = frozenset({"id", "source", "url", "license", "dataset", "origin"})
-_IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+_IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _TEXT_PARTS: Final = {"text", "input_text", "output_text"}
 _IMAGE_PARTS: Final = {"image", "image_url", "input_image"}
 
@@ -156,13 +155,16 @@ def parse(row: Any) -> Record:
     _check_switches(row)
     key, given = _conversation(row)
     messages = _pairs(given) if _has_pairs(given) else _messages(given, key)
+    slots = [part for message in messages for part in message.parts if isinstance(part, _Slot)]
     images = _images(row)
-    if not images and not any(message.images for message in messages):
+    if slots:
+        images = _part_images(slots, images)
+    elif not images:
         _check_unnamed_images(row)
-    images = _part_images(messages, images)
     system, messages = _system(row, messages)
     notes = []
-    turns = [message.turn(has_images=bool(images), has_parts=_has_parts(messages)) for message in messages]
+    marks_are_text = bool(slots) or not images
+    turns = [message.turn(marks_are_text=marks_are_text) for message in messages]
     if turns and turns[0].role == "assistant":
         turns = turns[1:]
         notes.append("answer_first")
@@ -186,18 +188,14 @@ class _Message:
     parts: tuple[Any, ...]  # str, or _Slot for an image
     is_trained: bool = True
 
-    @property
-    def images(self) -> list[_Slot]:
-        return [part for part in self.parts if isinstance(part, _Slot)]
-
-    def turn(self, *, has_images: bool, has_parts: bool) -> Turn:
-        """Returns the turn; `<image>` is text where the row has no image, or has its images as parts."""
+    def turn(self, *, marks_are_text: bool) -> Turn:
+        """Returns the turn; in its texts, `<image>` may be text: the row has no image, or has them as parts."""
         texts = []
         for part in self.parts:
             if isinstance(part, _Slot):
                 texts.append(IMAGE_MARK)
-            elif self.role == "user" and (has_parts or not has_images):
-                texts.append(_MARK.sub(lambda _: "\\" + IMAGE_MARK, part) if IMAGE_MARK in part else part)
+            elif marks_are_text and self.role == "user" and IMAGE_MARK in part:
+                texts.append(_MARK.sub(lambda _: "\\" + IMAGE_MARK, part))
             else:
                 texts.append(part)
         return Turn(self.role, "\n".join(texts), self.is_trained)
@@ -251,7 +249,7 @@ def _check_unnamed_images(row: dict[str, Any]) -> None:
     for key, value in row.items():
         if key in _NEVER_IMAGES or key in _CONVERSATIONS:
             continue
-        is_file = isinstance(value, str) and len(value) < 1000 and PurePath(value).suffix.lower() in _IMAGE_SUFFIXES
+        is_file = isinstance(value, str) and value[-5:].lower().endswith(_IMAGE_SUFFIXES)
         is_struct = isinstance(value, dict) and value.keys() == {"bytes", "path"} and not _is_empty(value)
         if is_file or is_struct:
             raise RowError(f"got key '{key}', which holds an image, expected it as image or images")
@@ -299,6 +297,7 @@ def _messages(given: Sequence[Any], key: str) -> list[_Message]:
 def _message(given: Any, where: str) -> _Message:
     if not isinstance(given, dict):
         raise RowError(f"{where}: got {_kind(given)}, expected an object with from and value, or role and content")
+    is_plain = len(given) == 2  # no key beside the two: nothing more to look at
     name = _one_of(given, ("from", "role"), where)
     if not isinstance(name, str):
         raise RowError(f"{where}: role: got {_kind(name)}, expected text")
@@ -307,18 +306,22 @@ def _message(given: Any, where: str) -> _Message:
     role = _ROLES.get(name.strip().lower())
     if role is None:
         raise RowError(f"{where}: unknown role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
-    _check_keys(given, _TURN_REFUSED, f"{where}: ")
     content = _one_of(given, ("value", "content"), where)
+    if is_plain:
+        return _Message(role, _parts(content, role, where))
+    _check_keys(given, _TURN_REFUSED, f"{where}: ")
     return _Message(role, _parts(content, role, where), _is_trained(given, role, where))
 
 
 def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
     """Returns the value of whichever of two keys is there."""
-    present = [key for key in keys if key in given]
-    if not present:
+    first, second = keys
+    if (first in given) != (second in given):
+        return given[first] if first in given else given[second]
+    if first not in given:
         names = ", ".join(f"'{shorten(str(key), 30)}'" for key in list(given)[:5]) or "none"
         raise RowError(f"{where}: missing key '{keys[0]}' (or '{keys[1]}'): got keys {names}")
-    values = [given[key] for key in present if given[key] is not None]
+    values = [given[key] for key in keys if given[key] is not None]
     if len(values) > 1 and values[0] != values[1]:
         raise RowError(f"{where}: got keys '{keys[0]}' and '{keys[1]}' with different values, expected one of them")
     return values[0] if values else None
@@ -393,33 +396,16 @@ def _image(given: Any, where: str) -> str | EmbeddedImage:
     return _unicode(given.removeprefix("file://"), where)
 
 
-def _has_parts(messages: Iterable[_Message]) -> bool:
-    return any(message.images for message in messages)
-
-
-def _part_images(messages: Sequence[_Message], listed: list[str | EmbeddedImage]) -> list[str | EmbeddedImage]:
+def _part_images(slots: Sequence[_Slot], listed: list[str | EmbeddedImage]) -> list[str | EmbeddedImage]:
     """Returns the images in the order of their places: from the parts themselves, or as the row lists them."""
-    slots = [slot for message in messages for slot in message.images]
-    if not slots:
-        return listed
     empty = [slot for slot in slots if slot.image is None]
-    if len(empty) != len(listed) and not (listed and all(slot.index is not None for slot in empty)):
+    numbers = [slot.index for slot in empty if slot.index is not None]
+    if len(numbers) < len(empty):  # in the row's order
+        numbers = list(range(len(empty)))
+    if set(numbers) != set(range(len(listed))):
         raise RowError(f"got {len(empty)} image parts for {len(listed)} images, expected one for each")
-    following, images = iter(listed), []
-    for slot in slots:
-        if slot.image is not None:
-            images.append(slot.image)
-        elif slot.index is None:
-            images.append(next(following))
-        elif 0 <= slot.index < len(listed):
-            images.append(listed[slot.index])
-        else:
-            raise RowError(f"got an image part with index {slot.index} for {len(listed)} images")
-    if not {slot.index for slot in empty if slot.index is not None} >= set(range(len(listed))) and any(
-        slot.index is not None for slot in empty
-    ):
-        raise RowError(f"got {len(listed)} images, some without an image part, expected one for each")
-    return images
+    following = iter(numbers)
+    return [listed[next(following)] if slot.image is None else slot.image for slot in slots]
 
 
 def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, list[_Message]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import datasets
+import pyarrow as pa
 
 from data import easy_vqa
 from data.config import DataConfig, Source, expand
@@ -30,6 +33,7 @@ _ROWS: Final = {
     "texts": datasets.List(datasets.Value("large_string")),  # of user and assistant in turns
     "untrained": datasets.List(datasets.Value("int32")),  # numbers of the answers that are not learnt
 }
+_WRITTEN: Final = 500  # rows that are in memory together
 _CHECKED: Final = {"fault": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
 
 
@@ -163,22 +167,45 @@ def _read_rows(config: DataConfig) -> datasets.Dataset:
     open_store.cache_clear()  # files may have changed since
     sources = [(source.path, source.limit, source.format) for source in config.sources]
     stamps = [code_stamp("rows", "sources", "table", "easy_vqa")]
+    stamps += [f"{file}:{stamp(file)}" for path, _, _ in sources for file in find_files(path)]
+    builder = _RowsBuilder(sources=tuple(sources), stamps=tuple(stamps))
     try:
-        stamps += [f"{file}:{stamp(file)}" for path, _, _ in sources for file in find_files(path)]
-        return datasets.Dataset.from_generator(
-            _rows,
-            gen_kwargs={"sources": tuple(sources), "stamps": tuple(stamps)},
-            features=datasets.Features(_ROWS),
-            split="train",
-        )
+        builder.download_and_prepare()
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError | OSError):
             raise error.__cause__ from None
         raise
+    return builder.as_dataset(split="train")
 
 
-def _rows(sources: tuple[tuple[str, int | None, str], ...], stamps: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yields every row; `stamps` only make the cache notice changed files and code."""
+@dataclass
+class _RowsConfig(datasets.BuilderConfig):
+    """What the table follows from; `stamps` only make the cache notice changed files and code."""
+
+    sources: tuple[tuple[str, int | None, str], ...] = ()
+    stamps: tuple[str, ...] = ()
+
+
+class _RowsBuilder(datasets.ArrowBasedBuilder):
+    """Writes the table into the cache of `datasets`, unless it is there."""
+
+    BUILDER_CONFIG_CLASS = _RowsConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=datasets.Features(_ROWS))
+
+    def _split_generators(self, _: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
+        schema, rows = self.info.features.arrow_schema, _rows(self.config.sources)
+        for number in itertools.count():
+            if not (part := list(itertools.islice(rows, _WRITTEN))):
+                return
+            yield number, pa.Table.from_pylist(part, schema=schema)
+
+
+def _rows(sources: tuple[tuple[str, int | None, str], ...]) -> Iterator[dict[str, Any]]:
     for number, (path, limit, style) in enumerate(sources):
         for count, (file, row, record) in enumerate(read_records(path)):
             if limit is not None and count >= limit:

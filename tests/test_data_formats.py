@@ -503,7 +503,10 @@ NAMED = {
         "got 1 image parts for 0 images",
     ),
     "an image too many": (messages([{"type": "image"}, "q"], "a", images=["x", "y"]), "got 1 image parts for 2 images"),
-    "a wrong index": (messages([{"type": "image", "index": 3}, "q"], "a", images=["x"]), "index 3 for 1 images"),
+    "a wrong index": (
+        messages([{"type": "image", "index": 3}, "q"], "a", images=["x"]),
+        "got 1 image parts for 1 images",
+    ),
     "null as content": (turn(None), r"messages\[1\]: got null as content"),
     "a prompt in the middle": (
         {"messages": [*messages("q", "a")["messages"], {"role": "system", "content": "s"}]},
