@@ -155,7 +155,7 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
     lines = list(map(str, faults)) if each else group_faults(faults)
     yield from lines
     if len(lines) < len(faults):
-        yield f"{name}: {len(faults):,} faults of {len(lines)} kinds; --all lists each, --json for programs"
+        yield f"{name}: {len(faults):,} faults in {len(lines)} lines; --all lists each, --json is for programs"
     if found["note"]:
         yield f"{name}: note: {found['note']}"
     for source in found["sources"]:
@@ -165,7 +165,7 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
             f"({counts['images']} images), {counts['text_only']} text only, {counts['turns']} turns, "
             f"{counts['faults']} faults"
         )
-        yield from (f"  {count:,} {NOTES[note]}" for note, count in source["notes"].items() if count)
+        yield from (f"  rows that {NOTES[note]}: {count:,}" for note, count in source["notes"].items() if count)
         if source["ignored"]:
             shown = [f"{shorten(key, 30)} ({count:,})" for key, count in source["ignored"].items()]
             more = f" and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
@@ -248,8 +248,9 @@ def _section(recipe: Path, name: str, fields: Any) -> DataConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (name, *first["loc"])))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{recipe}: {key}: {reason}, got {shorten(repr(first['input']))}") from None
+        if first["type"] == "value_error":
+            raise DataError(f"{recipe}: {key}: {first['ctx']['error']}") from None
+        raise DataError(f"{recipe}: {key}: {first['msg']}, got {shorten(repr(first['input']))}") from None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data.rows import DUPLICATE, DataError, RowError
 HUB: Final = "hf://"
 READABLE: Final = (
     "JSON or JSONL (also .gz, .zst), Parquet, a folder of these or of datasets, hf://org/name/subset:split, or "
-    + " or ".join(f"easy_vqa:{name}" for name in easy_vqa.NAMES)
+    + f"easy_vqa:{', '.join(easy_vqa.NAMES[:-1])} or {easy_vqa.NAMES[-1]}"
 )
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for packed in ("", ".gz", ".zst")))

@@ -91,18 +91,24 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
     def _ordered(self, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
         """Yields the shard's items, shuffled, in passes of like length where the recipe wants them."""
         order = random.Random(f"{self.seed} {shard}")
-        items = self._mixed(shard, shards, faults, order)
-        while pool := list(islice(items, -(-_POOL // self.batch) * self.batch)):
-            order.shuffle(pool)
-            if self.config.group_by_length:
-                pool.sort(key=lambda item: (bool(item.sample.images), item.sample.length))
-                passes = [pool[start : start + self.batch] for start in range(0, len(pool), self.batch)]
-                order.shuffle(passes)
-                pool = [item for samples in passes for item in samples]
-            yield from pool
+        pool: list[_Item] = []
+        for item in self._mixed(shard, shards, faults, order):
+            pool += [] if item is None else [item]
+            if item is None or len(pool) >= _POOL:
+                yield from self._arranged(pool, order)
+                pool = []
 
-    def _mixed(self, shard: int, shards: int, faults: list[Fault], order: random.Random) -> Iterator[_Item]:
-        """Yields good items of all sources, epoch after epoch."""
+    def _arranged(self, pool: list[_Item], order: random.Random) -> list[_Item]:
+        order.shuffle(pool)
+        if not self.config.group_by_length:
+            return pool
+        pool.sort(key=lambda item: (bool(item.sample.images), item.sample.length))
+        passes = [pool[start : start + self.batch] for start in range(0, len(pool), self.batch)]
+        order.shuffle(passes)
+        return [item for samples in passes for item in samples]
+
+    def _mixed(self, shard: int, shards: int, faults: list[Fault], order: random.Random) -> Iterator[_Item | None]:
+        """Yields good items of all sources, epoch after epoch; without weights, None at the end of each."""
         weights = [source.weight for source in self.config.sources]
         numbers = list(range(len(weights)))
         streams = {number: self._items(number, shard, shards, faults) for number in numbers}
@@ -121,6 +127,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
                 del streams[number]
                 if streams:
                     continue
+                yield None
                 streams = {one: self._items(one, shard, shards, faults) for one in numbers}
             else:
                 streams[number] = self._items(number, shard, shards, faults)

@@ -63,7 +63,7 @@ def test_every_fault_is_listed_and_every_file_counted(folder, capsys):
     assert out[1] == f"{folder / 'data.json'}:2: image 'c.png' is missing in {folder}"
     assert out[3].endswith("data.json: 3 rows, 1 with an image (1 images), 0 text only, 2 turns, 2 faults")
     assert out[4].endswith("more.json: 1 rows, 0 with an image (0 images), 1 text only, 2 turns, 0 faults")
-    assert out[5] == "  1 begin with an answer, which is left out, as LLaVA does"
+    assert out[5] == "  rows that begin with an answer, which is left out, as LLaVA does: 1"
     assert len(out) == 6
 
 
