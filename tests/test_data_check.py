@@ -1,6 +1,7 @@
 """`python -m data.check`: what it prints, and how it ends."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,127 @@ def test_the_command_itself(folder, monkeypatch):
     assert "data.json:3: missing key 'conversations'" in done.stdout
     assert "checking images" in done.stderr  # the progress bar
     assert "Traceback" not in done.stderr
+
+
+def with_model(folder, rows, **data):
+    """Writes a recipe with the quickstart's tokenizer; returns its path."""
+    path = Path(recipe(folder, data=rows))
+    given = json.loads(path.read_text())
+    given["model"] = {"config": str(ROOT / "recipes/configs/quickstart")}
+    given["data"] |= data
+    path.write_text(json.dumps(given))
+    return str(path)
+
+
+ESSAY = talk("Write.", "word " * 1000)
+
+
+@pytest.mark.parametrize("style", ["vicuna_v1", "chat_template"])
+def test_a_first_answer_that_is_too_long_is_found(folder, capsys, style):
+    path = with_model(folder, [*GOOD, ESSAY], format=style)
+    assert main([path]) == 2
+    first, summary = capsys.readouterr().out.splitlines()
+    assert "data.json:3: no label is left: the first answer ends after" in first
+    assert "expected up to 2048 (data.long_answers: cut ends it there)" in first
+    assert summary.endswith("4 rows, 2 with an image (3 images), 1 text only, 8 turns, 1 faults")
+    assert main([path, "data.long_answers=cut"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["  rows that have a first answer that ends where max_length does (data.long_answers: cut): 1"]
+    assert main([path, "data.max_length=40000"]) == 0
+
+
+def test_five_images_that_fill_the_sample_are_found(folder, capsys):
+    row = talk("<image>" * 5, "yes", image=["a.png"] * 5)
+    assert main([with_model(folder, [row], max_length=256)]) == 2
+    assert "the first answer ends after" in capsys.readouterr().out
+    assert main([with_model(folder, [row], max_length=1000)]) == 0
+
+
+def test_a_row_that_the_template_rewrites_is_found(folder, capsys):
+    shutil.copytree(ROOT / "recipes/configs/quickstart", folder / "config")
+    template = folder / "config/chat_template.jinja"
+    thinking = template.read_text().replace("message['content']", "message['content'].split('</think>')[-1]")
+    assert thinking != template.read_text()
+    template.write_text(thinking)
+    rows = [talk("q", "<think>x</think>y"), talk("q", "y")]
+    path = with_model(folder, rows, format="chat_template")
+    assert main([path, f"model.config={folder / 'config'}"]) == 2
+    assert "data.json:0: the chat template rewrites the message" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_training_would_refuse_is_an_error(folder, capsys):
+    shutil.copytree(ROOT / "recipes/configs/quickstart", folder / "config")
+    (folder / "config/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert main([with_model(folder, GOOD, format="chat_template"), f"model.config={folder / 'config'}"]) == 2
+    assert "data: tokenizer.chat_template: the chat template rewrites or drops a message" in capsys.readouterr().err
+
+
+def test_like_faults_share_a_line_and_all_has_one_for_each(folder, capsys):
+    rows = [talk("<image>x", "y", image=f"{number}.png") for number in range(20)] + [{"id": 1}]
+    path = recipe(folder, data=rows)
+    assert main([path]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{folder / 'data.json'}: 20 rows: image '0.png' is missing in {folder} (row 0)"
+    assert out[1].startswith(f"{folder / 'data.json'}:20: missing key")
+    assert out[2] == "data: 21 faults in 2 lines; --all lists each, --json is for programs"
+    assert main([path, "--all"]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in out[:21]] == list(map(str, range(21)))
+
+
+def test_json_for_programs(folder, capsys):
+    rows = [*GOOD, talk("q", "", id=7), talk("<image>x", "y", image="c.png")]
+    assert main([with_model(folder, rows), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert found["faults"] == [
+        {"file": str(folder / "data.json"), "row": 4, "reason": f"image 'c.png' is missing in {folder}"}
+    ]
+    (source,) = found["sources"]
+    assert source["notes"]["empty_answer"] == 1
+    assert source["ignored"] == {"id": 1}
+    assert [source[key] for key in ("rows", "with_image", "images", "text_only", "turns", "faults")] == [
+        5,
+        2,
+        3,
+        2,
+        10,
+        1,
+    ]
+
+
+def test_ignored_keys_are_counted_by_name(folder, capsys):
+    rows = [talk("q", "a", id=1, source="x"), talk("q", "a", id=2, width=None)]
+    assert main([recipe(folder, data=rows)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  ignored keys: id (2), source (1)"
+
+
+def test_decode_finds_damage_in_the_middle(folder, capsys):
+    data = bytearray((folder / "a.png").read_bytes())
+    data[data.index(b"IDAT") + 6] ^= 255
+    (folder / "b.png").write_bytes(data)
+    path = recipe(folder, data=[talk("<image>q", "a", image="b.png")])
+    assert main([path]) == 0
+    assert main([path, "--decode"]) == 2
+    assert main([path, "data.decode=true"]) == 2
+    assert "image 'b.png' is truncated or broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([{"path": "a.json", "weight": 1}, "b.json"], "data: files: got a weight for some sources"),
+        ([{"path": "a.json", "wieght": 1}], "data.files.0: wieght: unknown key, expected path, weight, limit, images"),
+        ([{"path": "a.json", "limit": 0}], "data.files.0: limit: input should be greater than 0"),
+        ([{"weight": 1}], "data.files.0: path: field required"),
+        ([{"path": "a.json", "weight": -1}], "data.files.0: weight: input should be greater than 0"),
+        ([{"path": "a.json", "format": "x"}], "data.files.0: format: input should be 'vicuna_v1'"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_named(folder, capsys, files, message):
+    path = Path(recipe(folder, data=GOOD))
+    given = json.loads(path.read_text())
+    given["data"]["files"] = files
+    path.write_text(json.dumps(given))
+    assert main([str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
