@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from data.chat import TokenizerError
 from data.config import DataConfig, expand, shorten
 from data.dataset import Encoder
 from data.rows import IMAGE_MARK, NOTES, DataError, Fault, RowError, group_faults
+from data.stream import checked_rows
 from data.table import check_rows, record_of
 
 _BATCH: Final = 500  # rows whose texts are in memory together
@@ -73,7 +74,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
     Raises:
         DataError: a source, an image folder or the cache cannot be used.
     """
-    rows = check_rows(config, anew=True)
+    rows = checked_rows(config) if config.streaming else _each(check_rows(config, anew=True))
     try:
         processor = _processor(model)
     except TokenizerError as error:
@@ -116,24 +117,28 @@ class _Summary:
         return {"path": self.path, **counts, "notes": dict(self.notes), "ignored": dict(self.ignored.most_common())}
 
 
-def _faults(rows: datasets.Dataset, encoder: Encoder | None, summaries: Sequence[_Summary]) -> Iterator[Fault]:
-    """Yields every fault, and counts the rows."""
+def _each(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
     for batch in rows.iter(batch_size=_BATCH):
         for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            summary = summaries[row["source"]]
-            summary.counts["rows"] += 1
-            reason = row["fault"]
-            if not reason and encoder is not None:
-                try:
-                    summary.notes["answer_cut"] += _is_answer_cut(row, encoder)
-                except RowError as error:
-                    reason = str(error)
-            if reason:
-                summary.counts["faults"] += 1
-                yield Fault(row["file"], row["row"], reason)
-            else:
-                summary.add(row)
+            yield dict(zip(batch, values, strict=True))
+
+
+def _faults(rows: Iterable[dict[str, Any]], encoder: Encoder | None, summaries: Sequence[_Summary]) -> Iterator[Fault]:
+    """Yields every fault, and counts the rows."""
+    for row in rows:
+        summary = summaries[row["source"]]
+        summary.counts["rows"] += 1
+        reason = row["fault"]
+        if not reason and encoder is not None:
+            try:
+                summary.notes["answer_cut"] += _is_answer_cut(row, encoder)
+            except RowError as error:
+                reason = str(error)
+        if reason:
+            summary.counts["faults"] += 1
+            yield Fault(row["file"], row["row"], reason)
+        else:
+            summary.add(row)
 
 
 def _is_answer_cut(row: dict[str, Any], encoder: Encoder) -> bool:

@@ -34,6 +34,8 @@ class Source(BaseModel):
 
 
 def _read_source(given: Any) -> Any:
+    if given == "":
+        raise ValueError("got '', expected a path")
     if not isinstance(given, dict):
         return given
     try:
@@ -120,5 +122,5 @@ def expand(path: str) -> str:
 
 def shorten(text: str, limit: int = 80) -> str:
     """Returns one line of at most `limit` characters, for messages: a payload is never shown whole."""
-    line = " ".join(text[: 4 * limit].split())
+    line = " ".join(text[: 4 * limit].split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[: limit - 3]}..."

@@ -176,7 +176,7 @@ def parse(row: Any) -> Record:
         turns = [_image_first(turn) for turn in turns]
     notes += _notes(turns)
     used = {*_CONVERSATIONS, *_SYSTEM, *_IMAGES}
-    ignored = tuple(name for name in row if name not in used and not _is_empty(row[name]))
+    ignored = tuple(shorten(name, 40) for name in row if name not in used and not _is_empty(row[name]))
     return Record(tuple(images), tuple(turns), system, tuple(notes), ignored)
 
 
@@ -214,21 +214,25 @@ def _kind(value: Any) -> str:
     return words.get(type(value), "a number")
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: Any, depth: int = 0) -> bool:
     """Returns whether exporters write this for "nothing": null, NaN, "", [], or a list or object of such."""
+    if depth > 3:
+        return False
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     if isinstance(value, dict):
-        return all(map(_is_empty, value.values()))
+        return all(_is_empty(each, depth + 1) for each in value.values())
     if isinstance(value, list | tuple):
-        return all(map(_is_empty, value))
+        return all(_is_empty(each, depth + 1) for each in value)
     return value in ("", b"")
 
 
 def _check_keys(given: dict[str, Any], refused: frozenset[str], where: str) -> None:
     """Refuses an object with a key twice, or with one whose meaning is not supported."""
     if DUPLICATE in given:
-        raise RowError(f"{where}got key '{given[DUPLICATE]}' twice with different values, expected it once")
+        raise RowError(
+            f"{where}got key '{shorten(given[DUPLICATE], 30)}' twice with different values, expected it once"
+        )
     for key in refused & given.keys() if refused else ():
         if not _is_empty(given[key]) and given[key] != 0:
             hint = "image or images" if key in _OTHER_IMAGES else "rows without it"

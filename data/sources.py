@@ -63,7 +63,15 @@ def find_files(path: str) -> list[str]:
     """
     if easy_vqa.is_built_in(path) or path.startswith(HUB):
         return [path]
-    place = Path(expand(path))
+    try:
+        return _found(path, Path(expand(path)))
+    except (OSError, ValueError) as error:  # no permission, a NUL in the name
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}; expected {READABLE}") from None
+
+
+def _found(path: str, place: Path) -> list[str]:
     if place.is_file() or _is_saved(place) or _saved_split(place):
         return [str(place)]
     if place.is_dir():
@@ -178,9 +186,7 @@ def stamp(file: str) -> str:
     """Returns what changes when a file does: its size, its time, and what its head, middle and tail hold."""
     if easy_vqa.is_built_in(file):
         return easy_vqa.VERSION
-    if file.startswith(HUB):
-        return ""
-    if is_store(file) and (Path(file).is_dir() or _saved_split(Path(file))):
+    if file.startswith(HUB) or not Path(file).is_file():
         return str(open_store(file)._fingerprint)
     status = Path(file).stat()
     digest = hashlib.sha256()

@@ -13,9 +13,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data.config import DataConfig, Source
 from data.dataset import Encoder, Sample, read_pixels
 from data.images import check_image
-from data.rows import DataError, Fault, RowError, parse
+from data.rows import DataError, Fault, Record, RowError, parse
 from data.sources import HUB, find_files, hub_rows, raw_rows
-from data.table import folder_of, image_options
+from data.table import check_folders, folder_of, image_options, row_of
 
 _POOL: Final = 512  # samples that are shuffled, and grouped by length, together
 _PROBED: Final = 100  # rows of a source of which one has to be good before the training starts
@@ -55,6 +55,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         self.skipped: list[Fault] = []
         self.source_rows: list[int] = []
         self.encoder = Encoder.of(config, processor)
+        check_folders(config)
         for number in range(len(config.sources)):
             self._probe(number)
 
@@ -162,6 +163,27 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         raise DataError(f"{self.config.sources[number].path}: the first {len(faults)} rows are all faulty{first}")
 
 
+def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
+    """Yields every row of all sources once, checked, as `check_rows` has it in its table; nothing is copied.
+
+    Raises:
+        DataError: a source or an image folder cannot be used.
+    """
+    check_folders(config)
+    for number, source in enumerate(config.sources):
+        for file, row, raw in _part(source, 0, 1):
+            notes: set[str] = set()
+            try:
+                parsed = parse(raw)
+                for image in parsed.images:
+                    notes.update(check_image(folder_of(source, file), image, image_options(config)))
+                record: Record | RowError = parsed
+            except RowError as error:
+                record = error
+            found = row_of(number, file, row, record, source.format or config.format)
+            yield {**found, "notes": [*found["notes"], *sorted(notes)]} if not found["fault"] else found
+
+
 @dataclass(frozen=True)
 class _Item:
     """A row as tokens, its images unopened."""
@@ -180,8 +202,12 @@ def _part(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, A
     """Yields file, row number and raw row of a shard's part of a source; a RowError in place of what is lost."""
     if source.path.startswith(HUB):
         name = source.path if shards == 1 else f"{source.path} (part {shard} of {shards})"
-        for row, raw in enumerate(hub_rows(source.path, source.limit, shard, shards)):
-            yield name, row, raw
+        row = -1
+        try:
+            for row, raw in enumerate(hub_rows(source.path, source.limit, shard, shards)):
+                yield name, row, raw
+        except DataError as error:
+            yield name, row + 1, RowError(str(error))
         return
     files = find_files(source.path)
     if source.limit is None and len(files) % shards == 0:

@@ -50,16 +50,21 @@ def check_rows(config: DataConfig, *, anew: bool = False) -> datasets.Dataset:
     Raises:
         DataError: a source, an image folder or the cache cannot be used.
     """
-    for source in config.sources:
-        if source.images is not None and not Path(expand(source.images)).is_dir():
-            start = "" if Path(expand(source.images)).is_absolute() else f" (relative paths start in {Path.cwd()})"
-            raise DataError(f"images: got {source.images!r}, expected a folder{start}")
+    check_folders(config)
     with usable_cache():
         rows = _read_rows(config)
         found = _check_images(rows, config, anew=anew)
         if not anew and _is_stale(rows, found, config):
             found = _check_images(rows, config, anew=True)
     return datasets.concatenate_datasets([rows.remove_columns(list(_CHECKED)), found], axis=1)
+
+
+def check_folders(config: DataConfig) -> None:
+    """Refuses an image folder that is not there."""
+    for source in config.sources:
+        if source.images is not None and not Path(expand(source.images)).is_dir():
+            start = "" if Path(expand(source.images)).is_absolute() else f" (relative paths start in {Path.cwd()})"
+            raise DataError(f"images: got {source.images!r}, expected a folder{start}")
 
 
 def good_rows(rows: datasets.Dataset) -> list[int]:
@@ -210,17 +215,28 @@ def _rows(sources: tuple[tuple[str, int | None, str], ...]) -> Iterator[dict[str
         for count, (file, row, record) in enumerate(read_records(path)):
             if limit is not None and count >= limit:
                 break
-            yield {"source": number, "file": file, "row": row, **_columns(record, style)}
+            yield row_of(number, file, row, record, style)
 
 
-def _columns(record: Record | RowError, style: str) -> dict[str, Any]:
+def row_of(source: int, file: str, row: int, record: Record | RowError, style: str) -> dict[str, Any]:
+    """Returns a row of the table.
+
+    Args:
+        source: number in `DataConfig.sources`.
+        file: where the row stands.
+        row: its number there.
+        record: what it is, or what is wrong with it.
+        style: the source's format.
+    """
+    place = {"source": source, "file": file, "row": row}
     if isinstance(record, RowError):
         nothing: dict[str, Any] = {name: [] for name in ("notes", "ignored", "images", "texts", "untrained")}
-        return {**nothing, "fault": str(record), "system": None}
+        return {**place, **nothing, "fault": str(record), "system": None}
     notes = list(record.notes)
     if style == "plain":
         notes += plain_notes(record.turns, len(record.images))
     return {
+        **place,
         "fault": "",
         "notes": notes,
         "ignored": list(record.ignored),

@@ -1,8 +1,10 @@
 """Today's formats: each is read as its publisher wrote it, images inside included. docs/data.md lists them."""
 
+import base64
 import gzip
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from pydantic import ValidationError
 
+from data.check import main
 from data.config import DataConfig
 from data.images import open_image
 from data.rows import DataError, RowError, Turn, parse
@@ -374,8 +378,6 @@ def test_a_file_that_changes_under_the_same_size_and_time_is_read_again(folder):
     before = file.stat()
     assert check(folder, file)["texts"][0] == ["a", "AAAA"]
     file.write_text(json.dumps([talk("a", "BBBB")]))
-    import os
-
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert check(folder, file)["texts"][0] == ["a", "BBBB"]
 
@@ -584,10 +586,67 @@ def test_payloads_are_never_printed_whole(folder):
 
 
 def test_an_image_in_a_data_address_is_read(folder):
-    import base64
-
     address = "data:image/png;base64," + base64.b64encode(png(COLOURS[0])).decode()
     part = {"type": "image_url", "image_url": {"url": address}}
     (folder / "data.json").write_text(json.dumps([messages([part, {"type": "text", "text": "What is it?"}], "Red.")]))
     assert seen(folder, check(folder, folder / "data.json")) == [ONE]
     assert np.asarray(open_image(None, address)).shape == (8, 8, 3)
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({HALF: 1}, r"got keys '\ud83d'"),
+        ({"messages": [{"role": HALF, "content": "x"}]}, r"unknown role '\ud83d'"),
+        ({"messages": [{"role": "user", "content": [{"type": HALF}]}]}, r"type '\ud83d'"),
+        (talk("q", "a", system=HALF), "half a character"),
+        (talk("q", "a", weight=[1] * 5000), "got key 'weight' with"),
+        ({"conversations": 7 * [[]]}, r"conversations: got no turns"),
+        (talk("q", "a", image=[["a.png"]]), "got a list, expected a path or an image"),
+        (talk("q", "a", image=True), "got true or false, expected a path or an image"),
+        ({**talk("q", "a"), "messages": 5}, "got keys 'conversations' and 'messages'"),
+    ],
+)
+def test_odd_rows_are_one_printable_line(folder, row, message):
+    (folder / "data.json").write_text(json.dumps([row, talk("q", "a")]))
+    (fault,) = faults_of(check(folder, folder / "data.json"))
+    assert message in fault.reason
+    assert len(str(fault).encode()) < 400
+    assert fault.row == 0
+
+
+def test_ignored_keys_may_hold_anything(folder):
+    nested = "[" * 400 + "]" * 400
+    text = json.dumps(talk("q", "a"))[:-1]
+    (folder / "data.jsonl").write_text(f'{text}, "deep": {nested}, "\\ud83d": "\\ud83d", "big": {"9" * 400}}}')
+    rows = check(folder, folder / "data.jsonl")
+    assert rows["fault"][:] == [""]
+    assert rows["ignored"][:] == [["deep", "\\ud83d", "big"]]
+
+
+@pytest.mark.parametrize("path", ["", "a\0b.json", "x" * 5000])
+def test_odd_paths_are_one_line(folder, path):
+    with pytest.raises((DataError, ValidationError)) as caught:
+        check(folder, path)
+    if isinstance(caught.value, DataError):
+        assert "\n" not in str(caught.value)
+    else:
+        assert path == ""
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_check_of_a_stream_says_the_same_and_copies_nothing(folder, capsys, name):
+    as_dataset(name).to_parquet(folder / "data.parquet")
+    (folder / "more.json").write_text(json.dumps([talk("", ""), talk("<image>q", "a", image="none.png"), 7]))
+    data = {"files": [str(folder / "data.parquet"), str(folder / "more.json")], "images": str(folder), "workers": 0}
+    (folder / "recipe.yaml").write_text(json.dumps({"data": {**data, "format": "vicuna_v1"}}))
+    found = []
+    for streaming in ("true", "false"):
+        assert main([str(folder / "recipe.yaml"), "--json", f"data.streaming={streaming}"]) == 2
+        found.append(json.loads(capsys.readouterr().out))
+        assert bool(list(folder.glob("cache/**/*.arrow"))) == (streaming == "false")
+    assert found[0] == found[1]
+    assert len(found[0]["data"]["faults"]) == 2
