@@ -150,7 +150,7 @@ def _is_written(rendered: Rendered, start: int, end: int) -> bool:
     """Returns whether people wrote the special token there; the white space that some swallow does not count."""
     name = rendered.text[start:end]
     start += len(name) - len(name.lstrip())
-    return bool(name.strip()) and _overlaps(rendered.written, start, start + len(name.strip()))
+    return bool(name.strip()) and _overlaps(rendered.user_spans, start, start + len(name.strip()))
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ class Rendered:
     Attributes:
         text: what is tokenised.
         answers: what a model has to generate: each answer, from where its prompt ends, with its end mark.
-        written: what people wrote, in which special tokens mean nothing.
+        user_spans: what people wrote, in which special tokens mean nothing.
     """
 
     text: str
     answers: tuple[Span, ...]
-    written: tuple[Span, ...]
+    user_spans: tuple[Span, ...]
 
 
 class Writer:
@@ -174,9 +174,9 @@ class Writer:
     def __init__(self) -> None:
         self.text = ""
         self._answers: list[Span] = []
-        self._written: list[Span] = []
+        self._user_spans: list[Span] = []
 
-    def frame(self, text: str) -> None:
+    def literal(self, text: str) -> None:
         """Writes what the format says, in which special tokens are special."""
         self.text += text
 
@@ -184,35 +184,35 @@ class Writer:
         """Writes a user's text; its image marks stay marks."""
         for place, part in enumerate(split_marks(text)):
             if place > 0:
-                self.frame(IMAGE_MARK)
-            self.people(part)
+                self.literal(IMAGE_MARK)
+            self.user_text(part)
 
-    def people(self, text: str) -> None:
+    def user_text(self, text: str) -> None:
         """Writes what people wrote, in which special tokens mean nothing."""
         start = len(self.text)
         self.text += text
         if text:
-            self._written.append((start, len(self.text)))
+            self._user_spans.append((start, len(self.text)))
 
-    def answer(self, text: str, *, lead: str, end_mark: str, is_trained: bool = True) -> None:
+    def answer(self, text: str, *, prefix: str, end_mark: str, is_trained: bool = True) -> None:
         """Writes an answer.
 
         Args:
             text: the answer's own text.
-            lead: what stands between the prompt and it: a model has to generate that too.
+            prefix: what stands between the prompt and it: a model has to generate that too.
             end_mark: what ends it.
             is_trained: whether it is to be learnt.
         """
         start = len(self.text)
-        self.frame(lead)
-        self.people(text)
-        self.frame(end_mark)
+        self.literal(prefix)
+        self.user_text(text)
+        self.literal(end_mark)
         if is_trained:
             self._answers.append((start, len(self.text)))
 
     def rendered(self) -> Rendered:
         """Returns all that was written."""
-        return Rendered(self.text, tuple(self._answers), tuple(self._written))
+        return Rendered(self.text, tuple(self._answers), tuple(self._user_spans))
 
 
 def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None) -> Rendered:
@@ -225,17 +225,17 @@ def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None) -> R
     """
     writer = Writer()
     if system is None:
-        writer.frame(VICUNA_SYSTEM)
+        writer.literal(VICUNA_SYSTEM)
     else:
-        writer.people(system)
-    writer.frame(" ")
+        writer.user_text(system)
+    writer.literal(" ")
     for turn in turns:
         if turn.role == "user":
-            writer.frame("USER: ")
+            writer.literal("USER: ")
             writer.question(turn.text)
-            writer.frame(" ASSISTANT:")
+            writer.literal(" ASSISTANT:")
         else:
-            writer.answer(turn.text, lead=" ", end_mark=end_mark, is_trained=turn.is_trained)
+            writer.answer(turn.text, prefix=" ", end_mark=end_mark, is_trained=turn.is_trained)
     return writer.rendered()
 
 
@@ -250,9 +250,9 @@ def plain(turns: Sequence[Turn], system: str | None = None) -> Rendered:
     writer = Writer()
     for turn in turns:
         if turn.role == "user":
-            writer.frame(IMAGE_MARK * count_marks(turn.text) + "\n")
+            writer.literal(IMAGE_MARK * count_marks(turn.text) + "\n")
         else:
-            writer.answer(turn.text, lead="", end_mark="\n", is_trained=turn.is_trained)
+            writer.answer(turn.text, prefix="", end_mark="\n", is_trained=turn.is_trained)
     return writer.rendered()
 
 
@@ -289,7 +289,7 @@ class ChatTemplate:
         leads = {whole[len(prompts[place]) : whole.index(messages[2 * place + 1])] for place in (0, 1)}
         if len(leads) > 1:
             raise _refused("the last answer begins otherwise than those before it")
-        self._lead = leads.pop()  # between generation prompt and answer: nothing, or a space
+        self._prefix = leads.pop()  # between generation prompt and answer: nothing, or a space
         self._end_mark = self._end_mark_of(around[2], around[4])
         if not self._end_mark:
             raise _refused("no end mark follows an answer")
@@ -309,20 +309,20 @@ class ChatTemplate:
         writer = Writer()
         if system is not None:
             trim = _trim(system, system, expected[len(before) :], after[0])
-            writer.frame(before)
-            writer.people(trim(system))
+            writer.literal(before)
+            writer.user_text(trim(system))
             before, *after = after
         for turn, text, following in zip(turns, texts, after, strict=True):
             trim = _trim(text, turn.text, expected[len(writer.text) + len(before) :], following)
             if turn.role == "user":
-                writer.frame(before)
+                writer.literal(before)
                 writer.question(trim(turn.text))
                 before = following
             else:
-                writer.frame(before.removesuffix(self._lead))
-                writer.answer(trim(text), lead=self._lead, end_mark=self._end_mark, is_trained=turn.is_trained)
+                writer.literal(before.removesuffix(self._prefix))
+                writer.answer(trim(text), prefix=self._prefix, end_mark=self._end_mark, is_trained=turn.is_trained)
                 before = following.removeprefix(self._end_mark)
-        writer.frame(before)
+        writer.literal(before)
         if writer.text != expected:
             raise RowError("the chat template rewrites this conversation")
         return writer.rendered()

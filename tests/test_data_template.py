@@ -84,7 +84,7 @@ def test_the_text_is_the_tokenizers_own(make, template):
     messages = [{"role": turn.role, "content": turn.text} for turn in conversation]
     rendered = chat.render(conversation)
     assert rendered.text == chat._tokenizer.apply_chat_template(messages, tokenize=False)
-    written = [rendered.text[start:end] for start, end in rendered.written]
+    written = [rendered.text[start:end] for start, end in rendered.user_spans]
     assert written[-2:] == ["<|im_end|>", "</s> <|eot|> {{ x }} {% y %}"]
 
 
