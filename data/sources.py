@@ -111,7 +111,7 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
             for batch in opened.iter_batches(batch_size=_READ):
                 yield from batch.to_pylist()
     elif is_store(file):
-        for table in open_store(file).with_format("arrow").iter(batch_size=_READ):
+        for table in open_store(file).iter(batch_size=_READ):
             yield from table.to_pylist()
     else:
         yield from _json_rows(file)
@@ -128,24 +128,27 @@ def is_store(file: str) -> bool:
 
 @lru_cache(maxsize=64)
 def open_store(file: str) -> datasets.Dataset:
-    """Returns a Parquet or Arrow file, a saved folder or a set of the hub as a memory-mapped `datasets.Dataset`.
+    """Returns a Parquet or Arrow file, a saved folder or a set of the hub, memory-mapped, in the format `arrow`.
 
     Raises:
         DataError: it cannot be read or fetched.
     """
-    place = Path(file)
     with _named(file):
-        if file.startswith(HUB):
-            name, subset, split = split_hub_name(file)
-            return datasets.load_dataset(name, subset, split=split)
-        if folder := _saved_split(place):
-            return datasets.load_from_disk(str(folder))
-        if _is_saved(place):
-            return _one_split(datasets.load_from_disk(file), file)
-        if _head(file)[:4] == b"PAR1":
-            copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"
-            return datasets.load_dataset("parquet", data_files=[file], split="train", cache_dir=str(copy))
-        return datasets.Dataset.from_file(file)
+        return _opened(file, Path(file)).with_format("arrow")
+
+
+def _opened(file: str, place: Path) -> datasets.Dataset:
+    if file.startswith(HUB):
+        name, subset, split = split_hub_name(file)
+        return datasets.load_dataset(name, subset, split=split)
+    if folder := _saved_split(place):
+        return datasets.load_from_disk(str(folder))
+    if _is_saved(place):
+        return _one_split(datasets.load_from_disk(file), file)
+    if _head(file)[:4] == b"PAR1":
+        copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"
+        return datasets.load_dataset("parquet", data_files=[file], split="train", cache_dir=str(copy))
+    return datasets.Dataset.from_file(file)
 
 
 def hub_rows(file: str, limit: int | None, shard: int, shards: int) -> Iterator[Any]:

@@ -161,7 +161,7 @@ def plain_notes(turns: Sequence[Turn], images: int) -> list[str]:
 
 
 def _stored(row: dict[str, Any]) -> Any:
-    return open_store(row["file"]).with_format("arrow")[row["row"]].to_pylist()[0]
+    return open_store(row["file"])[row["row"]].to_pylist()[0]
 
 
 def _read_rows(config: DataConfig) -> datasets.Dataset:
