@@ -1,5 +1,5 @@
-"""From LLaVA conversation files to padded batches with labels.
+"""From conversations in today's formats to padded batches with labels.
 
-Read in this order: files (files -> rows), records (row -> conversation), faults (the check of all rows), images;
-render, template and chat (conversation -> ids and labels); dataset, collate, sampler (samples, batches, their order).
+Read in this order: sources (files -> raw rows), rows (raw row -> conversation), images, table (all rows, checked);
+chat (conversation -> ids and labels); dataset (samples, batches, their order), stream (the same without a first pass).
 """

@@ -7,17 +7,32 @@ a sample's labels in silence where they do.)
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import takewhile
+from typing import Any, Final
 
-from data.records import IMAGE_MARK, RowError, Turn
-from data.render import Rendered, Span, plain, vicuna
-from data.template import ChatTemplate, TokenizerError
+from jinja2.exceptions import TemplateError
 
-__all__ = ["IGNORE_INDEX", "ChatFormat", "TokenizerError"]
+from data.config import shorten
+from data.rows import IMAGE_MARK, RowError, Turn, count_marks, split_marks
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's own
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+FROZEN_DAY: Final = datetime(2024, 7, 26)  # the day that Llama 3's template falls back to
+_EXPECTED = "expected one that writes turns one after the other and alike (or data.format vicuna_v1)"
+_NOW: Final = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+Span = tuple[int, int]  # characters [start, end) of a rendered text
+
+
+class TokenizerError(ValueError):
+    """The tokenizer cannot render or label conversations; the text says why."""
 
 
 class ChatFormat:
@@ -29,47 +44,69 @@ class ChatFormat:
 
     Attributes:
         image_token_id: the token that stands for an image.
+        stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's own. Empty
+            for `plain`, which is for alignment and ends a caption by a newline.
 
     Raises:
         TokenizerError: the tokenizer is slow, has no end mark or image token, ends every text by a token of its own,
-            or its chat template cannot be labelled.
+            or its chat template cannot be labelled, depends on the day, or ends answers by no single token.
     """
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerError(
-                f"tokenizer: found {type(tokenizer).__name__}, accepted: a fast one, because labels need the "
+                f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, because labels need the "
                 "characters of each token"
             )
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
         if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise TokenizerError(f"tokenizer: has no token {IMAGE_MARK}, accepted: one that has")
+            raise TokenizerError(f"tokenizer: has no token {IMAGE_MARK}, expected one that has")
         if tokenizer.eos_token is None:
-            raise TokenizerError("tokenizer: has no eos_token, accepted: one that ends an answer")
+            raise TokenizerError("tokenizer: has no eos_token, expected one that ends an answer")
         bare = tokenizer(IMAGE_MARK, add_special_tokens=False)["input_ids"]
         if tokenizer(IMAGE_MARK)["input_ids"][-len(bare) :] != bare:
-            raise TokenizerError("tokenizer: ends every text by a token of its own, accepted: add_eos_token false")
+            raise TokenizerError("tokenizer: ends every text by a token of its own, expected add_eos_token false")
         self.name, self.tokenizer = name, tokenizer
         self._template = ChatTemplate(tokenizer) if name == "chat_template" else None
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special - {tokenizer.unk_token_id} | {self.image_token_id}
+        self.stop_ids = [] if name == "plain" else self._stops()
 
-    def encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    def encode(self, turns: Sequence[Turn], system: str | None = None) -> tuple[list[int], list[int]]:
         """Returns ids, with one image token an image, and labels: ids where supervised, IGNORE_INDEX elsewhere.
 
+        Args:
+            turns: user and assistant in turns.
+            system: system prompt; None is the format's own.
+
         Raises:
-            RowError: the chat template rewrites the conversation.
+            RowError: the chat template rewrites the conversation, or the format has no system prompt.
         """
-        return self._tokenise(self._render(turns))
+        return self._tokenise(self.render(turns, system))
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+    def prompt(self, turns: Sequence[Turn], system: str | None = None) -> list[int]:
         """Returns the ids of a conversation that ends with a question, up to where the answer begins."""
-        return self.encode(turns)[0]
+        return self.encode(turns, system)[0]
 
-    def _render(self, turns: Sequence[Turn]) -> Rendered:
+    def render(self, turns: Sequence[Turn], system: str | None = None) -> Rendered:
+        """Returns the text that is tokenised, with its spans; raises RowError as `encode` does."""
         if self._template is not None:
-            return self._template.render(turns)
-        return plain(turns) if self.name == "plain" else vicuna(turns, self.tokenizer.eos_token)
+            return self._template.render(turns, system)
+        if self.name == "plain":
+            return plain(turns, system)
+        return vicuna(turns, self.tokenizer.eos_token, system)
+
+    def _stops(self) -> list[int]:
+        """Returns the token that training labels as an answer's last, and the tokenizer's end mark."""
+        _, labels = self.encode([Turn("user", "a"), Turn("assistant", "b")])
+        end = [label for label in labels if label != IGNORE_INDEX][-1]
+        if end not in self._special and end != self.tokenizer.eos_token_id:
+            mark = self.tokenizer.convert_ids_to_tokens(end)
+            raise TokenizerError(
+                f"tokenizer.chat_template: answers end by {mark!r}, which is no special token, so that generation "
+                "cannot stop there; expected a template that ends answers by one (or data.format vicuna_v1)"
+            )
+        return list(dict.fromkeys([end, self.tokenizer.eos_token_id]))
 
     def _tokenise(self, rendered: Rendered) -> tuple[list[int], list[int]]:
         encoding = self.tokenizer(
@@ -99,7 +136,7 @@ class ChatFormat:
             if end > 1 and token not in self._special
         ]
         if not tokens and self.tokenizer.unk_token_id is None:
-            raise RowError(f"found {name!r}, which this tokenizer cannot write as text")
+            raise RowError(f"got {name!r}, which this tokenizer cannot write as text")
         return tokens or [self.tokenizer.unk_token_id]
 
 
@@ -113,4 +150,262 @@ def _is_written(rendered: Rendered, start: int, end: int) -> bool:
     """Returns whether people wrote the special token there; the white space that some swallow does not count."""
     name = rendered.text[start:end]
     start += len(name) - len(name.lstrip())
-    return bool(name.strip()) and _overlaps(rendered.written, start, start + len(name.strip()))
+    return bool(name.strip()) and _overlaps(rendered.user_spans, start, start + len(name.strip()))
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as one text; spans are in order and do not overlap.
+
+    Attributes:
+        text: what is tokenised.
+        answers: what a model has to generate: each answer, from where its prompt ends, with its end mark.
+        user_spans: what people wrote, in which special tokens mean nothing.
+    """
+
+    text: str
+    answers: tuple[Span, ...]
+    user_spans: tuple[Span, ...]
+
+
+class Writer:
+    """Writes a text piece by piece and keeps the spans."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._answers: list[Span] = []
+        self._user_spans: list[Span] = []
+
+    def literal(self, text: str) -> None:
+        """Writes what the format says, in which special tokens are special."""
+        self.text += text
+
+    def question(self, text: str) -> None:
+        """Writes a user's text; its image marks stay marks."""
+        for place, part in enumerate(split_marks(text)):
+            if place > 0:
+                self.literal(IMAGE_MARK)
+            self.user_text(part)
+
+    def user_text(self, text: str) -> None:
+        """Writes what people wrote, in which special tokens mean nothing."""
+        start = len(self.text)
+        self.text += text
+        if text:
+            self._user_spans.append((start, len(self.text)))
+
+    def answer(self, text: str, *, prefix: str, end_mark: str, is_trained: bool = True) -> None:
+        """Writes an answer.
+
+        Args:
+            text: the answer's own text.
+            prefix: what stands between the prompt and it: a model has to generate that too.
+            end_mark: what ends it.
+            is_trained: whether it is to be learnt.
+        """
+        start = len(self.text)
+        self.literal(prefix)
+        self.user_text(text)
+        self.literal(end_mark)
+        if is_trained:
+            self._answers.append((start, len(self.text)))
+
+    def rendered(self) -> Rendered:
+        """Returns all that was written."""
+        return Rendered(self.text, tuple(self._answers), tuple(self._user_spans))
+
+
+def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None) -> Rendered:
+    """Returns the system prompt (None is LLaVA's), then `USER: question ASSISTANT: answer</s>` for each pair.
+
+    The prompt ends with `ASSISTANT:`, so the space after it belongs to the answer; most tokenizers write it into the
+    answer's first token, but not before a Chinese character.
+
+    Source: LLaVA's conv_vicuna_v1. An empty answer differs: LLaVA leaves out the space and the end mark.
+    """
+    writer = Writer()
+    if system is None:
+        writer.literal(VICUNA_SYSTEM)
+    else:
+        writer.user_text(system)
+    writer.literal(" ")
+    for turn in turns:
+        if turn.role == "user":
+            writer.literal("USER: ")
+            writer.question(turn.text)
+            writer.literal(" ASSISTANT:")
+        else:
+            writer.answer(turn.text, prefix=" ", end_mark=end_mark, is_trained=turn.is_trained)
+    return writer.rendered()
+
+
+def plain(turns: Sequence[Turn], system: str | None = None) -> Rendered:
+    """Returns image, newline, caption, newline; the question is left out.
+
+    Source: LLaVA's conv_llava_plain. The newline between image and caption differs: a caption's first token is
+    predicted from the token before it, and a fused model no longer holds a visual token's state at the end.
+    """
+    if system is not None:
+        raise RowError("got a system prompt, which format plain does not have, expected another format")
+    writer = Writer()
+    for turn in turns:
+        if turn.role == "user":
+            writer.literal(IMAGE_MARK * count_marks(turn.text) + "\n")
+        else:
+            writer.answer(turn.text, prefix="", end_mark="\n", is_trained=turn.is_trained)
+    return writer.rendered()
+
+
+class ChatTemplate:
+    """Writes conversations as the tokenizer's template does, and knows the spans of their answers.
+
+    An answer is what a model has to generate: it begins where the generation prompt ends, and its end mark, which is
+    the first special token that follows every answer, belongs to it. Both are learned once, from two made-up pairs.
+
+    Args:
+        tokenizer: whose `chat_template` it is.
+
+    Raises:
+        TokenizerError: the template is missing or fails, rewrites messages, ends answers by nothing, or writes an
+            answer otherwise than its generation prompt or its place suggests: training would not fit generation.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise TokenizerError("data.format: got chat_template, but the tokenizer has none, expected vicuna_v1")
+        self._tokenizer, self._text = tokenizer, frozen(tokenizer.get_chat_template())
+        self._pieces: dict[tuple[int, bool], list[str]] = {}
+        messages = _stand_ins(4)
+        try:
+            whole = self._apply(messages)
+            prompts = [self._apply(messages[:1]), self._apply(messages[:3])]
+            around = _around(whole, messages)
+        except TemplateError as error:
+            raise _refused(f"fails: {error}") from None
+        except RowError as error:
+            raise _refused(str(error)) from None
+        if not all(whole.startswith(prompt) for prompt in prompts):
+            raise _refused("an answer does not follow the generation prompt")
+        leads = {whole[len(prompts[place]) : whole.index(messages[2 * place + 1])] for place in (0, 1)}
+        if len(leads) > 1:
+            raise _refused("the last answer begins otherwise than those before it")
+        self._prefix = leads.pop()  # between generation prompt and answer: nothing, or a space
+        self._end_mark = self._end_mark_of(around[2], around[4])
+        if not self._end_mark:
+            raise _refused("no end mark follows an answer")
+
+    def render(self, turns: Sequence[Turn], system: str | None = None) -> Rendered:
+        """Returns the conversation's text; up to where an answer would begin when the last turn is a question.
+
+        Raises:
+            RowError: the template does more to these messages than trim them.
+        """
+        texts = [IMAGE_MARK.join(split_marks(turn.text)) if turn.role == "user" else turn.text for turn in turns]
+        try:
+            expected = self._apply(texts, system)
+            before, *after = self._around(len(turns), system is not None)
+        except TemplateError as error:
+            raise RowError(f"the chat template fails: {shorten(str(error))}") from None
+        writer = Writer()
+        if system is not None:
+            trim = _trim(system, system, expected[len(before) :], after[0])
+            writer.literal(before)
+            writer.user_text(trim(system))
+            before, *after = after
+        for turn, text, following in zip(turns, texts, after, strict=True):
+            trim = _trim(text, turn.text, expected[len(writer.text) + len(before) :], following)
+            if turn.role == "user":
+                writer.literal(before)
+                writer.question(trim(turn.text))
+                before = following
+            else:
+                writer.literal(before.removesuffix(self._prefix))
+                writer.answer(trim(text), prefix=self._prefix, end_mark=self._end_mark, is_trained=turn.is_trained)
+                before = following.removeprefix(self._end_mark)
+        writer.literal(before)
+        if writer.text != expected:
+            raise RowError("the chat template rewrites this conversation")
+        return writer.rendered()
+
+    def _around(self, count: int, has_system: bool) -> list[str]:
+        """Returns what the template writes before, between and after a system prompt and `count` messages."""
+        key = count, has_system
+        if key not in self._pieces:
+            messages, system = _stand_ins(count), _STAND_IN_SYSTEM if has_system else None
+            written = [system, *messages] if system else messages
+            self._pieces[key] = _around(self._apply(messages, system), written)
+        return self._pieces[key]
+
+    def _apply(self, messages: Sequence[str], system: str | None = None) -> str:
+        """Returns the template's text; up to where an answer begins when the last message is a question."""
+        roles = ("user", "assistant")
+        conversation = [] if system is None else [{"role": "system", "content": system}]
+        conversation += [{"role": roles[place % 2], "content": text} for place, text in enumerate(messages)]
+        return self._tokenizer.apply_chat_template(
+            conversation, chat_template=self._text, tokenize=False, add_generation_prompt=len(messages) % 2 == 1
+        )
+
+    def _end_mark_of(self, between: str, end: str) -> str:
+        """Returns what follows both answers, up to its first special token; with none, all but its trailing space."""
+        special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+        pieces = [re.split(f"({pattern})", text) for text in (between, end)]  # text, special token, text, ...
+        if pieces[0][:2] == pieces[1][:2] and len(pieces[0]) > 1:
+            return "".join(pieces[0][:2])
+        pairs = zip(pieces[0][0], pieces[1][0], strict=False)
+        text = "".join(first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return text.rstrip() or text
+
+
+def _refused(reason: str) -> TokenizerError:
+    return TokenizerError(f"tokenizer.chat_template: {reason}, {_EXPECTED}")
+
+
+_STAND_IN_SYSTEM: Final = "(7f3C System 9a1E)"
+
+
+def _stand_ins(count: int) -> list[str]:
+    """Returns messages that no template writes by itself; mixed case, so that a change of case shows."""
+    return [f"(7f3C Message {place} 9a1E)" for place in range(count)]
+
+
+def _around(text: str, messages: Sequence[str]) -> list[str]:
+    """Returns what stands before, between and after the messages: one piece more than there are messages."""
+    pieces = []
+    for message in messages:
+        before, found, text = text.partition(message)
+        if not found:
+            raise RowError("the chat template rewrites or drops a message")
+        pieces.append(before)
+    return [*pieces, text]
+
+
+def _trim(message: str, written: str, text: str, following: str) -> Callable[[str], str]:
+    """Returns what the template did to a message that `text` begins with: nothing, or one of the trimmings."""
+    trimmings: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+    for trim in trimmings:
+        if text.startswith(trim(message) + following):
+            return trim
+    raise RowError(f"the chat template rewrites the message {shorten(written, 40)!r}")
+
+
+def frozen(template: str) -> str:
+    """Returns a chat template whose text no longer depends on the day that it is rendered: it says FROZEN_DAY.
+
+    Else the rows of a run, and the questions asked of it later, would name different days.
+
+    Raises:
+        TokenizerError: the template asks for the day in a way that cannot be replaced.
+    """
+    text = _NOW.sub(lambda found: repr(FROZEN_DAY.strftime(found[2])), template)
+    if re.search(r"strftime_now\s*\(", text):
+        raise _refused("depends on the day in a way that cannot be frozen")
+    return text
+
+
+def freeze_templates(processor: Any) -> None:
+    """Replaces the chat templates of a processor and its tokenizer by what `frozen` makes of them."""
+    for part in (processor, processor.tokenizer):
+        template = getattr(part, "chat_template", None)
+        if isinstance(template, str):
+            part.chat_template = frozen(template)

@@ -1,4 +1,4 @@
-"""`python -m data.check RECIPE [key=value ...]`: reads every row and opens every image, and lists each fault.
+"""`python -m data.check RECIPE [key=value ...]`: reads every row and opens every image, and lists what is wrong.
 
 Exit code 0: no fault. 2: faults, or something in the recipe's data sections or their files cannot be read.
 """
@@ -6,60 +6,232 @@ Exit code 0: no fault. 2: faults, or something in the recipe's data sections or 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 import datasets
 import yaml
 from pydantic import ValidationError
 
-from data.config import DataConfig
-from data.faults import check_rows, faults_of
-from data.records import DataError
+from data.chat import TokenizerError
+from data.config import DataConfig, expand, shorten
+from data.dataset import Encoder
+from data.rows import IMAGE_MARK, NOTES, DataError, Fault, RowError, group_faults
+from data.stream import checked_rows
+from data.table import check_rows, record_of
+
+_BATCH: Final = 500  # rows whose texts are in memory together
+_SHOWN_KEYS: Final = 12
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Checks the data sections of a recipe and prints what it found; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data.check", description="Lists every fault of a recipe's data.")
+    parser = argparse.ArgumentParser(prog="python -m data.check", description="Lists the faults of a recipe's data.")
     parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.images=/data/llava")
-    arguments = parser.parse_args(given)
+    parser.add_argument("--all", action="store_true", help="a line for each fault; else like faults share one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with every fault in place of lines")
+    parser.add_argument("--decode", action="store_true", help="decode every image whole, as data.decode: true does")
+    arguments = parser.parse_intermixed_args(given)
     try:
-        sections = read_sections(arguments.recipe, arguments.overrides)
+        raw = _read_recipe(arguments.recipe)
+        sections = read_sections(arguments.recipe, raw, arguments.overrides)
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    results = [_is_clean(name, config) for name, config in sections.items()]
-    return 0 if all(results) else 2
+    reports, failed = {}, False
+    for name, config in sections.items():
+        wanted = config.model_copy(update={"decode": True}) if arguments.decode else config
+        try:
+            reports[name] = report(wanted, raw.get("model"))
+        except DataError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed = True
+    if arguments.json:
+        print(json.dumps(reports))
+    else:
+        for name, found in reports.items():
+            print("\n".join(_lines(name, found, each=arguments.all)))
+    return 2 if failed or any(found["faults"] for found in reports.values()) else 0
 
 
-def read_sections(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, DataConfig]:
+def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
+    """Returns what a section's data holds.
+
+    Args:
+        config: the section.
+        model: the recipe's model section, whose tokenizer tells which answers are too long.
+
+    Returns:
+        sources: for each, path, counts, notes and ignored keys; faults: of every row; note: what was not checked.
+
+    Raises:
+        DataError: a source, an image folder or the cache cannot be used.
+    """
+    rows = checked_rows(config) if config.streaming else _each(check_rows(config, anew=True))
+    try:
+        processor = _processor(model)
+    except TokenizerError as error:
+        processor, note = None, f"answers that are too long were not looked for: {error}"
+    else:
+        note = ""
+    try:
+        encoder = None if processor is None else Encoder.of(config, processor)
+    except TokenizerError as error:
+        raise DataError(str(error)) from None
+    summaries = [_Summary(source.path) for source in config.sources]
+    faults = list(_faults(rows, encoder, summaries))
+    return {
+        "sources": [summary.figures() for summary in summaries],
+        "faults": [asdict(fault) for fault in faults],
+        "note": note,
+    }
+
+
+class _Summary:
+    """Counts what one source holds."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.counts = Counter[str]()
+        self.notes = Counter[str]()
+        self.ignored = Counter[str]()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Counts a row without a fault."""
+        images = len(row["images"])
+        self.counts.update(with_image=bool(images), images=images, text_only=not images, turns=len(row["texts"]))
+        self.notes.update(row["notes"])
+        self.ignored.update(row["ignored"])
+
+    def figures(self) -> dict[str, Any]:
+        """Returns path, counts, notes and ignored keys."""
+        names = ("rows", "with_image", "images", "text_only", "turns", "faults")
+        counts = {name: self.counts[name] for name in names}
+        return {"path": self.path, **counts, "notes": dict(self.notes), "ignored": dict(self.ignored.most_common())}
+
+
+def _each(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    for batch in rows.iter(batch_size=_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _faults(rows: Iterable[dict[str, Any]], encoder: Encoder | None, summaries: Sequence[_Summary]) -> Iterator[Fault]:
+    """Yields every fault, and counts the rows."""
+    for row in rows:
+        summary = summaries[row["source"]]
+        summary.counts["rows"] += 1
+        reason = row["fault"]
+        if not reason and encoder is not None:
+            try:
+                summary.notes["answer_cut"] += _is_answer_cut(row, encoder)
+            except RowError as error:
+                reason = str(error)
+        if reason:
+            summary.counts["faults"] += 1
+            yield Fault(row["file"], row["row"], reason)
+        else:
+            summary.add(row)
+
+
+def _is_answer_cut(row: dict[str, Any], encoder: Encoder) -> bool:
+    """Returns whether the first answer ends where max_length does; tokenises only where it may.
+
+    Raises:
+        RowError: the format cannot write the row, or its first answer is too long.
+    """
+    record = record_of(row)
+    rendered = encoder.chats[row["source"]].render(record.turns, record.system)
+    if not encoder.may_be_long(rendered, len(record.images)):
+        return False
+    return encoder.encode(record, row["source"]).is_answer_cut
+
+
+def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
+    """Yields the faults of a section and a summary of each of its sources."""
+    faults = [Fault(**fault) for fault in found["faults"]]
+    lines = list(map(str, faults)) if each else group_faults(faults)
+    yield from lines
+    if len(lines) < len(faults):
+        yield f"{name}: {len(faults):,} faults in {len(lines)} lines; --all lists each, --json is for programs"
+    if found["note"]:
+        yield f"{name}: note: {found['note']}"
+    for source in found["sources"]:
+        counts = {key: f"{value:,}" for key, value in source.items() if isinstance(value, int)}
+        yield (
+            f"{name}: {source['path']}: {counts['rows']} rows, {counts['with_image']} with an image "
+            f"({counts['images']} images), {counts['text_only']} text only, {counts['turns']} turns, "
+            f"{counts['faults']} faults"
+        )
+        yield from (f"  rows that {NOTES[note]}: {count:,}" for note, count in source["notes"].items() if count)
+        if source["ignored"]:
+            shown = [f"{shorten(key, 30)} ({count:,})" for key, count in source["ignored"].items()]
+            more = f" and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
+            yield f"  ignored keys: {', '.join(shown[:_SHOWN_KEYS])}{more}"
+
+
+def _processor(model: Any) -> Any:
+    """Returns what counts a sample's tokens: the tokenizer and the shape of the images of a recipe's model section.
+
+    Raises:
+        TokenizerError: they are not at hand.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer, logging  # slow to import
+
+    if not isinstance(model, dict) or not (model.get("config") or model.get("checkpoint")):
+        raise TokenizerError("the recipe names no model")
+    source, decoder = (expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model"))
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(decoder or source)
+        if decoder:
+            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
+        images = AutoImageProcessor.from_pretrained(source)
+        shape = json.loads((Path(source) / "processor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, ImportError) as error:
+        raise TokenizerError(f"the processor of {decoder or source}: {shorten(str(error), 120)}") from None
+    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    shape = {name: shape.get(name) for name in names}
+    return SimpleNamespace(tokenizer=tokenizer, image_processor=images, **shape)
+
+
+def _read_recipe(recipe: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{recipe}: {error.strerror}; expected a recipe in YAML") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{recipe}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
+        raise DataError(f"{recipe}: data: got none, expected a recipe with a data section")
+    return raw
+
+
+def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, DataConfig]:
     """Returns a recipe's data sections by key: `align.data` where there is one, and `data`.
 
     Reads these sections alone, because data/ knows nothing of the rest of a recipe.
 
     Args:
-        recipe: YAML file.
-        overrides: `data.key=value` or `align.data.key=value`, the value in YAML.
+        recipe: for messages.
+        raw: what its YAML says.
+        overrides: `data.key=value`, `align.data.key=value` or `model.key=value`, the value in YAML.
 
     Raises:
-        DataError: the file is no recipe, or a data section or an override is wrong.
+        DataError: a data section or an override is wrong.
     """
-    try:
-        raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{recipe}: {error.strerror}, accepted: a recipe in YAML") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{recipe}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
-        raise DataError(f"{recipe}: data: not found, accepted: a recipe with a data section")
     align = raw.get("align")
     sections = {"align.data": align.get("data")} if isinstance(align, dict) else {}
     sections["data"] = raw["data"]
     for override in overrides:
-        _apply(override, sections)
+        _apply(override, {**sections, "model": raw.get("model")})
     return {name: _section(recipe, name, fields) for name, fields in sections.items()}
 
 
@@ -67,12 +239,12 @@ def _apply(override: str, sections: Mapping[str, Any]) -> None:
     path, mark, text = override.partition("=")
     name, _, key = path.rpartition(".")
     if not mark or not isinstance(sections.get(name), dict):
-        accepted = " or ".join(f"{section}.key=value" for section in sections)
-        raise DataError(f"override {override!r}: accepted: {accepted}, because only these sections are read")
+        expected = " or ".join(f"{section}.key=value" for section in sections if isinstance(sections[section], dict))
+        raise DataError(f"override {override!r}: expected {expected}, because only these sections are read")
     try:
         sections[name][key] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise DataError(f"override {override!r}: found {text!r}, accepted: a value in YAML") from None
+        raise DataError(f"override {override!r}: got {text!r}, expected a value in YAML") from None
 
 
 def _section(recipe: Path, name: str, fields: Any) -> DataConfig:
@@ -81,38 +253,9 @@ def _section(recipe: Path, name: str, fields: Any) -> DataConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (name, *first["loc"])))
-        raise DataError(f"{recipe}: {key}: {first['msg']}, found {first['input']!r}") from None
-
-
-def _is_clean(name: str, config: DataConfig) -> bool:
-    """Checks one section and prints its faults and a summary of each file."""
-    try:
-        rows = check_rows(config, anew=True)
-    except DataError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return False
-    faults = faults_of(rows)
-    for fault in faults:
-        print(fault)
-    files = rows["file"][:]
-    for file in dict.fromkeys(files):
-        print(f"{name}: {file}: {_summary(rows.select([place for place, each in enumerate(files) if each == file]))}")
-    return not faults
-
-
-def _summary(rows: datasets.Dataset) -> str:
-    images = [len(names) for names in rows["images"][:]]
-    with_image = sum(map(bool, images))
-    words = [
-        f"{len(rows):,} rows",
-        f"{with_image:,} with an image ({sum(images):,} images)",
-        f"{len(rows) - with_image:,} text only",
-        f"{sum(rows['turns'][:]):,} turns",
-        f"{len(faults_of(rows)):,} faults",
-    ]
-    if cut := sum(rows["is_cut_in_front"][:]):
-        words.append(f"{cut:,} begin with an answer, which is left out, as LLaVA does")
-    return ", ".join(words)
+        if first["type"] == "value_error":
+            raise DataError(f"{recipe}: {key}: {first['ctx']['error']}") from None
+        raise DataError(f"{recipe}: {key}: {first['msg']}, got {shorten(repr(first['input']))}") from None
 
 
 if __name__ == "__main__":

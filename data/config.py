@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Format = Literal["vicuna_v1", "chat_template", "plain"]
+_SECTION = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Source(BaseModel):
+    """One entry of `data.files`.
+
+    Attributes:
+        path: file, folder, glob, `hf://org/name/subset:split` or a built-in set; `~` and variables expand, and a
+            relative path starts from the working directory.
+        weight: share of the samples of an epoch, relative to the weights of the other sources: all sources have one,
+            or none has. Without weights an epoch has every row once.
+        limit: number of rows to read, from the first on.
+        images: folder that the image paths of this source start from; None is `data.images`.
+        format: of this source; None is `data.format`.
+    """
+
+    model_config = _SECTION
+
+    path: str = Field(min_length=1)
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    limit: int | None = Field(default=None, gt=0)
+    images: str | None = None
+    format: Format | None = None
+
+
+def _read_source(given: Any) -> Any:
+    if given == "":
+        raise ValueError("got '', expected a path")
+    if not isinstance(given, dict):
+        return given
+    try:
+        return Source.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(Source.model_fields)
+        reason = f"unknown key, expected {known}" if first["type"] == "extra_forbidden" else first["msg"].lower()
+        raise ValueError(f"{where}: {reason}, got {shorten(repr(first['input']))}") from None
 
 
 class DataConfig(BaseModel):
     """The data of a training.
 
     Attributes:
-        files: LLaVA JSON or JSONL files; or `easy_vqa:train`, `open`, `short` or `test`, the built-in set.
+        files: sources of conversations: each a path (see `Source`) or a mapping of path, weight, limit, images, format.
         images: folder that the rows' image paths start from; the built-in set brings its own.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's own) or `plain`
             (image and caption, for alignment).
         max_length: tokens of a sample, visual tokens included; a longer one is cut at a turn border.
+        long_answers: a first answer that ends after `max_length` is a fault (`refuse`), or ends there (`cut`, LLaVA's).
         image_aspect: `pad` to a square first, as LLaVA-1.5 does, or the image `processor`'s default.
+        exif: `apply` turns photos upright, as viewers and servers do; `ignore` leaves them as stored, as LLaVA does.
+        follow_links: links inside the image folder may lead out of it.
+        decode: the check decodes every image whole, which also finds damage in the middle of a file.
+        streaming: reads rows while training, without a first pass over them and without a copy on the disk.
         max_bad_rows: rows with a fault that may be skipped, counted and listed; 0 fails at the first.
         group_by_length: batches of samples of like length, with images or without.
         workers: processes that check rows and then open images, for each rank.
@@ -24,15 +70,57 @@ class DataConfig(BaseModel):
         expected_text_tokens: text tokens of a mean sample, likewise.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = _SECTION
 
-    files: list[str] = Field(min_length=1)
+    files: list[Annotated[str | Source, BeforeValidator(_read_source)]] = Field(min_length=1)
     images: str | None = None
-    format: Literal["vicuna_v1", "chat_template", "plain"]
+    format: Format
     max_length: int = Field(default=2048, gt=0)
+    long_answers: Literal["refuse", "cut"] = "refuse"
     image_aspect: Literal["pad", "processor"] = "pad"
+    exif: Literal["apply", "ignore"] = "apply"
+    follow_links: bool = False
+    decode: bool = False
+    streaming: bool = False
     max_bad_rows: int = Field(default=0, ge=0)
     group_by_length: bool = True
     workers: int = Field(default=4, ge=0)
     expected_rows: int | None = Field(default=None, gt=0)
     expected_text_tokens: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("files: got a weight for some sources, expected one for all of them or for none")
+        return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """The entries of `files`, each with its own or the section's image folder and format."""
+        given = [Source(path=entry) if isinstance(entry, str) else entry for entry in self.files]
+        return [
+            source.model_copy(update={"images": source.images or self.images, "format": source.format or self.format})
+            for source in given
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """A short name of each source, for logs: `loss_<name>`."""
+        names: list[str] = []
+        for source in self.sources:
+            plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
+            name = plain[-1].partition(".")[0] if plain else source.path
+            names.append(f"{name}_{len(names)}" if name in names else name)
+        return names
+
+
+def expand(path: str) -> str:
+    """Returns a path with `~` and environment variables replaced."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Returns one line of at most `limit` characters, for messages: a payload is never shown whole."""
+    line = " ".join(text[: 4 * limit].split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[: limit - 3]}..."

@@ -1,25 +1,41 @@
-"""Conversations as training samples: checked and tokenised once as a whole, then read one at a time."""
+"""Conversations as training samples: checked and tokenised once as a whole, then read one at a time; their batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 import datasets
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Sampler
 
-from data.chat import IGNORE_INDEX, ChatFormat
+from data.chat import IGNORE_INDEX, ChatFormat, Rendered, TokenizerError, freeze_templates
 from data.config import DataConfig
-from data.faults import check_rows, faults_of, fingerprint, folder_of, processes
 from data.images import open_image, pixel_values, visual_tokens
-from data.records import DataError, Fault, Record, RowError, parse
+from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, group_faults
+from data.table import (
+    check_rows,
+    code_stamp,
+    faults_of,
+    fingerprint,
+    folder_of,
+    good_rows,
+    image_options,
+    images_of,
+    processes,
+    record_of,
+    usable_cache,
+)
 
-SHOWN_FAULTS = 5  # faults that an error lists
-_TOKENS = {
+SHOWN_FAULTS: Final = 5  # faults that an error lists
+_POOL: Final = 50  # batches whose samples are sorted by length together: like lengths, and still a random mix
+_EXTRA_TOKENS: Final = 16  # a beginning, and spaces that tokenizers write by themselves
+_TOKENS: Final = {
+    "source": datasets.Value("int32"),
     "file": datasets.Value("string"),
     "row": datasets.Value("int64"),
     "fault": datasets.Value("string"),
@@ -28,24 +44,28 @@ _TOKENS = {
     "labels": datasets.List(datasets.Value("int32")),
     "length": datasets.Value("int32"),
     "is_cut": datasets.Value("bool"),
+    "is_answer_cut": datasets.Value("bool"),
 }
 
 
-class ConversationDataset(Dataset[dict[str, Tensor]]):
-    """LLaVA conversations as token ids, labels and pixel values.
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Conversations as token ids, labels and pixel values.
 
-    Building it reads, checks and tokenises every row (JSON, roles, marks, images, length), in parallel and once:
-    both results are cached on disk. Training then meets no surprise hours later, and opens images alone.
+    Building it reads, checks and tokenises every row (format, roles, marks, images, length), in parallel and once:
+    all results are cached on disk. Training then meets no surprise hours later, and opens images alone.
 
     Args:
         config: the recipe's data section.
-        processor: a LlavaProcessor.
+        processor: a LlavaProcessor; a chat template of it that depends on the day is replaced by a frozen one.
 
     Attributes:
         lengths: tokens of each sample, visual tokens included.
         has_image: whether each sample has an image.
-        num_cut: samples that lost turns at their end to `config.max_length`.
+        source: number of each sample's source in `config.sources`.
+        source_rows: samples of each source.
+        num_cut: samples that lost turns at their end, or the end of their answer, to `config.max_length`.
         skipped: the rows left out, at most `config.max_bad_rows`.
+        encoder: makes samples of records.
 
     Raises:
         DataError: more rows have faults than the recipe allows, and the first of them; or no row is left.
@@ -54,42 +74,59 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, config: DataConfig, processor: Any) -> None:
         self.config, self.processor = config, processor
-        self.encoder = Encoder(
-            ChatFormat(config.format, processor.tokenizer), visual_tokens(processor), config.max_length
-        )
+        self.encoder = Encoder.of(config, processor)
         rows, unusable = _without_faults(check_rows(config), config)
         rows, self.skipped = _without_faults(_tokenised(rows, self.encoder, config), config, unusable)
         self.rows = rows
         self.lengths: list[int] = rows["length"][:]
         self.has_image: list[bool] = [bool(names) for names in rows["images"][:]]
-        self.num_cut: int = sum(rows["is_cut"][:])
+        self.source: list[int] = rows["source"][:]
+        self.source_rows = [self.source.count(number) for number in range(len(config.sources))]
+        self.num_cut: int = sum(rows["is_cut"][:]) + sum(rows["is_answer_cut"][:])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Returns input_ids (S,), labels (S,) and, with images, pixel_values (images, 3, height, width).
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns input_ids (S,), labels (S,), source and, with images, pixel_values (images, 3, height, width).
+
+        Where an image has changed since it was checked, or is broken inside, the sample is that of a later row, and
+        `faults` lists the rows passed over: who trains decides whether that may be.
 
         Raises:
-            DataError: an image has changed since it was checked, or is broken inside.
+            DataError: no row has images that can be opened.
         """
-        row = self.rows[int(index)]
-        ids = torch.tensor(row["ids"], dtype=torch.int64)
-        repeats = torch.where(ids == self.encoder.chat.image_token_id, self.encoder.image_tokens, 1)
-        sample = {
-            "input_ids": ids.repeat_interleave(repeats),
-            "labels": torch.tensor(row["labels"], dtype=torch.int64).repeat_interleave(repeats),
-        }
+        faults: list[Fault] = []
+        for place in range(len(self)):
+            row = self.rows[(int(index) + place) % len(self)]
+            try:
+                sample = self._sample(row)
+            except RowError as error:
+                faults.append(Fault(row["file"], row["row"], str(error)))
+                continue
+            return {**sample, "faults": faults} if faults else sample
+        raise DataError(f"{faults[0]}; and no other row can be opened")
+
+    def epoch(self, generator: Generator) -> list[int]:
+        """Returns the samples of one epoch: each once, or drawn from the sources by their weights."""
+        return draw(self.source, [source.weight for source in self.config.sources], generator)
+
+    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        sample: dict[str, Any] = {**self.encoder.expand(row["ids"], row["labels"]), "source": row["source"]}
         if row["images"]:
-            sample["pixel_values"] = torch.cat([self._pixels(row, name) for name in row["images"]])
+            folder = folder_of(self.config.sources[row["source"]], row["file"])
+            sample["pixel_values"] = read_pixels(images_of(row), folder, self.config, self.processor)
         return sample
 
-    def _pixels(self, row: dict[str, Any], name: str) -> Tensor:
-        try:
-            image = open_image(folder_of(row["file"], self.config), name)
-        except RowError as error:
-            raise DataError(str(Fault(row["file"], row["row"], str(error)))) from error
-        return pixel_values(image, self.processor.image_processor, aspect=self.config.image_aspect)
+
+def read_pixels(images: Sequence[str | EmbeddedImage], folder: Any, config: DataConfig, processor: Any) -> Tensor:
+    """Returns (images, 3, height, width).
+
+    Raises:
+        RowError: an image cannot be opened.
+    """
+    opened = [open_image(folder, image, image_options(config)) for image in images]
+    return torch.cat([pixel_values(one, processor.image_processor, aspect=config.image_aspect) for one in opened])
 
 
 @dataclass(frozen=True)
@@ -102,13 +139,15 @@ class Sample:
         labels: ids where supervised, IGNORE_INDEX elsewhere.
         length: tokens when each image token has become its visual tokens.
         is_cut: turns at its end were cut off.
+        is_answer_cut: its first answer ends where `max_length` does.
     """
 
-    images: tuple[str, ...]
+    images: tuple[str | EmbeddedImage, ...]
     ids: list[int]
     labels: list[int]
     length: int
-    is_cut: bool
+    is_cut: bool = False
+    is_answer_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,32 +155,74 @@ class Encoder:
     """Turns records into token ids and labels that fit into a sample.
 
     Attributes:
-        chat: the format.
+        chats: the format of each source.
         image_tokens: visual tokens of one image.
         max_length: tokens that a sample may have, visual tokens included.
+        cuts_answers: a first answer that is too long ends at `max_length`, and is no fault.
     """
 
-    chat: ChatFormat
+    chats: tuple[ChatFormat, ...]
     image_tokens: int
     max_length: int
+    cuts_answers: bool = False
 
-    def encode(self, record: Record) -> Sample:
+    @classmethod
+    def of(cls, config: DataConfig, processor: Any) -> Encoder:
+        """Returns the encoder of a recipe's data section; raises TokenizerError where the processor does not fit."""
+        freeze_templates(processor)
+        formats = {
+            name: ChatFormat(name, processor.tokenizer)
+            for name in dict.fromkeys(source.format or config.format for source in config.sources)
+        }
+        try:
+            image_tokens = visual_tokens(processor)
+        except ValueError as error:
+            raise TokenizerError(str(error)) from None
+        chats = tuple(formats[source.format or config.format] for source in config.sources)
+        return cls(chats, image_tokens, config.max_length, config.long_answers == "cut")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which generation has to stop: those that training labels as the end of an answer."""
+        return list(dict.fromkeys(token for chat in self.chats for token in chat.stop_ids))
+
+    def encode(self, record: Record, source: int = 0) -> Sample:
         """Returns the record's sample; one too long ends after the last answer that fits, its later images go too.
 
         Raises:
             RowError: no label is left.
         """
-        ids, labels = self.chat.encode(record.turns)
-        marks = ids.count(self.chat.image_token_id)
+        chat = self.chats[source]
+        ids, labels = chat.encode(record.turns, record.system)
+        marks = ids.count(chat.image_token_id)
         if marks != len(record.images):
-            raise RowError(f"found {marks} image tokens for {len(record.images)} images: the tokenizer misses a mark")
-        lengths = list(accumulate(self.image_tokens if token == self.chat.image_token_id else 1 for token in ids))
-        kept = self._kept(labels, lengths)
-        images = record.images[: ids[:kept].count(self.chat.image_token_id)]
-        return Sample(images, ids[:kept], labels[:kept], lengths[kept - 1], is_cut=kept < len(ids))
+            raise RowError(f"got {marks} image tokens for {len(record.images)} images: the tokenizer misses a mark")
+        lengths = list(accumulate(self.image_tokens if token == chat.image_token_id else 1 for token in ids))
+        kept, is_answer_cut = self._kept(labels, lengths)
+        images = record.images[: ids[:kept].count(chat.image_token_id)]
+        is_cut = kept < len(ids) and not is_answer_cut
+        return Sample(images, ids[:kept], labels[:kept], lengths[kept - 1], is_cut, is_answer_cut)
 
-    def _kept(self, labels: Sequence[int], lengths: Sequence[int]) -> int:
-        """Returns how many ids to keep: all, or up to the end of an answer."""
+    def expand(self, ids: Sequence[int], labels: Sequence[int]) -> dict[str, Tensor]:
+        """Returns input_ids (S,) and labels (S,), each image token repeated for its visual tokens."""
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        repeats = torch.where(tokens == self.chats[0].image_token_id, self.image_tokens, 1)
+        return {
+            "input_ids": tokens.repeat_interleave(repeats),
+            "labels": torch.tensor(labels, dtype=torch.int64).repeat_interleave(repeats),
+        }
+
+    def may_be_long(self, rendered: Rendered, images: int) -> bool:
+        """Returns whether the first answer may end after `max_length`; False is certain, without any token counted.
+
+        No token stands for less than a byte; a tokenizer's normalisation may make three of one that is not ASCII.
+        """
+        text = rendered.text[: rendered.answers[0][1]]
+        most = len(text) if text.isascii() else 3 * len(text.encode())
+        return most + _EXTRA_TOKENS + images * self.image_tokens > self.max_length
+
+    def _kept(self, labels: Sequence[int], lengths: Sequence[int]) -> tuple[int, bool]:
+        """Returns how many ids to keep: all, or up to the end of an answer; and whether that answer itself is cut."""
         following = [*labels[1:], IGNORE_INDEX]
         ends = [
             place + 1
@@ -151,43 +232,168 @@ class Encoder:
         if not ends:
             raise RowError("no label is left: the tokenizer makes no token of the answers")
         if lengths[-1] <= self.max_length:
-            return len(labels)
+            return len(labels), False
         fitting = [end for end in ends if lengths[end - 1] <= self.max_length]
-        if not fitting:
-            first = lengths[ends[0] - 1]
-            raise RowError(
-                f"no label is left: the first answer ends after {first} tokens, accepted: up to {self.max_length}"
-            )
-        return fitting[-1]
+        if fitting:
+            return fitting[-1], False
+        kept = sum(length <= self.max_length for length in lengths)
+        if self.cuts_answers and any(label != IGNORE_INDEX for label in labels[:kept]):
+            return kept, True
+        hint = "" if self.cuts_answers else " (data.long_answers: cut ends it there)"
+        raise RowError(
+            f"no label is left: the first answer ends after {lengths[ends[0] - 1]} tokens, expected up to "
+            f"{self.max_length}{hint}"
+        )
+
+
+class Collator:
+    """Pads to the batch's longest sample, on the right.
+
+    Args:
+        pad_token_id: the tokenizer's, or None; padding is masked, its id is ignored.
+    """
+
+    def __init__(self, pad_token_id: int | None) -> None:
+        self.pad_token_id = pad_token_id or 0
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns input_ids, attention_mask, labels (B, S) and pixel_values (images, 3, height, width).
+
+        `pixel_values` is absent from a batch without an image: the model passes a dummy then. `sources` (B,), the
+        number of each sample's source, and `faults`, the rows passed over, are there where samples bring them; they
+        are the trainer's, not the model's.
+        """
+        ids = [sample["input_ids"] for sample in samples]
+        batch: dict[str, Any] = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
+        }
+        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        if images:
+            batch["pixel_values"] = torch.cat(images)
+        if all("source" in sample for sample in samples):
+            batch["sources"] = torch.tensor([sample["source"] for sample in samples])
+        faults = [fault for sample in samples for fault in sample.get("faults", ())]
+        if faults:
+            batch["faults"] = faults
+        return batch
+
+
+def draw(source: Sequence[int], weights: Sequence[float | None], generator: Generator) -> list[int]:
+    """Returns the samples of one epoch, as many as there are.
+
+    Args:
+        source: number of each sample's source.
+        weights: of each source: its share of the epoch, whose rows are repeated or left out for it, other ones in
+            each epoch; or None everywhere: each sample is drawn once.
+        generator: decides which.
+    """
+    if not weights or weights[0] is None:
+        return list(range(len(source)))
+    members: dict[int, list[int]] = {}
+    for index, number in enumerate(source):
+        members.setdefault(number, []).append(index)
+    total = sum(weights[number] or 0.0 for number in members)
+    bounds = list(accumulate((weights[number] or 0.0) / total * len(source) for number in members))
+    drawn: list[int] = []
+    for rows, bound in zip(members.values(), bounds, strict=True):
+        count = round(bound) - len(drawn)
+        while count > 0:
+            part = torch.randperm(len(rows), generator=generator)[:count].tolist()
+            drawn += [rows[place] for place in part]
+            count -= len(part)
+    return drawn
+
+
+class LengthModalitySampler(Sampler[int]):
+    """Yields the samples of an epoch so that each run of `batch_size` is of one modality and of like length.
+
+    The order follows from the seed and the epoch alone: it is the same on every rank, and a resumed run skips to
+    its place in it. What is left over of either modality stands at the end of the epoch.
+
+    Args:
+        lengths: tokens of each sample.
+        has_image: whether each sample has an image.
+        batch_size: samples of one optimizer step over all ranks.
+        seed: seed of the order.
+        data: whose `epoch` chooses the samples; None takes each once.
+
+    Source: LLaVA's group_by_modality_length; there the left-overs of both modalities share a batch too.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        has_image: Sequence[bool],
+        *,
+        batch_size: int,
+        seed: int,
+        data: ConversationDataset | None = None,
+    ) -> None:
+        self.lengths, self.has_image, self.data = lengths, has_image, data
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the indices of this epoch."""
+        random = Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        chosen = range(len(self)) if self.data is None else self.data.epoch(random)
+        whole: list[list[int]] = []
+        rest: list[int] = []
+        for modality in (True, False):
+            members = [index for index in chosen if bool(self.has_image[index]) is modality]
+            batches = self._batches([members[place] for place in torch.randperm(len(members), generator=random)])
+            whole += [batch for batch in batches if len(batch) == self.batch_size]
+            rest += [index for batch in batches if len(batch) < self.batch_size for index in batch]
+        for place in torch.randperm(len(whole), generator=random).tolist():
+            yield from whole[place]
+        yield from rest
+
+    def _batches(self, members: list[int]) -> list[list[int]]:
+        pool = self.batch_size * _POOL
+        ordered: list[int] = []
+        for start in range(0, len(members), pool):
+            ordered += sorted(members[start : start + pool], key=lambda index: -self.lengths[index])
+        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
 
 
 def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> datasets.Dataset:
-    tokenizer = encoder.chat.tokenizer
-    return rows.map(
-        _tokenise,
-        fn_kwargs={"encoder": encoder},
-        num_proc=processes(config, rows),
-        desc="tokenising rows",
-        new_fingerprint=fingerprint(
-            "tokens",
-            rows._fingerprint,  # of the rows without a fault
-            config.format,
-            encoder.max_length,
-            encoder.image_tokens,
-            tokenizer.chat_template,
-            tokenizer.special_tokens_map,
-            tokenizer.backend_tokenizer.to_str(),
-        ),
-        features=datasets.Features(_TOKENS),
-        remove_columns=[name for name in rows.column_names if name not in _TOKENS],
-    )
+    tokenizer = encoder.chats[0].tokenizer
+    with usable_cache():
+        return rows.map(
+            _tokenise,
+            fn_kwargs={"encoder": encoder},
+            num_proc=processes(config, rows),
+            desc="tokenising rows",
+            new_fingerprint=fingerprint(
+                "tokens",
+                code_stamp("rows", "chat", "dataset"),
+                rows._fingerprint,  # of the rows without a fault
+                [source.format for source in config.sources],
+                encoder.max_length,
+                encoder.image_tokens,
+                encoder.cuts_answers,
+                tokenizer.chat_template,
+                tokenizer.special_tokens_map,
+                tokenizer.backend_tokenizer.to_str(),
+            ),
+            features=datasets.Features(_TOKENS),
+            remove_columns=[name for name in rows.column_names if name not in _TOKENS],
+        )
 
 
 def _tokenise(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
     try:
-        return {"fault": "", **vars(encoder.encode(parse(row["text"])))}
+        return {"fault": "", **vars(encoder.encode(record_of(row), row["source"]))}
     except RowError as error:
-        return {"fault": str(error), **vars(Sample((), [], [], 0, is_cut=False))}
+        return {"fault": str(error), **vars(Sample((), [], [], 0))}
 
 
 def _without_faults(
@@ -196,13 +402,13 @@ def _without_faults(
     """Returns the rows without a fault, and the faults of these rows and `before`, unless they are too many."""
     faults = [*before, *faults_of(rows)]
     if len(faults) > config.max_bad_rows:
-        shown = "; ".join(map(str, faults[:SHOWN_FAULTS]))
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        lines = group_faults(faults)
+        more = f"; and {len(lines) - SHOWN_FAULTS} more kinds" if len(lines) > SHOWN_FAULTS else ""
         raise DataError(
-            f"data: found {len(faults)} rows with faults, accepted: up to {config.max_bad_rows} (data.max_bad_rows): "
-            f"{shown}{more}; `python -m data.check RECIPE` lists all that are wrong with rows and images"
+            f"data: got {len(faults)} rows with faults, expected up to {config.max_bad_rows} (data.max_bad_rows): "
+            f"{'; '.join(lines[:SHOWN_FAULTS])}{more}; `python -m data.check RECIPE --all` lists each"
         )
-    good = rows.select([number for number, reason in enumerate(rows["fault"][:]) if not reason])
+    good = rows.select(good_rows(rows))
     if len(good) == 0:
-        raise DataError(f"{', '.join(config.files)}: found no rows without a fault, accepted: at least one")
+        raise DataError(f"{', '.join(source.path for source in config.sources)}: got no rows without a fault")
     return good, faults

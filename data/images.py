@@ -1,76 +1,191 @@
-"""Images: found below their folder, opened lazily and safely, turned into pixel values."""
+"""Images: found below their folder, opened lazily and safely, as a person sees them, turned into pixel values."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
+import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.records import RowError
+from data.config import shorten
+from data.rows import EmbeddedImage, RowError
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
-_END_MARKS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
-_TAIL = 1 << 10  # bytes at a file's end that are read for its end mark
+MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
+MAX_RATIO: Final = 1_000  # a longer side of more shorter ones is no picture, and costs its square to pad
+_END_MARKS: Final = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+_TAIL: Final = 1 << 10  # bytes at a file's end that are read for its end mark
+_ORIENTATION: Final = 0x0112  # EXIF tag
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SCALED: Final = ("PNG", "PPM", "JPEG2000")  # formats whose mode I holds 16 bits; elsewhere it may hold 32
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+
+Exif = Literal["apply", "ignore"]
 
 
-def resolve(folder: Path | None, name: str) -> Path:
+@dataclass(frozen=True)
+class ImageOptions:
+    """How the images of a recipe are read; fields are keys of `DataConfig`."""
+
+    aspect: Literal["pad", "processor"] = "pad"
+    exif: Exif = "apply"
+    follow_links: bool = False
+    decode: bool = False
+
+
+_DEFAULT: Final = ImageOptions()
+
+
+def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Path:
     """Returns the file that `name` means below `folder`.
 
     Raises:
-        RowError: no folder is given, the path leads out of it (`..`, absolute, symlink), or nothing is there.
+        RowError: no folder is given, the path leads out of it (`..`, absolute, link), or nothing is there.
     """
+    shown = shorten(name)
+    if "://" in name[:12] or name.startswith("data:"):
+        raise RowError(f"image {shown!r} is an address, expected a path below the image folder: download it first")
     if folder is None:
-        raise RowError(f"image {name!r} without an image folder, accepted: data.images in the recipe")
+        raise RowError(f"image {shown!r} without an image folder, expected data.images in the recipe")
     try:
         base = folder.resolve()
-        file = (base / name).resolve()
+        plain = Path(base / name)
+        file = plain.resolve()
         is_file = file.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # no permission, name too long, NUL; a loop of links
         reason = getattr(error, "strerror", None) or error
-        raise RowError(f"image {name!r} cannot be looked up: {reason}") from None
+        raise RowError(f"image {shown!r} cannot be looked up: {reason}") from None
     if not file.is_relative_to(base):
-        raise RowError(f"image {name!r} lies outside the image folder {folder}")
+        is_link = ".." not in plain.parts and plain.is_relative_to(base)
+        if not is_link:
+            raise RowError(f"image {shown!r} lies outside the image folder {folder}")
+        if not follow_links:
+            raise RowError(
+                f"image {shown!r} lies outside the image folder {folder}, behind a link to {shorten(str(file))}; "
+                "data.follow_links: true allows links"
+            )
     if not is_file:
-        raise RowError(f"image {name!r} is missing in {folder}")
+        raise RowError(f"image {shown!r} is missing in {folder}")
     return file
 
 
-def check_image(folder: Path | None, name: str) -> None:
+def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> list[str]:
     """Opens the header, and decodes the whole file only where it does not end with its format's end mark.
 
+    Args:
+        folder: that a path starts from.
+        image: path, `data:` address, or embedded image.
+        options: with `decode`, the file is decoded in any case, and a JPEG strictly.
+
+    Returns:
+        What is worth counting, keys of `rows.NOTES`.
+
     Raises:
-        RowError: as `resolve`; not an image, too many pixels, or truncated.
+        RowError: as `resolve`; not an image, too many pixels, a mode without a known range, or truncated.
     """
-    file = resolve(folder, name)
-    with _opened(file, name) as image:
-        mark = _END_MARKS.get(image.format or "")
-        if mark is None or not _tail(file).rstrip(b"\0\r\n").endswith(mark):
-            image.load()
+    name, place = _locate(folder, image, options)
+    with _opened(place, name, options) as opened:
+        kind = opened.format or ""
+        notes = ["turned"] if options.exif == "apply" and _orientation(opened) in _TURNS else []
+        if getattr(opened, "is_animated", False):
+            notes.append("frames")
+        mark = _END_MARKS.get(kind)
+        if options.decode and kind == "PNG":
+            opened.verify()  # checksums; the file cannot be decoded after it
+        elif options.decode or mark is None or not _tail(place).rstrip(b"\0\r\n").endswith(mark):
+            opened.load()
+    if options.decode and kind == "PNG":
+        with _opened(place, name, options) as opened:
+            opened.load()
+    elif options.decode and kind in ("JPEG", "MPO"):
+        _check_jpeg(place, name)
+    return notes
 
 
-def open_image(folder: Path | None, name: str) -> Image.Image:
-    """Returns the decoded RGB image. Its EXIF orientation is not applied: LLaVA does not either.
+def open_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> Image.Image:
+    """Returns the decoded RGB image, as `rgb` makes it.
 
     Raises:
         RowError: as `check_image`.
     """
-    with _opened(resolve(folder, name), name) as image:
-        return image.convert("RGB")
+    name, place = _locate(folder, image, options)
+    with _opened(place, name, options) as opened:
+        return rgb(opened, exif=options.exif)
+
+
+def read_image(file: str | Path, options: ImageOptions = _DEFAULT) -> Image.Image:
+    """Returns the RGB image of a file that needs no folder: an upload, an example.
+
+    Raises:
+        RowError: it is no image, or one that training would refuse.
+    """
+    with _opened(Path(file), Path(file).name, options) as opened:
+        return rgb(opened, exif=options.exif)
+
+
+def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
+    """Returns the image in RGB as a person sees it: upright, on white where it is transparent, 16 bits scaled to 8.
+
+    An image that went through it comes back unchanged. Colour profiles are not applied; LLaVA does not either.
+
+    Args:
+        image: of any mode.
+        exif: `ignore` leaves a photo as its file stores it.
+
+    Raises:
+        RowError: the mode has no known range, so that no scale is right.
+    """
+    _check_mode(image, "image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image.load()
+        orientation = _orientation(image) if exif == "apply" else 1
+        image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("LA") if image.mode == "La" else image
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image)
+            image = white
+        image = image.convert("RGB")
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    image.info = {}  # the orientation with it: nobody turns it twice
+    return image
 
 
 def pixel_values(image: Image.Image, image_processor: Any, *, aspect: str) -> Tensor:
     """Returns (1, 3, height, width) as the tower wants it.
 
     Args:
-        image: RGB.
+        image: of any mode; `rgb` is applied.
         image_processor: Hugging Face's.
         aspect: `pad` to a square in the processor's mean colour first (LLaVA-1.5), or `processor` for its default.
+
+    Raises:
+        RowError: the sides differ too much.
     """
+    _check_size(image.size, "image", aspect)
+    image = rgb(image)
     if aspect == "pad":
         image = pad_to_square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
     return image_processor(image, return_tensors="pt")["pixel_values"]
@@ -91,21 +206,44 @@ def visual_tokens(processor: Any) -> int:
     """Returns the visual tokens of one image: patches of the processor's crop, and the class token where kept.
 
     Source: transformers' LlavaProcessor.
+
+    Raises:
+        ValueError: the processor does not say how large its images or patches are.
     """
-    crop = processor.image_processor.crop_size
-    patches = (crop["height"] // processor.patch_size) * (crop["width"] // processor.patch_size)
+    images = processor.image_processor
+    size = getattr(images, "crop_size", None) or images.size
+    try:
+        height, width = size["height"], size["width"]
+    except (KeyError, TypeError):
+        raise ValueError(f"preprocessor_config.json: got size {size}, expected height and width") from None
+    if not processor.patch_size:
+        raise ValueError("processor_config.json: got no patch_size, expected the vision tower's")
+    patches = (height // processor.patch_size) * (width // processor.patch_size)
     dropped = 1 if processor.vision_feature_select_strategy == "default" else 0
     return patches + processor.num_additional_image_tokens - dropped
 
 
+def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions) -> tuple[str, Path | bytes]:
+    """Returns an image's name for messages, and its file or its bytes."""
+    if isinstance(image, EmbeddedImage):
+        return shorten(image.name), image.data
+    if image.startswith("data:image/"):
+        try:
+            return shorten(image, 40), base64.b64decode(image.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError):
+            raise RowError(f"image {shorten(image, 40)!r} is broken: its base64 cannot be read") from None
+    return shorten(image), resolve(folder, image, follow_links=options.follow_links)
+
+
 @contextmanager
-def _opened(file: Path, name: str) -> Iterator[Image.Image]:
+def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[Image.Image]:
     """Opens an image's header; whatever goes wrong with the file inside is a fault of the row."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused here, not warned about
-            with Image.open(file) as image:
-                _check_size(image, name)
+            warnings.simplefilter("ignore")  # Pillow's: what is wrong is refused here, in the row's words
+            with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
+                _check_size(image.size, f"image {name!r}", options.aspect)
+                _check_mode(image, f"image {name!r}")
                 yield image
     except RowError:
         raise
@@ -113,17 +251,67 @@ def _opened(file: Path, name: str) -> Iterator[Image.Image]:
         raise RowError(f"image {name!r} is huge: {error}") from None
     except UnidentifiedImageError:
         raise RowError(f"image {name!r} is not an image, or its header is broken") from None
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
-        raise RowError(f"image {name!r} is truncated or broken: {error}") from None
+    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error, zlib.error) as error:
+        raise RowError(f"image {name!r} is truncated or broken: {shorten(str(error))}") from None
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
+def _check_size(size: tuple[int, int], what: str, aspect: str) -> None:
+    width, height = size
+    longer, shorter = max(size), min(size)
     if width * height > MAX_PIXELS:
-        raise RowError(f"image {name!r} is huge: {width} x {height}, accepted: up to {MAX_PIXELS:,} pixels")
+        raise RowError(f"{what} is huge: {width} x {height}, expected up to {MAX_PIXELS:,} pixels")
+    if longer > MAX_RATIO * max(shorter, 1):
+        raise RowError(f"{what} is too long and thin: {width} x {height}, expected sides of up to {MAX_RATIO:,} : 1")
+    if aspect == "pad" and longer * longer > MAX_PIXELS:
+        raise RowError(
+            f"{what} is too long to pad: {width} x {height}, expected sides of up to {int(MAX_PIXELS**0.5):,} "
+            "(data.image_aspect: pad)"
+        )
 
 
-def _tail(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - _TAIL))
+def _check_mode(image: Image.Image, what: str) -> None:
+    if image.mode == "F":
+        raise RowError(f"{what} has floating-point pixels (mode F), expected 8 or 16 bits, whose range is known")
+    if image.mode == "I" and image.format not in _SCALED:
+        raise RowError(f"{what} has 32-bit pixels (mode I), expected 8 or 16 bits, whose range is known")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns a grey image of more than 8 bits scaled to 8; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    grey = np.asarray(image).astype(np.int64) >> ((bits[0] if isinstance(bits, tuple) else bits) - 8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation; 1, upright, where there is none that can be read."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1  # asking further would decode the file
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1
+
+
+def _tail(place: Path | bytes) -> bytes:
+    if isinstance(place, bytes):
+        return place[-_TAIL:]
+    with place.open("rb") as stream:
+        stream.seek(max(0, place.stat().st_size - _TAIL))
         return stream.read()
+
+
+def _check_jpeg(place: Path | bytes, name: str) -> None:
+    """Refuses a JPEG that libjpeg warns about: Pillow decodes such a file without a word."""
+    data = place if isinstance(place, bytes) else place.read_bytes()
+    try:
+        colours = simplejpeg.decode_jpeg_header(data)[2]
+        simplejpeg.decode_jpeg(data, colorspace="CMYK" if colours in ("CMYK", "YCCK") else "GRAY", strict=True)
+    except ValueError as error:
+        if "orrupt" in str(error) or "remature" in str(error):  # not what it merely cannot decode
+            raise RowError(f"image {name!r} is truncated or broken: {shorten(str(error))}") from None

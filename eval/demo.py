@@ -23,12 +23,13 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.utils import get_upload_folder
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
-from data.records import IMAGE_MARK, RowError
+from data.images import read_image as read_upload
+from data.rows import IMAGE_MARK, RowError
 from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint
 from eval.live import live_visual
@@ -173,7 +174,7 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
 def examples(checkpoint: Checkpoint) -> list[list[str]]:
     """Returns [image file, question] of some easy-VQA test questions for a checkpoint trained on it; else none."""
     recipe = checkpoint.weights / "recipe.yaml"
-    if not recipe.is_file() or not any(map(is_built_in, saved_data(recipe).files)):
+    if not recipe.is_file() or not any(is_built_in(source.path) for source in saved_data(recipe).sources):
         return []
     first = {question.image: question.text for question in reversed(questions("test"))}  # one of each image
     return [[str(image), text] for image, text in sorted(first.items())[:EXAMPLES]]
@@ -190,7 +191,7 @@ def figures(response: Response) -> str:
 
 
 def read_image(file: str) -> Image.Image:
-    """Returns an uploaded image, upright and in RGB.
+    """Returns an uploaded image as training sees it: upright, in RGB, on white where it is transparent.
 
     Raises:
         QuestionError: the file is no upload, not an image, or larger than the demo takes.
@@ -201,9 +202,11 @@ def read_image(file: str) -> Image.Image:
             image = Image.open(path, formats=FORMATS)
         with image:
             _check_size(*image.size)
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return read_upload(path)
     except QuestionError:
         raise
+    except RowError as error:
+        raise QuestionError(f"{path.name} cannot be read as an image: {error}.") from error
     except Image.DecompressionBombError as error:  # Pillow's limit, far above this one
         raise QuestionError(f"The image is too large: {_SIZES}.") from error
     except (OSError, SyntaxError, ValueError, MemoryError) as error:

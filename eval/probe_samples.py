@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data import easy_vqa
 from data.chat import IGNORE_INDEX, ChatFormat
-from data.files import read_rows
 from data.images import open_image
-from data.records import IMAGE_MARK, DataError, Fault, Record, RowError, Turn, parse
+from data.rows import IMAGE_MARK, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks
+from data.table import read_records
 from eval.arguments import UsageError
 from eval.prompts import Asked, Prompter, pad_left
 from models.decoder import DecoderOutput, run_decoder
@@ -193,18 +193,15 @@ def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
     Raises:
         SamplesError: a row has a fault, an image is missing, or no first question has an image.
     """
+    records = []
     try:
-        rows = read_rows([str(file)])
+        for name, number, record in read_records(str(file)):
+            if isinstance(record, RowError):
+                raise SamplesError(f"--task: {Fault(name, number, str(record))}")
+            if count_marks(record.turns[0].text):
+                records.append((number, record))
     except DataError as error:
         raise SamplesError(f"--task: {error}") from None
-    records = []
-    for row in rows:
-        try:
-            record = parse(row["text"])
-        except RowError as error:
-            raise SamplesError(f"--task: {Fault(row['file'], row['row'], str(error))}") from None
-        if IMAGE_MARK in record.turns[0].text:
-            records.append((row["row"], record))
     if not records:
         raise SamplesError(f"--task: {file}: found no row whose first question has an image, accepted: some that do")
     chosen = [records[place] for place in spaced(len(records), limit)]
@@ -213,13 +210,14 @@ def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
 
 def _file_sample(file: str, number: int, record: Record, images: Path | None) -> Sample:
     first, answer = record.turns[:2]
-    names = record.images[: first.text.count(IMAGE_MARK)]
+    names = record.images[: count_marks(first.text)]
     try:
         pictures = [open_image(images, name) for name in names]
     except RowError as error:
         raise SamplesError(f"--images: {Fault(file, number, str(error))}") from None
     text = first.text.replace(IMAGE_MARK, "").strip()
-    return Sample(str(number), Asked(text, pictures), answer.text, ",".join(names))
+    shown = [image.name if isinstance(image, EmbeddedImage) else image for image in names]
+    return Sample(str(number), Asked(text, pictures), answer.text, ",".join(shown))
 
 
 def _rgb(file: Path) -> Image.Image:

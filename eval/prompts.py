@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.chat import ChatFormat
 from data.images import pixel_values, visual_tokens
-from data.records import IMAGE_MARK, Turn
+from data.rows import IMAGE_MARK, Turn
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,13 @@ class Recipe(_Section):
     train: TrainSection
     align: Align | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        for section in (self, self.align):
+            if section and section.data.streaming and not (section.train.max_steps or section.train.max_seconds):
+                raise ValueError("got data.streaming, expected train.max_steps or train.max_seconds beside it")
+        return self
+
     @property
     def phases(self) -> list[Phase]:
         """The trainings of this recipe in their order; the last one writes into `output` itself."""

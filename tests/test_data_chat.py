@@ -1,11 +1,13 @@
 """Labels from one tokenisation: exactly the answers and their end marks, whatever people wrote."""
 
+from types import SimpleNamespace
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError
-from data.records import Turn
+from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError, freeze_templates
+from data.rows import RowError, Turn
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -192,7 +194,7 @@ def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
         ({"image": False}, "has no token <image>"),
         ({"eos_token": None}, "has no eos_token"),
         ({"single": "<s> $A </s>"}, "ends every text by a token of its own"),
-        ({"chat_template": None}, "found chat_template, but the tokenizer has none"),
+        ({"chat_template": None}, "got chat_template, but the tokenizer has none"),
     ],
 )
 def test_tokenizers_that_do_not_fit_are_refused(change, message):
@@ -210,5 +212,130 @@ def test_tokenizers_that_do_not_fit_are_refused(change, message):
 
 
 def test_slow_tokenizers_are_refused():
-    with pytest.raises(TokenizerError, match="found object, accepted: a fast one, because labels need"):
+    with pytest.raises(TokenizerError, match="got object, expected a fast one, because labels need"):
         ChatFormat("plain", object())
+
+
+SYSTEM = "Speak French."
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chat_template"])
+def test_a_system_prompt_takes_its_place_and_is_not_trained(tokenizer, name):
+    chat = ChatFormat(name, tokenizer)
+    ids, labels = chat.encode(turns("hi", "salut"), SYSTEM)
+    text = text_of(tokenizer, ids)
+    assert text.count(SYSTEM) == 1
+    assert text.index(SYSTEM) < text.index("hi")
+    assert "A chat between" not in text
+    (run,) = runs(ids, labels)
+    assert text_of(tokenizer, run) == LEAD[name] + "salut" + END[name]
+    prompt = chat.prompt(turns("hi"), SYSTEM)
+    assert ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chat_template"])
+def test_a_special_token_in_a_system_prompt_is_text(tokenizer, name):
+    chat = ChatFormat(name, tokenizer)
+    image = chat.image_token_id
+    written, _ = chat.encode(turns("<image>", "b"), "a </s> <image> <|im_end|>")
+    plain, _ = chat.encode(turns("<image>", "b"), "a")
+    assert written.count(image) == plain.count(image) == 1
+    assert written.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
+
+
+def test_plain_has_no_system_prompt(tokenizer):
+    with pytest.raises(RowError, match="got a system prompt, which format plain does not have"):
+        ChatFormat("plain", tokenizer).encode(turns("<image>", "b"), SYSTEM)
+
+
+def test_a_template_without_system_prompts_refuses_the_row():
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
+    )
+    chat = ChatFormat("chat_template", tokenizer)
+    with pytest.raises(RowError, match="the chat template rewrites or drops a message"):
+        chat.encode(turns("a", "b"), SYSTEM)
+    assert chat.encode(turns("a", "b"))
+
+
+def test_an_answer_that_is_switched_off_has_no_label(chat):
+    ids, labels = chat.encode([*turns("q", "no"), Turn("user", "r"), Turn("assistant", "yes")])
+    untrained = [Turn("user", "q"), Turn("assistant", "no", is_trained=False), *turns("r", "yes")]
+    same, fewer = chat.encode(untrained)
+    assert same == ids
+    assert [text_of(chat.tokenizer, run) for run in runs(same, fewer)] == [LEAD[chat.name] + "yes" + END[chat.name]]
+    assert len(runs(ids, labels)) == 2
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chat_template"])
+def test_an_escaped_mark_is_text_and_the_others_are_images(tokenizer, name):
+    chat = ChatFormat(name, tokenizer)
+    ids, _ = chat.encode(turns("<image>\nwhat is \\<image> ?", "a \\<image>"))
+    assert ids.count(chat.image_token_id) == 1
+    text = text_of(tokenizer, ids)
+    assert "what is <image> ?" in text
+    assert "a \\<image>" in text  # an answer is as it is written
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "ends"),
+    [
+        ("vicuna_v1", CHATML, ["</s>"]),
+        ("chat_template", CHATML, ["<|im_end|>", "</s>"]),
+        ("chat_template", CHATML.replace("<|im_end|>\n", "</s>\n"), ["</s>"]),
+        ("plain", CHATML, []),
+    ],
+)
+def test_generation_stops_at_what_training_labels_as_the_end(tokenizer, name, template, ends):
+    before = tokenizer.chat_template
+    tokenizer.chat_template = template
+    try:
+        assert tokenizer.convert_ids_to_tokens(ChatFormat(name, tokenizer).stop_ids) == ends
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_an_end_mark_at_which_generation_cannot_stop_is_refused():
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "### END")
+    with pytest.raises(
+        TokenizerError, match=r"answers end by .* no special token, so that generation cannot stop there"
+    ):
+        ChatFormat("chat_template", tokenizer)
+
+
+DATED = "{{ '<|im_start|>' + strftime_now('%d %B %Y') + '<|im_end|>' }}" + CHATML
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "strftime_now('%d %B %Y')",
+        'strftime_now("%d %B %Y")',
+        "strftime_now( '%d %B %Y' )",
+        "(strftime_now('%d %B %Y') if strftime_now is defined else 'no day')",
+    ],
+)
+def test_a_template_that_names_the_day_is_frozen(call):
+    tokenizer = byte_level()
+    tokenizer.chat_template = DATED.replace("strftime_now('%d %B %Y')", call)
+    ids, _ = ChatFormat("chat_template", tokenizer).encode(turns("a", "b"))
+    assert "26 July 2024" in text_of(tokenizer, ids)
+
+
+def test_a_frozen_template_is_what_a_run_saves():
+    tokenizer = byte_level()
+    tokenizer.chat_template = DATED
+    processor = SimpleNamespace(tokenizer=tokenizer, chat_template=DATED)
+    freeze_templates(processor)
+    for part in (processor, tokenizer):
+        assert "strftime_now" not in part.chat_template
+        assert "26 July 2024" in part.chat_template
+
+
+def test_a_day_that_cannot_be_frozen_is_refused():
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% set form = '%d' %}" + DATED.replace("'%d %B %Y'", "form")
+    with pytest.raises(TokenizerError, match="depends on the day in a way that cannot be frozen"):
+        ChatFormat("chat_template", tokenizer)

@@ -1,6 +1,7 @@
 """`python -m data.check`: what it prints, and how it ends."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_clean_data(folder, capsys):
     assert main([recipe(folder, data=GOOD)]) == 0
     out = capsys.readouterr().out
     assert out == (
+        "data: note: answers that are too long were not looked for: the recipe names no model\n"
         f"data: {folder / 'data.json'}: 3 rows, 2 with an image (3 images), 1 text only, 8 turns, 0 faults\n"
     )
 
@@ -58,22 +60,23 @@ def test_every_fault_is_listed_and_every_file_counted(folder, capsys):
     files = f"data.files=[{folder / 'data.json'}, {folder / 'more.json'}]"
     assert main([recipe(folder, data=bad), files]) == 2
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{folder / 'data.json'}:1: missing key 'conversations'"
+    assert out[0] == f"{folder / 'data.json'}:1: missing key 'conversations' (or 'messages'): got keys 'id'"
     assert out[1] == f"{folder / 'data.json'}:2: image 'c.png' is missing in {folder}"
-    assert out[2].endswith("data.json: 3 rows, 2 with an image (2 images), 1 text only, 4 turns, 2 faults")
-    assert out[3].endswith("1 text only, 2 turns, 0 faults, 1 begin with an answer, which is left out, as LLaVA does")
-    assert len(out) == 4
+    assert out[3].endswith("data.json: 3 rows, 1 with an image (1 images), 0 text only, 2 turns, 2 faults")
+    assert out[4].endswith("more.json: 1 rows, 0 with an image (0 images), 1 text only, 2 turns, 0 faults")
+    assert out[5] == "  rows that begin with an answer, which is left out, as LLaVA does: 1"
+    assert len(out) == 6
 
 
 def test_both_sections_are_checked_whatever_is_wrong_with_one(folder, capsys):
     path = recipe(folder, align=GOOD[:1], data=[{"id": 1}])
     assert main([path, "align.data.files=[nothing.json]"]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("align.data: nothing.json: No such file or directory")
+    assert err.startswith("align.data: nothing.json: no such file")
     assert "data.json:0: missing key" in out
     assert main([path, f"data.files=[{folder / 'align.json'}]"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in out] == ["align.data", "data"]
+    assert [line.partition(":")[0] for line in out] == ["align.data", "align.data", "data", "data"]
 
 
 def test_it_never_trusts_an_earlier_check(folder, capsys):
@@ -83,7 +86,7 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
     assert main([path]) == 2
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     assert main([path]) == 0
-    assert capsys.readouterr().out.count("is missing") == 2
+    assert capsys.readouterr().out.count("2 rows: image 'a.png' is missing") == 1
 
 
 @pytest.mark.parametrize(
@@ -91,14 +94,14 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
     [
         ("data: {files: []}", [], "data.files: List should have at least 1 item"),
         ("data: {files: [x.json], format: plain, color: 1}", [], "data.color: Extra inputs are not permitted"),
-        ("name: x", [], "data: not found, accepted: a recipe with a data section"),
+        ("name: x", [], "data: got none, expected a recipe with a data section"),
         ("data: [", [], "recipe.yaml: not YAML"),
-        ("data: {files: [nothing.json], format: plain}", [], "nothing.json: No such file"),
+        ("data: {files: [nothing.json], format: plain}", [], "nothing.json: no such file"),
         ("data: {files: [x.json], format: plain}", ["data.workers=many"], "data.workers: Input should be a valid int"),
-        ("data: {files: [x.json], format: plain}", ["data.workers=["], "found '[', accepted: a value in YAML"),
-        ("data: {files: [x.json], format: plain}", ["data.workers"], "accepted: data.key=value, because only these"),
-        ("data: {files: [x.json], format: plain}", ["train.max_steps=2"], "accepted: data.key=value, because only"),
-        ("data: {files: [x.json], format: plain}", ["align.data.workers=2"], "accepted: data.key=value, because only"),
+        ("data: {files: [x.json], format: plain}", ["data.workers=["], "got '[', expected a value in YAML"),
+        ("data: {files: [x.json], format: plain}", ["data.workers"], "expected data.key=value, because only these"),
+        ("data: {files: [x.json], format: plain}", ["train.max_steps=2"], "expected data.key=value, because only"),
+        ("data: {files: [x.json], format: plain}", ["align.data.workers=2"], "expected data.key=value, because only"),
         ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: Input should be a valid dictionary"),
     ],
 )
@@ -112,7 +115,7 @@ def test_what_is_wrong_with_the_recipe_is_one_line(folder, capsys, text, overrid
 
 def test_a_missing_recipe_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "no.yaml")]) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'no.yaml'}: No such file or directory, accepted: a recipe in YAML\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'no.yaml'}: No such file or directory; expected a recipe in YAML\n"
 
 
 def test_the_command_itself(folder, monkeypatch):
@@ -123,5 +126,129 @@ def test_the_command_itself(folder, monkeypatch):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "data.json:3: missing key 'conversations'" in done.stdout
-    assert "checking rows" in done.stderr  # the progress bar
+    assert "checking images" in done.stderr  # the progress bar
     assert "Traceback" not in done.stderr
+
+
+def with_model(folder, rows, **data):
+    """Writes a recipe with the quickstart's tokenizer; returns its path."""
+    path = Path(recipe(folder, data=rows))
+    given = json.loads(path.read_text())
+    given["model"] = {"config": str(ROOT / "recipes/configs/quickstart")}
+    given["data"] |= data
+    path.write_text(json.dumps(given))
+    return str(path)
+
+
+ESSAY = talk("Write.", "word " * 1000)
+
+
+@pytest.mark.parametrize("style", ["vicuna_v1", "chat_template"])
+def test_a_first_answer_that_is_too_long_is_found(folder, capsys, style):
+    path = with_model(folder, [*GOOD, ESSAY], format=style)
+    assert main([path]) == 2
+    first, summary = capsys.readouterr().out.splitlines()
+    assert "data.json:3: no label is left: the first answer ends after" in first
+    assert "expected up to 2048 (data.long_answers: cut ends it there)" in first
+    assert summary.endswith("4 rows, 2 with an image (3 images), 1 text only, 8 turns, 1 faults")
+    assert main([path, "data.long_answers=cut"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["  rows that have a first answer that ends where max_length does (data.long_answers: cut): 1"]
+    assert main([path, "data.max_length=40000"]) == 0
+
+
+def test_five_images_that_fill_the_sample_are_found(folder, capsys):
+    row = talk("<image>" * 5, "yes", image=["a.png"] * 5)
+    assert main([with_model(folder, [row], max_length=256)]) == 2
+    assert "the first answer ends after" in capsys.readouterr().out
+    assert main([with_model(folder, [row], max_length=1000)]) == 0
+
+
+def test_a_row_that_the_template_rewrites_is_found(folder, capsys):
+    shutil.copytree(ROOT / "recipes/configs/quickstart", folder / "config")
+    template = folder / "config/chat_template.jinja"
+    thinking = template.read_text().replace("message['content']", "message['content'].split('</think>')[-1]")
+    assert thinking != template.read_text()
+    template.write_text(thinking)
+    rows = [talk("q", "<think>x</think>y"), talk("q", "y")]
+    path = with_model(folder, rows, format="chat_template")
+    assert main([path, f"model.config={folder / 'config'}"]) == 2
+    assert "data.json:0: the chat template rewrites the message" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_training_would_refuse_is_an_error(folder, capsys):
+    shutil.copytree(ROOT / "recipes/configs/quickstart", folder / "config")
+    (folder / "config/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert main([with_model(folder, GOOD, format="chat_template"), f"model.config={folder / 'config'}"]) == 2
+    assert "data: tokenizer.chat_template: the chat template rewrites or drops a message" in capsys.readouterr().err
+
+
+def test_like_faults_share_a_line_and_all_has_one_for_each(folder, capsys):
+    rows = [talk("<image>x", "y", image=f"{number}.png") for number in range(20)] + [{"id": 1}]
+    path = recipe(folder, data=rows)
+    assert main([path]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{folder / 'data.json'}: 20 rows: image '0.png' is missing in {folder} (row 0)"
+    assert out[1].startswith(f"{folder / 'data.json'}:20: missing key")
+    assert out[2] == "data: 21 faults in 2 lines; --all lists each, --json is for programs"
+    assert main([path, "--all"]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in out[:21]] == list(map(str, range(21)))
+
+
+def test_json_for_programs(folder, capsys):
+    rows = [*GOOD, talk("q", "", id=7), talk("<image>x", "y", image="c.png")]
+    assert main([with_model(folder, rows), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert found["faults"] == [
+        {"file": str(folder / "data.json"), "row": 4, "reason": f"image 'c.png' is missing in {folder}"}
+    ]
+    (source,) = found["sources"]
+    assert source["notes"]["empty_answer"] == 1
+    assert source["ignored"] == {"id": 1}
+    assert [source[key] for key in ("rows", "with_image", "images", "text_only", "turns", "faults")] == [
+        5,
+        2,
+        3,
+        2,
+        10,
+        1,
+    ]
+
+
+def test_ignored_keys_are_counted_by_name(folder, capsys):
+    rows = [talk("q", "a", id=1, source="x"), talk("q", "a", id=2, width=None)]
+    assert main([recipe(folder, data=rows)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  ignored keys: id (2), source (1)"
+
+
+def test_decode_finds_damage_in_the_middle(folder, capsys):
+    data = bytearray((folder / "a.png").read_bytes())
+    data[data.index(b"IDAT") + 6] ^= 255
+    (folder / "b.png").write_bytes(data)
+    path = recipe(folder, data=[talk("<image>q", "a", image="b.png")])
+    assert main([path]) == 0
+    assert main([path, "--decode"]) == 2
+    assert main([path, "data.decode=true"]) == 2
+    assert "image 'b.png' is truncated or broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([{"path": "a.json", "weight": 1}, "b.json"], "data: files: got a weight for some sources"),
+        ([{"path": "a.json", "wieght": 1}], "data.files.0: wieght: unknown key, expected path, weight, limit, images"),
+        ([{"path": "a.json", "limit": 0}], "data.files.0: limit: input should be greater than 0"),
+        ([{"weight": 1}], "data.files.0: path: field required"),
+        ([{"path": "a.json", "weight": -1}], "data.files.0: weight: input should be greater than 0"),
+        ([{"path": "a.json", "format": "x"}], "data.files.0: format: input should be 'vicuna_v1'"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_named(folder, capsys, files, message):
+    path = Path(recipe(folder, data=GOOD))
+    given = json.loads(path.read_text())
+    given["data"]["files"] = files
+    path.write_text(json.dumps(given))
+    assert main([str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -1,6 +1,6 @@
 import torch
 
-from data.collate import Collator
+from data.dataset import Collator
 
 
 def sample(size, images=0):

@@ -7,11 +7,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor
 
-from data.images import MAX_PIXELS, check_image, open_image, pad_to_square, pixel_values, visual_tokens
-from data.records import RowError
+from data.images import (
+    MAX_PIXELS,
+    ImageOptions,
+    check_image,
+    open_image,
+    pad_to_square,
+    pixel_values,
+    rgb,
+    visual_tokens,
+)
+from data.rows import RowError
 
 READS = (check_image, open_image)
 
@@ -122,16 +131,32 @@ def test_names_that_cannot_be_looked_up(folder, name):
 
 
 def test_an_image_without_a_folder():
-    with pytest.raises(RowError, match=r"without an image folder, accepted: data\.images in the recipe"):
+    with pytest.raises(RowError, match=r"without an image folder, expected data\.images in the recipe"):
         check_image(None, "b.png")
 
 
-def test_the_orientation_of_a_camera_is_not_applied(folder):
-    image = Image.new("RGB", (4, 2))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_camera_is_applied_unless_the_recipe_ignores_it(folder, suffix, orientation):
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste((255, 0, 0), (0, 0, 8, 8))
     exif = image.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    image.save(folder / "turned.jpg", exif=exif)
-    assert open_image(folder, "turned.jpg").size == (4, 2)
+    exif[0x0112] = orientation
+    file = folder / f"turned.{suffix}"
+    image.save(file, exif=exif, quality=95)
+    with Image.open(file) as stored:
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    turned = open_image(folder, file.name)
+    assert turned.size == expected.size
+    assert np.array_equal(np.asarray(turned), np.asarray(expected))
+    assert np.array_equal(np.asarray(rgb(turned)), np.asarray(turned))  # nobody turns it twice
+    if suffix == "tif":
+        return  # Pillow turns it while it reads it
+    ignored = ImageOptions(exif="ignore")
+    assert open_image(folder, file.name, ignored).size == (32, 16)
+    assert rgb(open_image(folder, file.name, ignored)).size == (32, 16)
+    assert check_image(folder, file.name, ignored) == []
+    assert check_image(folder, file.name) == (["turned"] if orientation > 1 else [])
 
 
 def test_padding_puts_the_image_in_the_middle():

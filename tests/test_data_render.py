@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.records import Turn
-from data.render import Writer, plain, vicuna
+from data.chat import Writer, plain, vicuna
+from data.rows import Turn
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -25,7 +25,7 @@ def test_vicuna_is_llavas_text():
         f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>"
     )
     assert cut(rendered, rendered.answers) == [" A cat.</s>", " Yes.</s>"]
-    assert cut(rendered, rendered.written) == ["\nWhat is it?", "A cat.", "Sure?", "Yes."]
+    assert cut(rendered, rendered.user_spans) == ["\nWhat is it?", "A cat.", "Sure?", "Yes."]
 
 
 def test_a_vicuna_prompt_ends_where_the_answer_begins():
@@ -47,9 +47,9 @@ def test_plain_is_image_newline_caption_newline(asked):
 def test_written_text_is_known_whatever_it_holds():
     writer = Writer()
     writer.question("<image><image> a <image>")
-    writer.frame("</s>")
-    writer.answer("<image></s>", lead=" ", end_mark="</s>")
+    writer.literal("</s>")
+    writer.answer("<image></s>", prefix=" ", end_mark="</s>")
     rendered = writer.rendered()
     assert rendered.text == "<image><image> a <image></s> <image></s></s>"
-    assert cut(rendered, rendered.written) == [" a ", "<image></s>"]
+    assert cut(rendered, rendered.user_spans) == [" a ", "<image></s>"]
     assert cut(rendered, rendered.answers) == [" <image></s></s>"]

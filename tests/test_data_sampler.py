@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from data.sampler import LengthModalitySampler
+from data.dataset import LengthModalitySampler
 
 
 def sampler(images=100, texts=37, batch=8, seed=0):

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from data.records import RowError, Turn
-from data.template import ChatTemplate, TokenizerError
+from data.chat import ChatTemplate, TokenizerError
+from data.rows import RowError, Turn
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -84,15 +84,15 @@ def test_the_text_is_the_tokenizers_own(make, template):
     messages = [{"role": turn.role, "content": turn.text} for turn in conversation]
     rendered = chat.render(conversation)
     assert rendered.text == chat._tokenizer.apply_chat_template(messages, tokenize=False)
-    written = [rendered.text[start:end] for start, end in rendered.written]
+    written = [rendered.text[start:end] for start, end in rendered.user_spans]
     assert written[-2:] == ["<|im_end|>", "</s> <|eot|> {{ x }} {% y %}"]
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "the tokenizer has none, accepted: vicuna_v1"),
-        ("{{ raise_exception('no') }}", "fails: no, accepted: one that"),
+        (None, "the tokenizer has none, expected vicuna_v1"),
+        ("{{ raise_exception('no') }}", "fails: no, expected one that"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "rewrites or drops a message"),
         ("{{ messages[0]['content'] }}", "rewrites or drops a message"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end mark follows an answer"),

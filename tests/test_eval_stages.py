@@ -559,7 +559,7 @@ def test_no_checkpoint_is_told_in_one_line(task, capsys):
 def test_broken_rows_are_named(task, capsys):
     (task / "task.json").write_text('[{"conversations": []}]')
     assert run(task, save(tiny_model(), task / "model"))[0] == 2
-    assert "task.json:0: conversations: found no turns" in capsys.readouterr().err
+    assert "task.json:0: conversations: got no turns" in capsys.readouterr().err
 
 
 def test_results_count_images_and_never_claim_certainty():

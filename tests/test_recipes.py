@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.config import DataConfig
 from models.stage_plan import StagePlan
 from recipes.resolved import dump_recipe
 from recipes.schema import RecipeError, load_recipe
@@ -74,6 +75,28 @@ def test_the_first_phase_writes_below_the_run_folder():
     assert (align.name, str(align.folder)) == ("align", "outputs/llava_fused/align")
     assert (tune.name, str(tune.folder)) == ("tune", "outputs/llava_fused")
     assert [phase.name for phase in load_recipe("recipes/llava_pretrain.yaml").phases] == ["train"]
+
+
+def test_a_stream_needs_an_end():
+    path = "recipes/quickstart.yaml"
+    with pytest.raises(
+        RecipeError, match=r"got data.streaming, expected train.max_steps or train.max_seconds beside it"
+    ):
+        load_recipe(path, ["data.streaming=true", "train.max_seconds=null"])
+    assert load_recipe(path, ["data.streaming=true"]).data.streaming
+
+
+def test_a_source_may_be_a_mapping_and_a_mistake_in_it_is_named():
+    path = "recipes/quickstart.yaml"
+    recipe = load_recipe(path, ["data.files=[{path: a.json, weight: 0.5}, {path: b.json, weight: 2, limit: 7}]"])
+    assert [(source.path, source.weight, source.limit) for source in recipe.data.sources] == [
+        ("a.json", 0.5, None),
+        ("b.json", 2, 7),
+    ]
+    saved = yaml.safe_load(dump_recipe(recipe))
+    assert DataConfig.model_validate(saved["data"]) == recipe.data
+    with pytest.raises(RecipeError, match=r"quickstart.yaml: data.files.0: wieght: unknown key, expected path, weight"):
+        load_recipe(path, ["data.files=[{path: a.json, wieght: 1}]"])
 
 
 def test_overrides_are_yaml_on_dotted_keys():

@@ -37,7 +37,7 @@ from transformers import (
 from data.chat import ChatFormat
 from data.config import DataConfig
 from data.images import pixel_values, visual_tokens
-from data.records import Turn
+from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import SCHEDULES
 from recipes.resolved import dump_recipe

@@ -76,6 +76,7 @@ def training_arguments(recipe: Recipe, phase: Phase) -> TrainingArguments:
         report_to=["wandb"],
         disable_tqdm=True,  # train/callbacks.py has its own line
         remove_unused_columns=False,
+        ignore_data_skip=phase.data.streaming,  # a stream skips by itself, without opening images
         dataloader_num_workers=phase.data.workers,
         dataloader_persistent_workers=False,
         restore_callback_states_from_checkpoint=False,

@@ -35,7 +35,8 @@ class RunCallback(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Sets the epoch of the order, which a resumed loader of several ranks does not pass on."""
         order = self._trainer.order
-        order.set_epoch(state.global_step // order.steps)
+        if order is not None:
+            order.set_epoch(state.global_step // order.steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stops after SIGTERM with a checkpoint, and at the time limit without one."""

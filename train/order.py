@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import Sampler
 
+from data.dataset import ConversationDataset
+
 
 class EpochSampler(Protocol):
     """A sampler whose order depends on the epoch alone."""
@@ -22,10 +24,10 @@ class EpochSampler(Protocol):
 
 
 class ShuffledSampler(Sampler[int]):
-    """A new random order each epoch, from the seed alone."""
+    """A new random order of the samples of each epoch, from the seed alone."""
 
-    def __init__(self, size: int, *, seed: int) -> None:
-        self._size, self._seed, self._epoch = size, seed, 0
+    def __init__(self, size: int, *, seed: int, data: ConversationDataset | None = None) -> None:
+        self._size, self._seed, self._epoch, self._data = size, seed, 0, data
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration gives."""
@@ -36,7 +38,8 @@ class ShuffledSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(torch.randperm(self._size, generator=generator).tolist())
+        chosen = range(self._size) if self._data is None else self._data.epoch(generator)
+        return iter([chosen[place] for place in torch.randperm(len(chosen), generator=generator)])
 
 
 class WholeBatches(Sampler[int]):

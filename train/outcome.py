@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,6 @@ import torch
 import transformers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from data.dataset import ConversationDataset
 from models import FusedLlavaForConditionalGeneration
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe
@@ -23,6 +23,7 @@ from train.groups import trainable_counts
 from train.initial import refuse_faults
 from train.precision import resolve_dtype, resolve_precision
 from train.release.processor import save_processor
+from train.samples import Samples
 from train.trainer import FusedTrainer
 
 FINAL: Final = "final"
@@ -34,7 +35,7 @@ def is_finished(phase: Phase) -> bool:
     return (phase.folder / FINAL / RUN).is_file()
 
 
-def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset: ConversationDataset) -> None:
+def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset: Samples) -> None:
     """Writes final/: weights, config with the stage plan, processor, recipe.yaml and run.json. Every rank calls it.
 
     Args:
@@ -62,6 +63,7 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
         model = merged(weights, phase.train.lora, initial=initial, dtype=dtype)
         weights = model.state_dict()
     unset_hf_deepspeed_config()
+    stop_at(model, dataset.encoder.stop_ids)
     model.save_pretrained(partial, state_dict=weights)
     save_processor(trainer.processing_class, phase.data, partial)
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -69,6 +71,15 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
     _check_loads(partial)
     shutil.rmtree(phase.folder / FINAL, ignore_errors=True)
     partial.rename(phase.folder / FINAL)
+
+
+def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
+    """Makes generation stop at the tokens that training labelled as the end of an answer, and at the config's own."""
+    config = model.config.text_config.eos_token_id
+    known = config if isinstance(config, list) else [] if config is None else [config]
+    if stop_ids:
+        ids = list(dict.fromkeys([*stop_ids, *known]))
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 
 def _check_loads(folder: Path) -> None:
@@ -82,7 +93,7 @@ def _check_loads(folder: Path) -> None:
         raise TrainingError(f"{folder} was not written whole: {error}") from error
 
 
-def _figures(trainer: FusedTrainer, dataset: ConversationDataset) -> dict[str, Any]:
+def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
     samples, tokens = trainer.tally.totals()
     seconds = trainer.clock.agreed
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -98,7 +109,8 @@ def _figures(trainer: FusedTrainer, dataset: ConversationDataset) -> dict[str, A
         "ranks": ranks.count(),
         "precision": resolve_precision(trainer.phase.train),
         "trainable": trainable_counts(trainer.model),
-        "skipped": [_plain(fault) for fault in dataset.skipped],
+        "skipped": [_plain(fault) for fault in [*dataset.skipped, *trainer.watch.all_faults()]],
+        "sources": dict(zip(trainer.phase.data.names, dataset.source_rows, strict=False)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 

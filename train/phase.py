@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from data.collate import Collator
-from data.dataset import ConversationDataset
+from data.dataset import Collator
+from data.stream import ConversationStream
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import ranks
@@ -29,9 +29,10 @@ from train.groups import freeze, trainable_counts
 from train.initial import INITIAL, build_initial, load_checkpoint, read_processor
 from train.outcome import FINAL, is_finished, save_final
 from train.precision import resolve_dtype
-from train.samples import read_samples, sample_notes, sample_order
+from train.samples import Samples, read_samples, sample_notes, sample_order
 from train.tally import Tally
 from train.trainer import FusedTrainer
+from train.watch import DataWatch
 
 
 def run_phase(recipe: Recipe, index: int) -> bool:
@@ -56,13 +57,13 @@ def run_phase(recipe: Recipe, index: int) -> bool:
     ranks.join()
     processor = read_processor(recipe.model)
     if ranks.rank() == 0:  # first, because it fills the caches that the other ranks read
-        dataset = read_samples(phase, processor)
+        dataset = read_samples(phase, processor, seed=recipe.seed)
         for note in sample_notes(phase, dataset):
             ranks.say(note)
         _prepare_folder(recipe, phase)
     ranks.wait()
     if ranks.rank() != 0:
-        dataset = read_samples(phase, processor)
+        dataset = read_samples(phase, processor, seed=recipe.seed)
     initial = Path(recipe.output) / INITIAL if index == 0 else recipe.phases[index - 1].folder / FINAL
     return _train(recipe, phase, initial=initial, dataset=dataset)
 
@@ -88,7 +89,7 @@ def _check(recipe: Recipe) -> None:
     check_same_run(recipe, Path(recipe.output))
 
 
-def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: ConversationDataset) -> bool:
+def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples) -> bool:
     """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
     checkpoints = whole_checkpoints(phase.folder)
     resumed = checkpoints[-1] if checkpoints else None
@@ -98,6 +99,8 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Conversation
             f"output: {resumed} was written by {progress.ranks} ranks, found {ranks.count()}, accepted: as many"
         )
     arguments = training_arguments(recipe, phase)
+    if isinstance(dataset, ConversationStream):
+        dataset.skip = progress.step * arguments.gradient_accumulation_steps
     model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train))
     if phase.train.lora is not None:
         model = add_adapters(model, phase.train.lora)
@@ -109,6 +112,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Conversation
         order=sample_order(phase, dataset, seed=recipe.seed),
         clock=Clock(before=progress.seconds),
         tally=Tally(samples=progress.samples, tokens=progress.tokens),
+        watch=DataWatch(phase.data, len(dataset.skipped)),
         model=model,
         args=arguments,
         train_dataset=dataset,

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from data.easy_vqa import is_built_in
+from data.sources import missing_paths
+from data.stream import ConversationStream
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe
@@ -95,15 +96,15 @@ def _meta_counts(phase: Phase, config: FusedLlavaConfig) -> dict[str, int]:
 def _measure(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> tuple[int | None, int | None, str]:
     """Returns rows, text tokens of a mean sample, and a note on where they come from when it is not the data."""
     expected = phase.data.expected_rows, phase.data.expected_text_tokens
-    files = [file for file in phase.data.files if not is_built_in(file)]
-    folders = [phase.data.images] if phase.data.images else []
-    missing = [path for path in [*files, *folders] if not Path(path).exists()]
+    missing = missing_paths(phase.data)
     if missing:
         return *expected, f"data: {missing[0]} is not here; rows and text tokens are the recipe's"
     brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
     if not Path(brings).exists():
         return *expected, f"data: not read, its tokenizer ({brings}) is not here"
     dataset = read_samples(phase, read_processor(recipe.model))
+    if isinstance(dataset, ConversationStream):
+        return *expected, "data: streamed, so not read; rows and text tokens are the recipe's"
     with_image = sum(dataset.has_image)
     text = (sum(dataset.lengths) - with_image * config.image_seq_length) / len(dataset)
     return len(dataset), round(text), ""

@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 
+from data.rows import DataError
 from recipes.schema import RecipeError, load_recipe
 from train import ranks
 from train.failure import TrainingError
@@ -45,6 +46,8 @@ def main() -> int:
     except RecipeError as error:
         where = "" if str(error).startswith(arguments.recipe) else f"{arguments.recipe}: "
         return ranks.fail(f"{where}{error}", code=2)
+    except DataError as error:  # of a worker too, whose message torch puts behind a traceback
+        return ranks.fail(str(error).strip().splitlines()[-1].partition("DataError: ")[2] or str(error), code=1)
     except TrainingError as error:
         return ranks.fail(str(error), code=1)
     if finished and arguments.phase + 1 < len(recipe.phases):

@@ -5,40 +5,59 @@ from __future__ import annotations
 from transformers import LlavaProcessor
 
 from data.chat import TokenizerError
-from data.dataset import ConversationDataset
-from data.records import DataError
-from data.sampler import LengthModalitySampler
+from data.dataset import ConversationDataset, LengthModalitySampler
+from data.rows import DataError
+from data.stream import ConversationStream
 from recipes.schema import Phase, RecipeError
+from train import ranks
+from train.arguments import share_out
 from train.order import EpochSampler, ShuffledSampler, WholeBatches
 
+Samples = ConversationDataset | ConversationStream
 
-def read_samples(phase: Phase, processor: LlavaProcessor) -> ConversationDataset:
-    """Returns the phase's samples, every row of them checked.
+
+def read_samples(phase: Phase, processor: LlavaProcessor, *, seed: int = 0) -> Samples:
+    """Returns the phase's samples, every row of them checked, or this rank's endless stream of them.
 
     Raises:
         RecipeError: a file is missing or wrong, or more rows have faults than the recipe allows.
     """
     try:
+        if phase.data.streaming:
+            batch, _ = share_out(phase.train, ranks.count())
+            return ConversationStream(
+                phase.data, processor, seed=seed, batch=batch, rank=ranks.rank(), ranks=ranks.count()
+            )
         return ConversationDataset(phase.data, processor)
     except (DataError, TokenizerError) as error:
         raise RecipeError(f"{phase.name}: {error}") from error
 
 
-def sample_notes(phase: Phase, samples: ConversationDataset) -> list[str]:
+def sample_notes(phase: Phase, samples: Samples) -> list[str]:
     """Returns what is worth saying about the samples: skipped rows, another number than the recipe expects."""
+    if isinstance(samples, ConversationStream):
+        return [f"{phase.name}: rows are read while training; faults are counted as they come"]
     notes, expected = [], phase.data.expected_rows
     found = len(samples) + len(samples.skipped)
     if expected is not None and expected != found:
         notes.append(f"{phase.name}: found {found:,} rows, the recipe expects {expected:,}")
+    if len(samples.source_rows) > 1:
+        counts = zip(phase.data.names, samples.source_rows, strict=True)
+        notes.append(f"{phase.name}: rows of each source: {', '.join(f'{name} {count:,}' for name, count in counts)}")
     if samples.skipped:
         notes.append(f"{phase.name}: {len(samples.skipped)} rows skipped; final/run.json lists them")
     return notes
 
 
-def sample_order(phase: Phase, samples: ConversationDataset, *, seed: int) -> WholeBatches:
-    """Returns the order of the samples: by modality and length where the recipe says so, else shuffled."""
+def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches | None:
+    """Returns the order of the samples: by modality and length where the recipe says so, else shuffled.
+
+    A stream has its own.
+    """
+    if isinstance(samples, ConversationStream):
+        return None
     batch = phase.train.global_batch
-    order: EpochSampler = ShuffledSampler(len(samples), seed=seed)
+    order: EpochSampler = ShuffledSampler(len(samples), seed=seed, data=samples)
     if phase.data.group_by_length:
-        order = LengthModalitySampler(samples.lengths, samples.has_image, batch_size=batch, seed=seed)
+        order = LengthModalitySampler(samples.lengths, samples.has_image, batch_size=batch, seed=seed, data=samples)
     return WholeBatches(order, global_batch=batch)

@@ -20,6 +20,7 @@ from train.failure import TrainingError
 from train.groups import parameter_groups
 from train.order import WholeBatches
 from train.tally import Tally
+from train.watch import DataWatch
 
 
 class FusedTrainer(Trainer):
@@ -27,18 +28,23 @@ class FusedTrainer(Trainer):
 
     Attributes:
         phase: what to train, and how.
-        order: the order of the samples.
+        order: the order of the samples; None for a stream, which has its own.
         clock: training time, agreed between the ranks once a step.
         tally: sums of the run.
+        watch: the rows that were passed over, and the loss of each source.
         is_stopping: some rank got SIGTERM; the same on every rank.
     """
 
     optimizer: Any
     lr_scheduler: Any
+    control: Any
 
-    def __init__(self, *, phase: Phase, order: WholeBatches, clock: Clock, tally: Tally, **kwargs: Any) -> None:
+    def __init__(
+        self, *, phase: Phase, order: WholeBatches | None, clock: Clock, tally: Tally, watch: DataWatch, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.phase, self.order, self.clock, self.tally = phase, order, clock, tally
+        self.phase, self.order, self.clock, self.tally, self.watch = phase, order, clock, tally, watch
+        watch.watch_loss(self.model)
         self.is_stopping = False
         self._got_signal = False
         self._is_finite: Tensor | None = None
@@ -58,7 +64,7 @@ class FusedTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        return self.accelerator.prepare(loader)
+        return loader if self.order is None else self.accelerator.prepare(loader)  # a stream is this rank's share
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns AdamW over the recipe's groups; DeepSpeed's own CPU version where it keeps the states there."""
@@ -100,8 +106,10 @@ class FusedTrainer(Trainer):
         """Returns the loss of one forward pass; at the last one of a step the ranks agree before weights change.
 
         Raises:
-            TrainingError: the loss of any rank is not a number, or infinite.
+            TrainingError: the loss of any rank is not a number, or infinite; or more rows than the recipe allows could
+                not be read.
         """
+        self.watch.take(inputs)
         loss = super().compute_loss(model, inputs, return_outputs=False, num_items_in_batch=num_items_in_batch)
         part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
         self.tally.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
@@ -120,6 +128,7 @@ class FusedTrainer(Trainer):
             logs["seconds"] = round(seconds, 3)
             logs["tokens_per_second"] = round(report.pop("new_tokens") / max(passed, 1e-9), 1)
             logs.update(report)
+            logs.update(self.watch.report())
             rates = self.phase.train.learning_rate.model_dump()
             factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
             logs.update({f"learning_rate_{name}": rate * factor for name, rate in rates.items() if rate})
@@ -132,21 +141,33 @@ class FusedTrainer(Trainer):
         return TrainingError(f"step {step}: {what}; {last}")
 
     def _agree(self) -> None:
-        """Shares between the ranks, in one message: got SIGTERM, loss is not finite, seconds on rank 0."""
+        """Shares between the ranks, in one message: got SIGTERM, loss is not finite, seconds on rank 0, bad rows."""
         seconds = self.clock.seconds() if self.args.process_index == 0 else 0.0
         faulty = self._is_finite is not None and not bool(self._is_finite)
         self._is_finite = None
+        bad_rows = [0.0] * self.args.world_size
+        bad_rows[self.args.process_index] = float(len(self.watch.faults))
         values = torch.tensor(
-            [float(self._got_signal), float(faulty), seconds],
+            [float(self._got_signal), float(faulty), seconds, *bad_rows],
             dtype=torch.float64,
             device=self.args.device,
         )
         if distributed.is_initialized():
             distributed.all_reduce(values, op=distributed.ReduceOp.MAX)
-        stopping, not_finite, self.clock.agreed = values.tolist()
+        stopping, not_finite, self.clock.agreed, *bad_rows = values.tolist()
         self.is_stopping = self.is_stopping or bool(stopping)
         if not_finite:
             raise self.failure("the loss is nan or infinite", step=self.state.global_step + 1)
+        if reason := self.watch.excess(bad_rows):
+            self._save_now()
+            raise self.failure(reason, step=self.state.global_step + 1)
+
+    def _save_now(self) -> None:
+        """Writes a checkpoint of the last whole step, unless there is one; every rank calls it."""
+        step = self.state.global_step
+        if step > 0 and self.phase.folder / f"checkpoint-{step}" not in whole_checkpoints(self.phase.folder):
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _is_offloaded(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin

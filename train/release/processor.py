@@ -8,11 +8,10 @@ from typing import Any, Final
 
 from transformers import AutoProcessor, LlavaImageProcessorPil
 
-from data.chat import ChatFormat
+from data.chat import VICUNA_SYSTEM, ChatFormat
 from data.config import DataConfig
 from data.images import visual_tokens
-from data.records import IMAGE_MARK, Turn
-from data.render import VICUNA_SYSTEM
+from data.rows import IMAGE_MARK, Turn
 from train.release.errors import InputError, ReleaseError
 
 # Messages whose content is a list of parts (pipelines, servers) become messages whose content is text, as training

@@ -59,7 +59,7 @@ def model_sources(recipe: Recipe) -> list[Source]:
 
 def data_sources(recipe: Recipe) -> list[Source]:
     """Returns the data of all phases of a run, each once, the earliest phase first."""
-    files = dict.fromkeys(file for phase in recipe.phases for file in phase.data.files)
+    files = dict.fromkeys(source.path for phase in recipe.phases for source in phase.data.sources)
     return [_data_source(file) for file in files]
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data.config import DataConfig
-from data.faults import check_rows, faults_of
-from data.records import DataError
+from data.rows import DataError
+from data.table import check_rows, faults_of
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def config(folder, lines, workers=0):
 FAULTY = {
     1: ("{", "broken JSON"),
     3: ('{"id": 1}', "missing key 'conversations'"),
-    4: (line(question="what?"), "found 0 <image>"),
+    4: (line(question="what?"), "got 0 <image>"),
     5: (line("b.png"), "image 'b.png' is missing"),
     6: (line("cut.png"), "image 'cut.png' is truncated"),
     8: (line("../a.png"), "outside the image folder"),
@@ -59,7 +59,7 @@ def test_what_is_found_in_good_rows(folder):
     texts = [line(), line(["a.png", "a.png"], "<image><image>"), line(None, "hi")]
     checked = check_rows(config(folder, texts))
     assert checked["images"][:] == [["a.png"], ["a.png", "a.png"], []]
-    assert checked["turns"][:] == [2, 2, 2]
+    assert checked["texts"][:] == [["<image>\nwhat?", "yes"], ["<image><image>", "yes"], ["hi", "yes"]]
     assert not faults_of(checked)
 
 
@@ -75,7 +75,8 @@ def test_a_fault_that_was_mended_is_gone(folder):
 def test_a_second_check_reads_the_cache(folder, monkeypatch):
     given = config(folder, [line()] * 3)
     check_rows(given)
-    monkeypatch.setattr("data.faults.parse", lambda text: pytest.fail("checked again"))
+    monkeypatch.setattr("data.table.parse", lambda row: pytest.fail("parsed again"))
+    monkeypatch.setattr("data.table.check_image", lambda *_: pytest.fail("checked again"))
     assert len(check_rows(given)) == 3
 
 
@@ -86,13 +87,13 @@ def test_other_code_and_another_folder_check_again(folder, monkeypatch):
     assert len(faults_of(check_rows(given.model_copy(update={"images": str(folder / "empty")})))) == 1
     (folder / "images/a.png").unlink()
     assert not faults_of(check_rows(given))
-    monkeypatch.setattr("data.faults.code_stamp", lambda: "other")
+    monkeypatch.setattr("data.table.code_stamp", lambda *_: "other")
     assert len(faults_of(check_rows(given))) == 1
 
 
 def test_a_missing_folder_is_one_error(folder):
     given = config(folder, [line()]).model_copy(update={"images": str(folder / "nowhere")})
-    with pytest.raises(DataError, match=r"^images: found '.*nowhere', accepted: a folder"):
+    with pytest.raises(DataError, match=r"^images: got '.*nowhere', expected a folder"):
         check_rows(given)
 
 

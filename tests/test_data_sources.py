@@ -2,13 +2,16 @@
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import datasets
 import pytest
 
-from data import files
-from data.files import read_rows
-from data.records import DataError
+from data import sources
+from data.config import DataConfig
+from data.rows import DataError, RowError
+from data.sources import find_files, raw_rows
+from data.table import check_rows
 
 
 @pytest.fixture(autouse=True)
@@ -18,14 +21,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def read(tmp_path):
-    """Returns a function from a file's content to its rows as (number, text)."""
+    """Returns a function from a file's content to its raw rows."""
 
     def reading(content, name="data.json"):
         file = tmp_path / name
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        rows = read_rows([str(file)])
-        assert set(rows["file"]) == {str(file)}
-        return list(zip(rows["row"], rows["text"], strict=True))
+        assert find_files(str(file)) == [str(file)]
+        return list(raw_rows(str(file)))
 
     return reading
 
@@ -52,39 +54,35 @@ ROWS = [
     ],
 )
 def test_arrays_and_lines_give_the_same_rows(read, text):
-    assert [(number, json.loads(row)) for number, row in read(text)] == list(enumerate(map(json.loads, ROWS)))
+    assert read(text) == list(map(json.loads, ROWS))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
 def test_rows_that_are_cut_by_a_read_are_whole(read, monkeypatch, chunk):
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
     rows = [*ROWS, "12345", "true", '"a \\" b"']
-    assert [json.loads(row) for _, row in read("[" + " , ".join(rows) + "]")] == list(map(json.loads, rows))
+    assert read("[" + " , ".join(rows) + "]") == list(map(json.loads, rows))
 
 
 def test_files_follow_each_other_and_count_for_themselves(tmp_path):
     (tmp_path / "a.json").write_text("[" + ",".join(ROWS[:2]) + "]")
     (tmp_path / "b.jsonl").write_text(ROWS[2])
-    rows = read_rows([str(tmp_path / "a.json"), str(tmp_path / "b.jsonl"), "easy_vqa:test"])
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl"), "easy_vqa:test"]
+    rows = check_rows(DataConfig(files=files, format="vicuna_v1", workers=0))
     assert len(rows) == 2 + 1 + 1000
     assert rows["row"][:4] == [0, 1, 0, 0]
+    assert rows["source"][:4] == [0, 0, 1, 2]
     assert rows[1002]["file"] == "easy_vqa:test"
-
-
-def test_a_changed_file_is_read_again(read):
-    assert len(read(ROWS[0])) == 1
-    assert len(read("\n".join(ROWS))) == 3
 
 
 def test_an_array_is_not_held_in_memory(tmp_path):
     long = json.dumps({"conversations": [{"from": "human", "value": "word " * 2000}]})
     (tmp_path / "data.json").write_text("[" + ",".join([long] * 3000) + "]")  # 30 MB
     tracemalloc.start()
-    rows = read_rows([str(tmp_path / "data.json")])
+    assert sum(1 for _ in raw_rows(str(tmp_path / "data.json"))) == 3000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(rows) == 3000
-    assert peak < 24e6
+    assert peak < 12e6
 
 
 @pytest.mark.parametrize(
@@ -95,8 +93,8 @@ def test_an_array_is_not_held_in_memory(tmp_path):
         ("[" + ROWS[0] + ", ", "the array is not closed"),
         ("[" + ROWS[0] + ', {"conversations": [{"from": "hum', "Unterminated string"),
         ("[" + ROWS[0] + ",]", "Expecting value"),
-        ("[" + ROWS[0] + " " + ROWS[1] + "]", "found '{', accepted: ','"),
-        ("[" + ROWS[0] + "]\n[" + ROWS[1] + "]", r"found '\[' after the array's end"),
+        ("[" + ROWS[0] + " " + ROWS[1] + "]", "got '{', expected ','"),
+        ("[" + ROWS[0] + "]\n[" + ROWS[1] + "]", r"got '\[' after the array's end"),
         ("[" + ROWS[0] + "," + "[" * 100_000, "recursion"),
     ],
 )
@@ -105,50 +103,44 @@ def test_a_broken_array_is_an_error_at_its_place(read, text, reason):
         read(text)
 
 
-def test_a_fault_near_the_start_does_not_read_all_that_follows(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", 10_000)
+def test_a_fault_near_the_start_does_not_read_all_that_follows(tmp_path):
     file = tmp_path / "data.json"
-    file.write_text("[{broken}, " + ", ".join([ROWS[0]] * 20_000) + "]")
-    with file.open(encoding="utf-8") as stream:
-        stream.read(1)
-        with pytest.raises(DataError, match=r"data\.json:0"):
-            list(files._array(stream, str(file)))
-        assert len(stream.read()) > file.stat().st_size / 2
+    file.write_text("[{broken}, " + ", ".join([ROWS[0]] * 200_000) + "]")  # 15 MB
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"data\.json:0"):
+        list(raw_rows(str(file)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < file.stat().st_size / 2
 
 
 @pytest.mark.parametrize("form", ["[{}, {}, {}]", "{}\n{}\n{}"])
-def test_bytes_that_are_not_utf8_are_their_rows_fault(read, form):
-    content = form.format(ROWS[0], "BROKEN", ROWS[1]).encode().replace(b"BROKEN", b'{"value": "caf\xe9"}')
-    rows = read(content)
-    assert [number for number, _ in rows] == [0, 1, 2]
-    assert rows[1][1] == "not UTF-8 at character 14"
-    assert json.loads(rows[2][1])["id"] == "2"
+def test_bytes_that_are_not_utf8_are_their_rows_fault(tmp_path, form):
+    turns = '{"conversations": [{"from": "human", "value": "BROKEN"}, {"from": "gpt", "value": "x"}]}'
+    good = turns.replace("BROKEN", "fine")
+    content = form.format(good, turns, good).encode().replace(b"BROKEN", b"caf\xe9")
+    (tmp_path / "data.json").write_bytes(content)
+    rows = check_rows(DataConfig(files=[str(tmp_path / "data.json")], format="vicuna_v1", workers=0))
+    assert rows["fault"][:] == ["", "conversations[0]: not UTF-8 at character 3, expected Unicode text", ""]
 
 
 def test_a_broken_line_is_its_rows_fault(read):
-    assert [text for _, text in read(f"{ROWS[0]}\n{{broken\n{ROWS[1]}")] == [ROWS[0], "{broken", ROWS[1]]
+    first, broken, last = read(f"{ROWS[0]}\n{{broken\n{ROWS[1]}")
+    assert isinstance(broken, RowError)
+    assert "broken JSON" in str(broken)
+    assert [first, last] == list(map(json.loads, ROWS[:2]))
 
 
 @pytest.mark.parametrize("text", ["", " \n", "[]", " [ ] "])
-def test_a_file_without_rows_is_an_error(read, text):
-    with pytest.raises(DataError, match=r"data\.json: found no rows, accepted: at least one conversation"):
-        read(text)
+def test_a_file_without_rows_is_an_error(tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(DataError, match=r"data\.json: got no rows, expected at least one conversation"):
+        check_rows(DataConfig(files=[str(tmp_path / "data.json")], format="vicuna_v1"))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "nothing.json",
-            "No such file or directory, accepted: a LLaVA JSON or JSONL file, or easy_vqa:train or",
-        ),
-        (
-            "easy_vqa:val",
-            "No such file or directory, accepted: a LLaVA JSON or JSONL file, or easy_vqa:train or",
-        ),
-        (".", "Is a directory, accepted: a file that can be read"),
-    ],
-)
-def test_what_is_no_file_is_an_error(name, message):
-    with pytest.raises(DataError, match=message):
-        read_rows([name])
+@pytest.mark.parametrize("name", ["nothing.json", "easy_vqa:val", "*.nothing", "~/nothing.json", "$NOTHING/x.json"])
+def test_what_is_no_file_is_an_error(name):
+    with pytest.raises(DataError) as caught:
+        find_files(name)
+    start = "" if name.startswith("~") else rf" in {Path.cwd()}, where relative paths start"
+    assert str(caught.value).startswith(f"{name}: no such file{start}; expected JSON or JSONL")

@@ -1,0 +1,500 @@
+"""One row of any chat format -> a checked Record; what a row says is used, or is a fault that names it.
+
+Formats: LLaVA and ShareGPT (`conversations` of from/value), OpenAI and Hugging Face (`messages` of role/content, the
+content a text or a list of parts), the Cauldron and FineVision (`texts` of user/assistant pairs).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from data.config import shorten
+
+IMAGE_MARK: Final = "<image>"
+_MARK: Final = re.compile(r"(?<!\\)<image>")
+DUPLICATE: Final = "\0duplicate key"  # set by the JSON reader where an object has a key twice, with different values
+
+_ROLES: Final = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+_TOOL_ROLES: Final = {"tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_calls"} | {
+    "tool_response", "observation", "ipython", "environment"
+}  # fmt: skip
+_CONVERSATIONS: Final = ("conversations", "conversation", "messages", "texts")
+_SYSTEM: Final = ("system", "system_prompt", "system_message")
+_IMAGES: Final = ("image", "images")
+_ROW_SWITCHES: Final = frozenset({"weight", "loss", "loss_weight", "loss_mask", "sample_weight", "train"})
+_TURN_SWITCHES: Final = frozenset({"weight", "loss", "loss_weight", "loss_mask", "train", "trainable"})
+# Keys that other tools act on and this one does not.
+_MEDIA: Final = frozenset({"video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url"})
+_OTHER_IMAGES: Final = frozenset(
+    {"image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "img", "imgs", "img_path"}
+    | {"picture", "pictures", "photo", "photos"}
+)
+_TOOLS: Final = frozenset({"tools", "functions", "tool_calls", "function_call", "tool_call_id"})
+_ROW_REFUSED: Final = _MEDIA | _OTHER_IMAGES | _TOOLS | {"mask", "labels", "chosen", "rejected", "rejected_response"}
+_TURN_REFUSED: Final = (
+    _MEDIA | _OTHER_IMAGES | _TOOLS | {"mask", "labels", "image", "images", "chosen", "rejected"}
+) | {"reasoning", "reasoning_content", "thinking"}
+_NEVER_IMAGES: Final = frozenset({"id", "source", "url", "license", "dataset", "origin"})
+_IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_TEXT_PARTS: Final = {"text", "input_text", "output_text"}
+_IMAGE_PARTS: Final = {"image", "image_url", "input_image"}
+
+
+class DataError(ValueError):
+    """The data cannot be used as the recipe says; the text names file, row and reason."""
+
+
+class RowError(ValueError):
+    """One row cannot be used; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that cannot be used: its file, its number in the file (0 = first), and why."""
+
+    file: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    r"""One message.
+
+    Attributes:
+        role: `user` or `assistant`.
+        text: in a user's, `<image>` stands for an image and `\<image>` for that text.
+        is_trained: an answer to learn; the row's writer can switch it off.
+    """
+
+    role: str
+    text: str
+    is_trained: bool = True
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image whose bytes are in the row; `name` is for messages."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation.
+
+    Attributes:
+        images: paths as written in the row, or embedded images, in the order of their marks.
+        turns: user and assistant in turns, a user first.
+        system: the system prompt, or None for the format's own.
+        notes: what is worth counting, keys of NOTES.
+        ignored: keys of the row that mean nothing here.
+    """
+
+    images: tuple[str | EmbeddedImage, ...]
+    turns: tuple[Turn, ...]
+    system: str | None = None
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+NOTES: Final = {
+    "answer_first": "begin with an answer, which is left out, as LLaVA does",
+    "question_last": "end with a question that has no answer",
+    "empty_answer": "have an empty answer, which trains its end mark alone",
+    "untrained": "have answers that the row says not to train",
+    "image_as_text": f"have {IMAGE_MARK} as text in a question, for no image of theirs",
+    "question_left_out": "have a question, which format plain leaves out",
+    "plain_dialogue": "have several turns under format plain, which is for captions",
+    "plain_text_only": "have no image under format plain, which is for captions",
+    "turned": "have an image that its EXIF orientation turns",
+    "answer_cut": "have a first answer that ends where max_length does (data.long_answers: cut)",
+    "frames": "have an animated or multi-page image, of which the first frame is used",
+}
+
+
+def count_marks(text: str) -> int:
+    """Returns how many images stand in a user's text."""
+    return len(_MARK.findall(text)) if IMAGE_MARK in text else 0
+
+
+def split_marks(text: str) -> list[str]:
+    r"""Returns the text before, between and after a user's image marks, `\<image>` unescaped."""
+    return [part.replace("\\" + IMAGE_MARK, IMAGE_MARK) for part in _MARK.split(text)]
+
+
+def parse(row: Any) -> Record:
+    """Returns the row's record; with a single image its mark stands first in its turn, as in LLaVA.
+
+    Args:
+        row: as read from a file: text, numbers, lists and dicts; images may be dicts of bytes and path. For a line
+            that could not be read, its RowError, which is raised.
+
+    Raises:
+        RowError: no conversation, a key whose meaning is not supported, an unknown role, turns out of order, or marks
+            that do not match the images.
+    """
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, dict):
+        raise RowError(f"got {_kind(row)}, expected an object with conversations or messages")
+    _check_keys(row, _ROW_REFUSED, "")
+    _check_switches(row)
+    key, given = _conversation(row)
+    messages = _pairs(given) if _has_pairs(given) else _messages(given, key)
+    slots = [part for message in messages for part in message.parts if isinstance(part, _Slot)]
+    images = _images(row)
+    if slots:
+        images = _part_images(slots, images)
+    elif not images:
+        _check_unnamed_images(row)
+    system, messages = _system(row, messages)
+    notes = []
+    marks_are_text = bool(slots) or not images
+    turns = [message.turn(marks_are_text=marks_are_text) for message in messages]
+    if turns and turns[0].role == "assistant":
+        turns = turns[1:]
+        notes.append("answer_first")
+    _check_order(turns)
+    if _has_pairs(given) and images and not any(count_marks(turn.text) for turn in turns):
+        turns[0] = Turn("user", f"{IMAGE_MARK}\n" * len(images) + turns[0].text)
+    _check_marks(turns, len(images))
+    if len(images) == 1:
+        turns = [_image_first(turn) for turn in turns]
+    notes += _notes(turns)
+    used = {*_CONVERSATIONS, *_SYSTEM, *_IMAGES}
+    ignored = tuple(shorten(name, 40) for name in row if name not in used and not _is_empty(row[name]))
+    return Record(tuple(images), tuple(turns), system, tuple(notes), ignored)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A message as written: its texts and images in order; an image is None where the row lists it elsewhere."""
+
+    role: str
+    parts: tuple[Any, ...]  # str, or _Slot for an image
+    is_trained: bool = True
+
+    def turn(self, *, marks_are_text: bool) -> Turn:
+        """Returns the turn; in its texts, `<image>` may be text: the row has no image, or has them as parts."""
+        texts = []
+        for part in self.parts:
+            if isinstance(part, _Slot):
+                texts.append(IMAGE_MARK)
+            elif marks_are_text and self.role == "user" and IMAGE_MARK in part:
+                texts.append(_MARK.sub(lambda _: "\\" + IMAGE_MARK, part))
+            else:
+                texts.append(part)
+        return Turn(self.role, "\n".join(texts), self.is_trained)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of an image among a message's parts: the image itself, or its number among the row's, or neither."""
+
+    image: str | EmbeddedImage | None
+    index: int | None = None
+
+
+def _kind(value: Any) -> str:
+    words = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null", bytes: "bytes"}
+    return words.get(type(value), "a number")
+
+
+def _is_empty(value: Any, depth: int = 0) -> bool:
+    """Returns whether exporters write this for "nothing": null, NaN, "", [], or a list or object of such."""
+    if depth > 3:
+        return False
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, dict):
+        return all(_is_empty(each, depth + 1) for each in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_empty(each, depth + 1) for each in value)
+    return value in ("", b"")
+
+
+def _check_keys(given: dict[str, Any], refused: frozenset[str], where: str) -> None:
+    """Refuses an object with a key twice, or with one whose meaning is not supported."""
+    if DUPLICATE in given:
+        raise RowError(
+            f"{where}got key '{shorten(given[DUPLICATE], 30)}' twice with different values, expected it once"
+        )
+    for key in refused & given.keys() if refused else ():
+        if not _is_empty(given[key]) and given[key] != 0:
+            hint = "image or images" if key in _OTHER_IMAGES else "rows without it"
+            raise RowError(f"{where}got key '{key}', which is not supported, expected {hint}")
+
+
+def _check_switches(row: dict[str, Any]) -> None:
+    for key in _ROW_SWITCHES & row.keys():
+        if not _is_empty(row[key]) and row[key] != 1:
+            raise RowError(
+                f"got key '{key}' with {shorten(repr(row[key]), 20)}, expected 1 or none: "
+                "rows have no weight of their own, sources have (data.files)"
+            )
+
+
+def _check_unnamed_images(row: dict[str, Any]) -> None:
+    """Refuses a row without `image` that names an image under a key that nobody reads."""
+    for key, value in row.items():
+        if key in _NEVER_IMAGES or key in _CONVERSATIONS:
+            continue
+        is_file = isinstance(value, str) and value[-5:].lower().endswith(_IMAGE_SUFFIXES)
+        is_struct = isinstance(value, dict) and value.keys() == {"bytes", "path"} and not _is_empty(value)
+        if is_file or is_struct:
+            raise RowError(f"got key '{key}', which holds an image, expected it as image or images")
+
+
+def _conversation(row: dict[str, Any]) -> tuple[str, list[Any]]:
+    found = [key for key in _CONVERSATIONS if not _is_empty(row.get(key))]
+    if not found:
+        keys = ", ".join(f"'{shorten(str(key), 30)}'" for key in list(row)[:5]) or "none"
+        present = [key for key in _CONVERSATIONS if key in row]
+        if present:
+            raise RowError(f"{present[0]}: got no turns, expected a list of messages")
+        raise RowError(f"missing key 'conversations' (or 'messages'): got keys {keys}")
+    if len(found) > 1 and any(row[key] != row[found[0]] for key in found):
+        raise RowError(f"got keys {' and '.join(map(repr, found))}, expected one of them")
+    given = row[found[0]]
+    if not isinstance(given, list):
+        raise RowError(f"{found[0]}: got {_kind(given)}, expected a list of messages")
+    return found[0], given
+
+
+def _has_pairs(given: Sequence[Any]) -> bool:
+    first = given[0]
+    return isinstance(first, dict) and "user" in first and "assistant" in first
+
+
+def _pairs(given: Sequence[Any]) -> list[_Message]:
+    messages = []
+    for number, pair in enumerate(given):
+        where = f"texts[{number}]"
+        if not isinstance(pair, dict):
+            raise RowError(f"{where}: got {_kind(pair)}, expected an object with user and assistant")
+        _check_keys(pair, _TURN_REFUSED, f"{where}: ")
+        for role in ("user", "assistant"):
+            if not isinstance(pair.get(role), str):
+                raise RowError(f"{where}.{role}: got {_kind(pair.get(role))}, expected text")
+            messages.append(_Message(role, (_unicode(pair[role], f"{where}.{role}"),)))
+    return messages
+
+
+def _messages(given: Sequence[Any], key: str) -> list[_Message]:
+    return [_message(turn, f"{key}[{number}]") for number, turn in enumerate(given)]
+
+
+def _message(given: Any, where: str) -> _Message:
+    if not isinstance(given, dict):
+        raise RowError(f"{where}: got {_kind(given)}, expected an object with from and value, or role and content")
+    is_plain = len(given) == 2  # no key beside the two: nothing more to look at
+    name = _one_of(given, ("from", "role"), where)
+    if not isinstance(name, str):
+        raise RowError(f"{where}: role: got {_kind(name)}, expected text")
+    if name.strip().lower() in _TOOL_ROLES:
+        raise RowError(f"{where}: got role '{shorten(name, 30)}', expected user or assistant: no tools")
+    role = _ROLES.get(name.strip().lower())
+    if role is None:
+        raise RowError(f"{where}: unknown role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
+    content = _one_of(given, ("value", "content"), where)
+    if is_plain:
+        return _Message(role, _parts(content, role, where))
+    _check_keys(given, _TURN_REFUSED, f"{where}: ")
+    return _Message(role, _parts(content, role, where), _is_trained(given, role, where))
+
+
+def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
+    """Returns the value of whichever of two keys is there."""
+    first, second = keys
+    if (first in given) != (second in given):
+        return given[first] if first in given else given[second]
+    if first not in given:
+        names = ", ".join(f"'{shorten(str(key), 30)}'" for key in list(given)[:5]) or "none"
+        raise RowError(f"{where}: missing key '{keys[0]}' (or '{keys[1]}'): got keys {names}")
+    values = [given[key] for key in keys if given[key] is not None]
+    if len(values) > 1 and values[0] != values[1]:
+        raise RowError(f"{where}: got keys '{keys[0]}' and '{keys[1]}' with different values, expected one of them")
+    return values[0] if values else None
+
+
+def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
+    """Returns whether the turn's switches (`loss`, `weight`, `train`, ...) leave an answer trained."""
+    trained = True
+    for key in _TURN_SWITCHES & given.keys():
+        value = given[key]
+        if _is_empty(value):
+            continue
+        if value not in (0, 1):
+            raise RowError(f"{where}.{key}: got {shorten(repr(value), 20)}, expected 0 or 1, or true or false")
+        if value == 1 and role != "assistant" and key != "weight":
+            raise RowError(f"{where}.{key}: got {value} for a {role} turn, but only answers are trained")
+        trained = trained and bool(value)
+    return trained if role == "assistant" else True
+
+
+def _parts(content: Any, role: str, where: str) -> tuple[Any, ...]:
+    if isinstance(content, str):
+        return (_unicode(content, where),)
+    if not isinstance(content, list):
+        raise RowError(f"{where}: got {_kind(content)} as content, expected text or a list of parts")
+    parts = tuple(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
+    if role != "user" and any(isinstance(part, _Slot) for part in parts):
+        place = "an answer" if role == "assistant" else "a system prompt"
+        raise RowError(f"{where}: got an image in {place}, expected images in questions")
+    return parts or ("",)
+
+
+def _part(part: Any, where: str) -> Any:
+    if isinstance(part, str):
+        return _unicode(part, where)
+    if not isinstance(part, dict):
+        raise RowError(f"{where}: got {_kind(part)}, expected a part with a type")
+    kind = part.get("type")
+    if kind in _TEXT_PARTS:
+        if not isinstance(part.get("text"), str):
+            raise RowError(f"{where}.text: got {_kind(part.get('text'))}, expected text")
+        return _unicode(part["text"], where)
+    if kind not in _IMAGE_PARTS:
+        raise RowError(f"{where}: got a part of type '{shorten(str(kind), 30)}', expected text or image")
+    index = part.get("index")
+    found = [part[key] for key in ("image", "image_url", "url", "path") if not _is_empty(part.get(key))]
+    image = found[0] if found else None
+    if isinstance(image, dict) and not _is_empty(image.get("url")):
+        image = image["url"]
+    return _Slot(None if image is None else _image(image, where), index if isinstance(index, int) else None)
+
+
+def _images(row: dict[str, Any]) -> list[str | EmbeddedImage]:
+    found = {key: row[key] for key in _IMAGES if not _is_empty(row.get(key))}
+    lists = [value if isinstance(value, list) else [value] for value in found.values()]
+    if len(lists) > 1 and lists[0] != lists[1]:
+        raise RowError("got keys 'image' and 'images' with different values, expected one of them")
+    return [_image(image, f"{next(iter(found))}[{n}]") for n, image in enumerate(lists[0])] if lists else []
+
+
+def _image(given: Any, where: str) -> str | EmbeddedImage:
+    """Returns a path, or the image whose bytes stand there: in a row of Parquet or a datasets folder."""
+    if isinstance(given, dict):
+        data, path = given.get("bytes"), given.get("path")
+        if isinstance(data, bytes) and data:
+            return EmbeddedImage(path if isinstance(path, str) and path else where, data)
+        given = path if _is_empty(data) else data
+    if isinstance(given, bytes) and given:
+        return EmbeddedImage(where, given)
+    if not isinstance(given, str) or not given:
+        raise RowError(f"{where}: got {_kind(given)}, expected a path or an image")
+    return _unicode(given.removeprefix("file://"), where)
+
+
+def _part_images(slots: Sequence[_Slot], listed: list[str | EmbeddedImage]) -> list[str | EmbeddedImage]:
+    """Returns the images in the order of their places: from the parts themselves, or as the row lists them."""
+    empty = [slot for slot in slots if slot.image is None]
+    numbers = [slot.index for slot in empty if slot.index is not None]
+    if len(numbers) < len(empty):  # in the row's order
+        numbers = list(range(len(empty)))
+    if set(numbers) != set(range(len(listed))):
+        raise RowError(f"got {len(empty)} image parts for {len(listed)} images, expected one for each")
+    following = iter(numbers)
+    return [listed[next(following)] if slot.image is None else slot.image for slot in slots]
+
+
+def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, list[_Message]]:
+    """Returns the system prompt, from the row or its first message, and the messages without it."""
+    prompts = []
+    for key in _SYSTEM:
+        if not _is_empty(row.get(key)):
+            if not isinstance(row[key], str):
+                raise RowError(f"{key}: got {_kind(row[key])}, expected text")
+            prompts.append(_unicode(row[key], key))
+    while messages and messages[0].role == "system":
+        text = "\n".join(messages[0].parts)
+        prompts += [text] if text else []
+        messages = messages[1:]
+    if len(set(prompts)) > 1:
+        raise RowError("got two different system prompts, expected one")
+    if any(message.role == "system" for message in messages):
+        raise RowError("got a system turn after the first turn, expected it first")
+    return (prompts[0] if prompts else None), messages
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    roles = [turn.role for turn in turns]
+    if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        raise RowError("turns out of order: expected user and assistant (human and gpt) in turns, at least one answer")
+    if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
+        raise RowError("no label is left: the row says not to train any of its answers")
+
+
+def _check_marks(turns: Sequence[Turn], images: int) -> None:
+    marks = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
+    if marks != images:
+        raise RowError(
+            f"got {marks} {IMAGE_MARK} in the questions for {images} images, expected one for each "
+            rf"(\{IMAGE_MARK} is that text)"
+        )
+
+
+def _notes(turns: Sequence[Turn]) -> list[str]:
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    notes = []
+    if turns[-1].role == "user":
+        notes.append("question_last")
+    if any(not turn.text.strip() for turn in answers):
+        notes.append("empty_answer")
+    if not all(turn.is_trained for turn in answers):
+        notes.append("untrained")
+    if any("\\" + IMAGE_MARK in turn.text for turn in turns if turn.role == "user"):
+        notes.append("image_as_text")
+    return notes
+
+
+def _unicode(text: str, where: str) -> str:
+    """Returns `text`; JSON can spell half of a character, which no tokenizer and no file system takes."""
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        if "\udc80" <= found <= "\udcff":  # how the reader keeps a byte that is no UTF-8
+            raise RowError(f"{where}: not UTF-8 at character {error.start}, expected Unicode text") from None
+        raise RowError(f"{where}: got {found!r}, half a character, expected Unicode text") from None
+    return text
+
+
+def _image_first(turn: Turn) -> Turn:
+    """Source: LLaVA's preprocess_multimodal. With several images it would lose marks, so they stay in place there."""
+    if turn.role != "user" or not count_marks(turn.text):
+        return turn
+    return Turn(turn.role, f"{IMAGE_MARK}\n{_MARK.sub('', turn.text).strip()}".strip())
+
+
+_SPECIFIC: Final = re.compile(r"'[^']*'|\"[^\"]*\"|\[\d+\]|\d[\d,.]*")
+
+
+def group_faults(faults: Iterable[Fault]) -> list[str]:
+    """Returns one line for each kind of fault in each file: the fault, or how many are like it and the first."""
+    kinds: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], Fault] = {}
+    for fault in faults:
+        kind = fault.file, _SPECIFIC.sub("*", fault.reason)
+        kinds[kind] += 1
+        first.setdefault(kind, fault)
+    return [
+        str(first[kind]) if count == 1 else f"{kind[0]}: {count:,} rows: {first[kind].reason} (row {first[kind].row})"
+        for kind, count in kinds.items()
+    ]

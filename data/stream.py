@@ -1,0 +1,226 @@
+"""Conversations read while training: no first pass over them, no table of them on the disk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data.config import DataConfig, Source
+from data.dataset import Encoder, Sample, read_pixels
+from data.images import check_image
+from data.rows import DataError, Fault, Record, RowError, parse
+from data.sources import HUB, find_files, hub_rows, raw_rows
+from data.table import check_folders, folder_of, image_options, row_of
+
+_POOL: Final = 512  # samples that are shuffled, and grouped by length, together
+_PROBED: Final = 100  # rows of a source of which one has to be good before the training starts
+
+
+class ConversationStream(IterableDataset[dict[str, Any]]):
+    """An endless stream of samples for one rank, which its workers share.
+
+    Each of the shards (ranks x workers) reads files of its own where a source has a multiple of so many, else every
+    so many-th row of all files. Sources are mixed by their weights; without weights a source is drawn as often as any
+    other until it is through, and each row comes once an epoch. Order and mixture follow from the seed.
+
+    Args:
+        config: the recipe's data section.
+        processor: a LlavaProcessor.
+        seed: of the order.
+        batch: samples of one forward pass; with `group_by_length`, passes of like samples are made from 512 at a time.
+        rank: number of this process.
+        ranks: how many there are.
+
+    Attributes:
+        skip: forward passes of this rank that an earlier part of the run has used; they are passed over unopened.
+        skipped: empty: faults come with the samples, as `faults`.
+        encoder: makes samples of records.
+        source_rows: empty: nobody has counted them.
+
+    Raises:
+        DataError: a source cannot be read, or its first rows are all faulty.
+        TokenizerError: the tokenizer cannot label conversations.
+    """
+
+    def __init__(
+        self, config: DataConfig, processor: Any, *, seed: int = 0, batch: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.config, self.processor, self.seed, self.batch = config, processor, seed, batch
+        self.rank, self.ranks, self.skip = rank, ranks, 0
+        self.skipped: list[Fault] = []
+        self.source_rows: list[int] = []
+        self.encoder = Encoder.of(config, processor)
+        check_folders(config)
+        for number in range(len(config.sources)):
+            self._probe(number)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields samples as `ConversationDataset` gives them; `faults` are those of the rows just before."""
+        worker = get_worker_info()
+        workers = 1 if worker is None else worker.num_workers
+        # workers give passes in turns: the first one goes on as the one whose turn it was
+        place = self.skip % workers if worker is None else (worker.id + self.skip) % workers
+        skip = max(0, -(-(self.skip - place) // workers)) * self.batch
+        faults: list[Fault] = []
+        for item in self._ordered(self.rank * workers + place, self.ranks * workers, faults):
+            if skip > 0:
+                skip -= 1
+                continue
+            try:
+                sample = self._sample(item)
+            except RowError as error:
+                faults.append(item.fault(error))
+                continue
+            if faults:
+                sample["faults"] = faults.copy()
+                faults.clear()
+            yield sample
+
+    def _sample(self, item: _Item) -> dict[str, Any]:
+        found = item.sample
+        sample = {**self.encoder.expand(found.ids, found.labels), "source": item.source}
+        if found.images:
+            folder = folder_of(self.config.sources[item.source], item.file)
+            sample["pixel_values"] = read_pixels(found.images, folder, self.config, self.processor)
+        return sample
+
+    def _ordered(self, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
+        """Yields the shard's items, shuffled, in passes of like length where the recipe wants them."""
+        order = random.Random(f"{self.seed} {shard}")
+        pool: list[_Item] = []
+        for item in self._mixed(shard, shards, faults, order):
+            pool += [] if item is None else [item]
+            if item is None or len(pool) >= _POOL:
+                yield from self._arranged(pool, order)
+                pool = []
+
+    def _arranged(self, pool: list[_Item], order: random.Random) -> list[_Item]:
+        order.shuffle(pool)
+        if not self.config.group_by_length:
+            return pool
+        pool.sort(key=lambda item: (bool(item.sample.images), item.sample.length))
+        passes = [pool[start : start + self.batch] for start in range(0, len(pool), self.batch)]
+        order.shuffle(passes)
+        return [item for samples in passes for item in samples]
+
+    def _mixed(self, shard: int, shards: int, faults: list[Fault], order: random.Random) -> Iterator[_Item | None]:
+        """Yields good items of all sources, epoch after epoch; without weights, None at the end of each."""
+        weights = [source.weight for source in self.config.sources]
+        numbers = list(range(len(weights)))
+        streams = {number: self._items(number, shard, shards, faults) for number in numbers}
+        last_good, passes = 0, 0
+        while True:
+            number = order.choices(list(streams), [weights[one] or 1.0 for one in streams])[0]
+            item = next(streams[number], None)
+            if item is not None:
+                last_good = passes
+                yield item
+                continue
+            passes += 1
+            if passes > last_good + 2 * len(numbers):
+                raise DataError(f"{self.config.sources[number].path}: got no rows without a fault in shard {shard}")
+            if weights[0] is None:
+                del streams[number]
+                if streams:
+                    continue
+                yield None
+                streams = {one: self._items(one, shard, shards, faults) for one in numbers}
+            else:
+                streams[number] = self._items(number, shard, shards, faults)
+
+    def _items(self, number: int, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
+        """Yields one pass over the shard's part of a source; its faults are added to `faults`."""
+        source = self.config.sources[number]
+        for file, row, raw in _part(source, shard, shards):
+            try:
+                yield self._item(number, file, row, raw)
+            except RowError as error:
+                faults.append(Fault(file, row, str(error)))
+
+    def _item(self, number: int, file: str, row: int, raw: Any) -> _Item:
+        sample = self.encoder.encode(parse(raw), number)
+        folder = folder_of(self.config.sources[number], file)
+        for image in sample.images:
+            check_image(folder, image, image_options(self.config))
+        return _Item(number, file, row, sample)
+
+    def _probe(self, number: int) -> None:
+        """Refuses a source whose first rows are all faulty before a training starts."""
+        faults: list[Fault] = []
+        for file, row, raw in islice(_part(self.config.sources[number], 0, 1), _PROBED):
+            try:
+                self._item(number, file, row, raw)
+            except RowError as error:
+                faults.append(Fault(file, row, str(error)))
+                continue
+            return
+        first = f": {faults[0]}" if faults else ""
+        raise DataError(f"{self.config.sources[number].path}: the first {len(faults)} rows are all faulty{first}")
+
+
+def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
+    """Yields every row of all sources once, checked, as `check_rows` has it in its table; nothing is copied.
+
+    Raises:
+        DataError: a source or an image folder cannot be used.
+    """
+    check_folders(config)
+    for number, source in enumerate(config.sources):
+        for file, row, raw in _part(source, 0, 1):
+            notes: set[str] = set()
+            try:
+                parsed = parse(raw)
+                for image in parsed.images:
+                    notes.update(check_image(folder_of(source, file), image, image_options(config)))
+                record: Record | RowError = parsed
+            except RowError as error:
+                record = error
+            found = row_of(number, file, row, record, source.format or config.format)
+            yield {**found, "notes": [*found["notes"], *sorted(notes)]} if not found["fault"] else found
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A row as tokens, its images unopened."""
+
+    source: int
+    file: str
+    row: int
+    sample: Sample = field(repr=False)
+
+    def fault(self, error: RowError) -> Fault:
+        """Returns the fault of its row."""
+        return Fault(self.file, self.row, str(error))
+
+
+def _part(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, Any]]:
+    """Yields file, row number and raw row of a shard's part of a source; a RowError in place of what is lost."""
+    if source.path.startswith(HUB):
+        name = source.path if shards == 1 else f"{source.path} (part {shard} of {shards})"
+        row = -1
+        try:
+            for row, raw in enumerate(hub_rows(source.path, source.limit, shard, shards)):
+                yield name, row, raw
+        except DataError as error:
+            yield name, row + 1, RowError(str(error))
+        return
+    files = find_files(source.path)
+    if source.limit is None and len(files) % shards == 0:
+        files, shard, shards = files[shard::shards], 0, 1
+    count = 0
+    for file in files:
+        row = -1
+        try:
+            for row, raw in enumerate(raw_rows(file, stream=True)):
+                if count == source.limit:
+                    return
+                if count % shards == shard:
+                    yield file, row, raw
+                count += 1
+        except DataError as error:
+            yield file, row + 1, RowError(str(error))

@@ -1,0 +1,288 @@
+"""All rows of a recipe's sources as one memory-mapped table, each of them parsed once and checked, images included."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import datasets
+import pyarrow as pa
+
+from data import easy_vqa
+from data.config import DataConfig, Source, expand
+from data.images import ImageOptions, check_image
+from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks, parse
+from data.sources import find_files, open_store, raw_rows, stamp
+
+EMBEDDED: Final = "\0"  # in place of an image's path: its bytes are in the source, which is read again for them
+_ROWS: Final = {
+    "source": datasets.Value("int32"),  # number in DataConfig.sources
+    "file": datasets.Value("string"),
+    "row": datasets.Value("int64"),
+    "fault": datasets.Value("string"),  # empty where there is none
+    "notes": datasets.List(datasets.Value("string")),
+    "ignored": datasets.List(datasets.Value("string")),
+    "images": datasets.List(datasets.Value("string")),
+    "system": datasets.Value("large_string"),
+    "texts": datasets.List(datasets.Value("large_string")),  # of user and assistant in turns
+    "untrained": datasets.List(datasets.Value("int32")),  # numbers of the answers that are not learnt
+}
+_WRITTEN: Final = 500  # rows that are in memory together
+_CHECKED: Final = {"fault": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
+
+
+def check_rows(config: DataConfig, *, anew: bool = False) -> datasets.Dataset:
+    """Returns every row with what its check found: columns source, file, row, fault, notes, ignored, images, texts, ...
+
+    Parses once, checks images in parallel, and caches both. A fault is never taken from the cache: the image may be
+    there by now.
+
+    Args:
+        config: the recipe's data section.
+        anew: checks all images again, whatever the cache holds.
+
+    Raises:
+        DataError: a source, an image folder or the cache cannot be used.
+    """
+    check_folders(config)
+    with usable_cache():
+        rows = _read_rows(config)
+        found = _check_images(rows, config, anew=anew)
+        if not anew and _is_stale(rows, found, config):
+            found = _check_images(rows, config, anew=True)
+    return datasets.concatenate_datasets([rows.remove_columns(list(_CHECKED)), found], axis=1)
+
+
+def check_folders(config: DataConfig) -> None:
+    """Refuses an image folder that is not there."""
+    for source in config.sources:
+        if source.images is not None and not Path(expand(source.images)).is_dir():
+            start = "" if Path(expand(source.images)).is_absolute() else f" (relative paths start in {Path.cwd()})"
+            raise DataError(f"images: got {source.images!r}, expected a folder{start}")
+
+
+def good_rows(rows: datasets.Dataset) -> list[int]:
+    """Returns the numbers of the rows without a fault."""
+    return [number for number, reason in enumerate(rows["fault"][:]) if not reason]
+
+
+def faults_of(rows: datasets.Dataset) -> list[Fault]:
+    """Returns the faults among rows."""
+    bad = [number for number, reason in enumerate(rows["fault"][:]) if reason]
+    chosen = rows.select_columns(["file", "row", "fault"]).select(bad)
+    return [Fault(row["file"], row["row"], row["fault"]) for row in chosen]
+
+
+def record_of(row: dict[str, Any]) -> Record:
+    """Returns the record of a row of the table; embedded images stand in it as EMBEDDED."""
+    untrained = set(row["untrained"])
+    turns = [
+        Turn(("user", "assistant")[place % 2], text, place not in untrained) for place, text in enumerate(row["texts"])
+    ]
+    return Record(tuple(row["images"]), tuple(turns), row["system"])
+
+
+def read_records(path: str) -> Iterator[tuple[str, int, Record | RowError]]:
+    """Yields file, number and record, or what is wrong with it, of every row of one source.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    for file in find_files(path):
+        number = -1
+        for number, raw in enumerate(raw_rows(file)):
+            try:
+                yield file, number, parse(raw)
+            except RowError as error:
+                yield file, number, error
+        if number < 0:
+            raise DataError(f"{file}: got no rows, expected at least one conversation")
+
+
+def images_of(row: dict[str, Any]) -> Sequence[str | EmbeddedImage]:
+    """Returns the images of a row of the table: their paths, or the images themselves, read again from the source."""
+    return parse(_stored(row)).images[: len(row["images"])] if EMBEDDED in row["images"] else row["images"]
+
+
+def folder_of(source: Source, file: str) -> Path | None:
+    """Returns the image folder of a file's rows."""
+    if easy_vqa.is_built_in(file):
+        return easy_vqa.image_folder(easy_vqa.name_of(file))
+    return None if source.images is None else Path(expand(source.images))
+
+
+def image_options(config: DataConfig) -> ImageOptions:
+    """Returns how the recipe's images are read."""
+    return ImageOptions(config.image_aspect, config.exif, config.follow_links, config.decode)
+
+
+def processes(config: DataConfig, rows: datasets.Dataset) -> int | None:
+    """Returns how many processes to share rows among; None is this one alone."""
+    return min(config.workers, len(rows)) or None
+
+
+def fingerprint(*parts: object) -> str:
+    """Returns a name for a result that follows from `parts`: the cache finds it by that name."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+@cache
+def code_stamp(*modules: str) -> str:
+    """Returns a digest of modules of this package: what other code has cached is not taken for theirs."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in modules]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextmanager
+def usable_cache() -> Iterator[None]:
+    """Says in one line that the cache folder cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        folder = datasets.config.HF_DATASETS_CACHE
+        raise DataError(
+            f"cache: {folder}: {error.strerror or error}; expected a folder that can be written, "
+            "named by HF_DATASETS_CACHE"
+        ) from None
+
+
+def plain_notes(turns: Sequence[Turn], images: int) -> list[str]:
+    """Returns what format `plain` makes of a conversation that is no caption, keys of NOTES."""
+    questions = [turn.text for turn in turns if turn.role == "user"]
+    notes = ["question_left_out"] if any(count_marks(text) == 0 or text.strip() for text in questions) else []
+    notes += ["plain_dialogue"] if len(turns) > 2 else []
+    return notes + (["plain_text_only"] if not images else [])
+
+
+def _stored(row: dict[str, Any]) -> Any:
+    return open_store(row["file"])[row["row"]].to_pylist()[0]
+
+
+def _read_rows(config: DataConfig) -> datasets.Dataset:
+    """Returns the parsed rows of all sources.
+
+    The table is built once and cached by the sources and what their files hold; ranks of one machine wait for another.
+    """
+    open_store.cache_clear()  # files may have changed since
+    sources = [(source.path, source.limit, source.format) for source in config.sources]
+    stamps = [code_stamp("rows", "sources", "table", "easy_vqa")]
+    stamps += [f"{file}:{stamp(file)}" for path, _, _ in sources for file in find_files(path)]
+    builder = _RowsBuilder(sources=tuple(sources), stamps=tuple(stamps))
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError | OSError):
+            raise error.__cause__ from None
+        raise
+    return builder.as_dataset(split="train")
+
+
+@dataclass
+class _RowsConfig(datasets.BuilderConfig):
+    """What the table follows from; `stamps` only make the cache notice changed files and code."""
+
+    sources: tuple[tuple[str, int | None, str], ...] = ()
+    stamps: tuple[str, ...] = ()
+
+
+class _RowsBuilder(datasets.ArrowBasedBuilder):
+    """Writes the table into the cache of `datasets`, unless it is there."""
+
+    BUILDER_CONFIG_CLASS = _RowsConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=datasets.Features(_ROWS))
+
+    def _split_generators(self, _: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
+        schema, rows = self.info.features.arrow_schema, _rows(self.config.sources)
+        for number in itertools.count():
+            if not (part := list(itertools.islice(rows, _WRITTEN))):
+                return
+            yield number, pa.Table.from_pylist(part, schema=schema)
+
+
+def _rows(sources: tuple[tuple[str, int | None, str], ...]) -> Iterator[dict[str, Any]]:
+    for number, (path, limit, style) in enumerate(sources):
+        for count, (file, row, record) in enumerate(read_records(path)):
+            if limit is not None and count >= limit:
+                break
+            yield row_of(number, file, row, record, style)
+
+
+def row_of(source: int, file: str, row: int, record: Record | RowError, style: str) -> dict[str, Any]:
+    """Returns a row of the table.
+
+    Args:
+        source: number in `DataConfig.sources`.
+        file: where the row stands.
+        row: its number there.
+        record: what it is, or what is wrong with it.
+        style: the source's format.
+    """
+    place = {"source": source, "file": file, "row": row}
+    if isinstance(record, RowError):
+        nothing: dict[str, Any] = {name: [] for name in ("notes", "ignored", "images", "texts", "untrained")}
+        return {**place, **nothing, "fault": str(record), "system": None}
+    notes = list(record.notes)
+    if style == "plain":
+        notes += plain_notes(record.turns, len(record.images))
+    return {
+        **place,
+        "fault": "",
+        "notes": notes,
+        "ignored": list(record.ignored),
+        "images": [EMBEDDED if isinstance(image, EmbeddedImage) else image for image in record.images],
+        "system": record.system,
+        "texts": [turn.text for turn in record.turns],
+        "untrained": [place for place, turn in enumerate(record.turns) if not turn.is_trained],
+    }
+
+
+def _check_images(rows: datasets.Dataset, config: DataConfig, *, anew: bool) -> datasets.Dataset:
+    """Returns columns fault and notes, of the rows and of their images."""
+    columns = ["source", "file", "row", "fault", "notes", "images"]
+    given = rows.select_columns(columns)
+    if not any(given["images"][:]):
+        return given.select_columns(list(_CHECKED))
+    folders = [Path(expand(source.images)).resolve() if source.images else None for source in config.sources]
+    name = fingerprint("check", code_stamp("images", "table"), rows._fingerprint, folders, image_options(config))
+    return given.map(
+        _inspect,
+        fn_kwargs={"config": config},
+        num_proc=processes(config, rows),
+        desc="checking images",
+        new_fingerprint=name,
+        features=datasets.Features(_CHECKED),
+        remove_columns=[column for column in columns if column not in _CHECKED],
+        load_from_cache_file=not anew,
+    )
+
+
+def _is_stale(rows: datasets.Dataset, found: datasets.Dataset, config: DataConfig) -> bool:
+    """Returns whether any image fault is no longer what the cache says: somebody mended it."""
+    given = rows.select_columns(["source", "file", "row", "fault", "notes", "images"])
+    for number, reason in enumerate(found["fault"][:]):
+        if reason and not (row := given[number])["fault"] and _inspect(row, config)["fault"] != reason:
+            return True
+    return False
+
+
+def _inspect(row: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    if row["fault"] or not row["images"]:
+        return {"fault": row["fault"], "notes": row["notes"]}
+    folder, options, notes = folder_of(config.sources[row["source"]], row["file"]), image_options(config), set()
+    try:
+        for image in images_of(row):
+            notes.update(check_image(folder, image, options))
+    except RowError as error:
+        return {"fault": str(error), "notes": []}
+    return {"fault": "", "notes": [*row["notes"], *sorted(notes)]}

@@ -1,0 +1,652 @@
+"""Today's formats: each is read as its publisher wrote it, images inside included. docs/data.md lists them."""
+
+import base64
+import gzip
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from pydantic import ValidationError
+
+from data.check import main
+from data.config import DataConfig
+from data.images import open_image
+from data.rows import DataError, RowError, Turn, parse
+from data.sources import find_files
+from data.table import check_rows, faults_of, folder_of, images_of, read_records, record_of
+
+ROOT = Path(__file__).resolve().parents[1]
+COLOURS = [(200, 10, 0), (0, 200, 10)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, colour in zip(("a.png", "b.png"), COLOURS, strict=True):
+        picture(colour).save(tmp_path / name)
+    return tmp_path
+
+
+def picture(colour):
+    return Image.new("RGB", (8, 8), colour)
+
+
+def png(colour):
+    stream = io.BytesIO()
+    picture(colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def check(folder, *files, **more):
+    given = {"images": str(folder), "format": "vicuna_v1", "workers": 0, **more}
+    return check_rows(DataConfig(files=[str(file) for file in files], **given))
+
+
+def talk(*texts, **more):
+    return {**more, "conversations": [{"from": ("human", "gpt")[n % 2], "value": t} for n, t in enumerate(texts)]}
+
+
+def messages(*texts, **more):
+    return {**more, "messages": [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]}
+
+
+def seen(folder, rows):
+    """Returns the turns, the system prompt and the colours of the images of each row of a table without a fault."""
+    assert [str(fault) for fault in faults_of(rows)] == []
+    found = []
+    for row in rows:
+        images = [open_image(folder, image) for image in images_of(row)]
+        texts = [turn.text for turn in record_of(row).turns]
+        found.append((texts, row["system"], [image.getpixel((0, 0)) for image in images]))
+    return found
+
+
+ONE = (["<image>\nWhat is it?", "Red."], None, COLOURS[:1])
+TWO = (["<image>\n<image>\nWhich?", "The first."], None, COLOURS)
+TEXT = (["Hi", "Hello"], None, [])
+
+# Name in the table of docs/data.md -> rows as published, and what they mean.
+PATHS = {
+    "LLaVA": ([talk("<image>\nWhat is it?", "Red.", image="a.png"), talk("Hi", "Hello")], [ONE, TEXT]),
+    "LLaVA, several images": ([talk("<image>\n<image>\nWhich?", "The first.", image=["a.png", "b.png"])], [TWO]),
+    "ShareGPT": (
+        [
+            {
+                "images": ["a.png"],
+                "system": "Be brief.",
+                "conversations": [
+                    {"from": "user", "value": "<image>\nWhat is it?"},
+                    {"from": "chatgpt", "value": "Red."},
+                ],
+            }
+        ],
+        [(ONE[0], "Be brief.", ONE[2])],
+    ),
+    "OpenAI messages": (
+        [messages("<image>\nWhat is it?", "Red.", images=["a.png"]), messages("Hi", "Hello")],
+        [ONE, TEXT],
+    ),
+    "messages of parts": (
+        [
+            messages(
+                [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}],
+                [{"type": "text", "text": "The first."}],
+                images=["a.png", "b.png"],
+            ),
+            messages([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "Red."),
+            messages(
+                [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What is it?"}], "Red."
+            ),
+        ],
+        [TWO, ONE, ONE],
+    ),
+    "Cauldron and FineVision": (
+        [{"images": ["a.png"], "texts": [{"user": "What is it?", "assistant": "Red.", "source": "x"}]}],
+        [ONE],
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", ["json", "jsonl", "jsonl.gz", "jsonl.zst", "json.gz"])
+@pytest.mark.parametrize("name", PATHS)
+def test_rows_in_json(folder, name, packed):
+    rows, expected = PATHS[name]
+    lines = json.dumps(rows) if packed.startswith("json.") or packed == "json" else "\n".join(map(json.dumps, rows))
+    data = lines.encode()
+    if packed.endswith("gz"):
+        data = gzip.compress(data)
+    if packed.endswith("zst"):
+        with pa.CompressedOutputStream(folder / "x.zst", "zstd") as stream:
+            stream.write(data)
+        data = (folder / "x.zst").read_bytes()
+    (folder / f"data.{packed}").write_bytes(data)
+    assert seen(folder, check(folder, folder / f"data.{packed}")) == expected
+
+
+def inside(colour, path=None):
+    return {"bytes": png(colour), "path": path}
+
+
+EMBEDDED = {
+    "LLaVA-OneVision-Data": (
+        {
+            "id": ["1", "2"],
+            "image": [inside(COLOURS[0], "x.png"), None],
+            "conversations": [
+                talk("<image>\nWhat is it?", "Red.")["conversations"],
+                talk("Hi", "Hello")["conversations"],
+            ],
+            "data_source": ["s", "s"],
+        },
+        [ONE, TEXT],
+    ),
+    "FineVision and the Cauldron": (
+        {
+            "images": [[inside(COLOURS[0])], []],
+            "texts": [
+                [{"user": "What is it?", "assistant": "Red.", "source": "x"}],
+                [{"user": "Hi", "assistant": "Hello", "source": "x"}],
+            ],
+            "relevance_min": [5, 4],
+        },
+        [ONE, TEXT],
+    ),
+    "messages": (
+        {
+            "images": [[inside(COLOURS[0]), inside(COLOURS[1])]],
+            "messages": [
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "text": None, "index": 0},
+                            {"type": "image", "text": None, "index": 1},
+                            {"type": "text", "text": "Which?", "index": None},
+                        ],
+                    },
+                    {"role": "assistant", "content": [{"type": "text", "text": "The first.", "index": None}]},
+                ]
+            ],
+        },
+        [TWO],
+    ),
+}
+FEATURES = {
+    "LLaVA-OneVision-Data": {"image": datasets.Image()},
+    "FineVision and the Cauldron": {"images": datasets.List(datasets.Image())},
+    "messages": {"images": datasets.List(datasets.Image())},
+}
+
+
+def as_dataset(name):
+    columns, _ = EMBEDDED[name]
+    made = datasets.Dataset.from_dict(columns)
+    return made.cast(datasets.Features({**made.features, **FEATURES[name]}))
+
+
+@pytest.mark.parametrize(
+    "form", ["plain parquet", "datasets parquet", "saved", "saved split", "arrow", "hub", "folder"]
+)
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_rows_with_their_images_inside(folder, monkeypatch, name, form):
+    columns, expected = EMBEDDED[name]
+    place = folder / "set"
+    if form == "plain parquet":
+        parquet.write_table(pa.table(columns), folder / "data.parquet")
+        place = folder / "data.parquet"
+    elif form == "datasets parquet":
+        as_dataset(name).to_parquet(folder / "data.parquet")
+        place = folder / "data.parquet"
+    elif form == "saved":
+        as_dataset(name).save_to_disk(place)
+    elif form == "saved split":
+        datasets.DatasetDict({"train": as_dataset(name), "test": as_dataset(name)}).save_to_disk(place)
+        place = f"{place}:train"
+    elif form == "arrow":
+        as_dataset(name).save_to_disk(place)
+        (place,) = place.glob("*.arrow")
+    else:
+        (folder / "org/set/part").mkdir(parents=True)
+        as_dataset(name).to_parquet(folder / "org/set/part/train-00000-of-00001.parquet")
+        config = "configs:\n- config_name: part\n  data_files:\n  - split: train\n    path: part/train-*\n"
+        (folder / "org/set/README.md").write_text(f"---\n{config}---\n")
+        monkeypatch.chdir(folder)  # `datasets` takes a folder for the set of the hub of that name
+        place = "hf://org/set/part:train" if form == "hub" else folder / "org"
+    assert seen(folder, check(folder, place)) == expected
+
+
+def test_pillow_images_in_memory_are_read_from_a_saved_folder(folder):
+    rows = {"image": [picture(COLOURS[0])], "conversations": [talk("<image>\nWhat is it?", "Red.")["conversations"]]}
+    datasets.Dataset.from_dict(
+        rows,
+        features=datasets.Features(
+            {
+                "image": datasets.Image(),
+                "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+            }
+        ),
+    ).save_to_disk(folder / "set")
+    assert seen(folder, check(folder, folder / "set")) == [ONE]
+
+
+def test_an_embedded_image_that_is_broken_is_a_fault_of_its_row(folder):
+    columns = {
+        "image": [{"bytes": b"none", "path": "x.png"}, inside(COLOURS[0])],
+        "conversations": [talk("<image>\nWhat is it?", "Red.")["conversations"]] * 2,
+    }
+    parquet.write_table(pa.table(columns), folder / "data.parquet")
+    (fault,) = faults_of(check(folder, folder / "data.parquet"))
+    assert str(fault) == f"{folder / 'data.parquet'}:0: image 'x.png' is not an image, or its header is broken"
+
+
+def test_a_struct_without_bytes_is_a_path(folder):
+    columns = {
+        "image": [{"bytes": None, "path": "a.png"}],
+        "conversations": [talk("<image>\nWhat is it?", "Red.")["conversations"]],
+    }
+    parquet.write_table(pa.table(columns), folder / "data.parquet")
+    assert seen(folder, check(folder, folder / "data.parquet")) == [ONE]
+
+
+def test_globs_and_folders_are_files_in_order(folder):
+    (folder / "rows").mkdir()
+    for number in (2, 0, 1):
+        (folder / f"rows/part{number}.json").write_text(json.dumps([talk(str(number), "x")]))
+    (folder / "rows/notes.txt").write_text("no rows")
+    for given in (folder / "rows", folder / "rows/part*.json", folder / "r*/part?.json"):
+        assert [row["texts"][0] for row in check(folder, given)] == ["0", "1", "2"]
+
+
+def test_variables_and_the_home_folder_expand(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("ROWS", str(folder))
+    (folder / "data.json").write_text(json.dumps([talk("<image>\nWhat is it?", "Red.", image="a.png")]))
+    for given in ("~/data.json", "$ROWS/data.json", "${ROWS}/*.json"):
+        assert len(check(folder, given)) == 1
+    config = DataConfig(files=["~/data.json"], images="$ROWS", format="plain", workers=0)
+    assert not faults_of(check_rows(config))
+    assert folder_of(config.sources[0], "x") == folder
+
+
+def test_a_limit_takes_the_first_rows_and_a_source_has_its_own_images_and_format(folder):
+    (folder / "other").mkdir()
+    picture(COLOURS[1]).save(folder / "other/a.png")
+    (folder / "data.json").write_text(json.dumps([talk("<image>\nWhat is it?", "Red.", image="a.png")] * 5))
+    files = [
+        {"path": str(folder / "data.json"), "limit": 2},
+        {"path": str(folder / "data.json"), "limit": 3, "images": str(folder / "other"), "format": "plain"},
+    ]
+    config = DataConfig(files=files, images=str(folder), format="vicuna_v1", workers=0)
+    rows = check_rows(config)
+    assert rows["source"][:] == [0, 0, 1, 1, 1]
+    assert rows["row"][:] == [0, 1, 0, 1, 2]
+    assert rows["notes"][:] == [[]] * 2 + [["question_left_out"]] * 3
+    assert [folder_of(config.sources[number], "x") for number in (0, 1)] == [folder, folder / "other"]
+
+
+UNREADABLE = {
+    "zip": (b"PK\x03\x04" + b"x" * 30, "a zip archive"),
+    "real.zip": (None, "a zip archive"),
+    "utf16.json": ("[{}]".encode("utf-16"), "UTF-16 text"),
+    "page.json": (b"\n<!DOCTYPE html><html>404</html>", "a web page or XML"),
+    "pointer.json": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+    "data.csv": (b"id,text\n1,hello\n", "a .csv file"),
+    "tar": (b"x" * 257 + b"ustar" + b"x" * 20, "a tar archive"),
+    "tar.gz": (gzip.compress(b"x" * 257 + b"ustar" + b"x" * 20), "a tar archive"),
+    "xz": (b"\xfd7zXZ\0 and more", "xz"),
+    "pickle": (b"\x80\x04\x95 and more", "a Python pickle"),
+    "picture.json": (png(COLOURS[0]), "an image"),
+    "paper.json": (b"%PDF-1.7", "a PDF"),
+    "zeros.json": (b"[{\0\0\0}]", "binary data"),
+    "numpy.json": (b"\x93NUMPY\x01", "a NumPy array"),
+    "sqlite": (b"SQLite format 3\0", "an SQLite database"),
+    "pretty.json": (b'{\n  "data": [\n  ]\n}', "one JSON object over several lines"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_says_what_it_looks_like(folder, name):
+    data, kind = UNREADABLE[name]
+    if data is None:
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("data.json", "[]")
+    else:
+        (folder / name).write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        check(folder, folder / name)
+    assert str(caught.value).startswith(f"{folder / name}: looks like {kind}")
+    assert "; expected " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("cut.json.gz", gzip.compress(json.dumps([talk("a", "b")] * 900).encode())[:-30], "end-of-stream"),
+        ("bad.jsonl.gz", gzip.compress(b"x" * 100)[:-8] + b"12345678", "CRC"),
+        ("cut.zst", b"\x28\xb5\x2f\xfd\x04", "expected a whole file"),
+        ("cut.parquet", b"PAR1 and no more", "cannot be read"),
+        ("cut.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "cannot be read"),
+    ],
+)
+def test_broken_archives_and_tables_are_one_line(folder, name, data, reason):
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name}.*{reason}") as caught:
+        check(folder, folder / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("hf://name", "expected hf://org/name"),
+        ("hf://org//x", "expected hf://org/name"),
+        ("hf://org/none:train", "hf://org/none:train: cannot be read"),
+    ],
+)
+def test_hub_names_that_mean_nothing_here(folder, monkeypatch, path, reason):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=reason) as caught:
+        check(folder, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_several_splits_is_refused(folder):
+    (folder / "set").mkdir()
+    for name in ("train-0.json", "validation-0.json"):
+        (folder / "set" / name).write_text(json.dumps([talk("a", "b")]))
+    with pytest.raises(DataError, match=r"got several splits \(such as validation-0.json\), expected a glob"):
+        find_files(str(folder / "set"))
+    assert len(check(folder, folder / "set/train*")) == 1
+    datasets.DatasetDict({"train": as_dataset("messages"), "test": as_dataset("messages")}).save_to_disk(folder / "two")
+    with pytest.raises(DataError, match=r"got splits train, test, expected one of them: .*two:train"):
+        check(folder, folder / "two")
+
+
+def test_a_file_that_changes_under_the_same_size_and_time_is_read_again(folder):
+    file = folder / "data.json"
+    file.write_text(json.dumps([talk("a", "AAAA")]))
+    before = file.stat()
+    assert check(folder, file)["texts"][0] == ["a", "AAAA"]
+    file.write_text(json.dumps([talk("a", "BBBB")]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert check(folder, file)["texts"][0] == ["a", "BBBB"]
+
+
+# --- one row: what it means, or the fault that names it
+
+
+MEANT = {
+    "roles in capitals": (
+        {"messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]},
+        ["q", "a"],
+    ),
+    "human and model": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "model", "value": "a"}]},
+        ["q", "a"],
+    ),
+    "role in conversations": (
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a"}]},
+        ["q", "a"],
+    ),
+    "a key conversation": (
+        {"conversation": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]},
+        ["q", "a"],
+    ),
+    "pairs as messages": ({"messages": [{"user": "q", "assistant": "a"}]}, ["q", "a"]),
+    "text parts": (messages([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a"), ["q\nr", "a"]),
+    "parts that are text": (messages(["q"], ["a"]), ["q", "a"]),
+    "input parts": (
+        messages([{"type": "input_text", "text": "q"}], [{"type": "output_text", "text": "a"}]),
+        ["q", "a"],
+    ),
+    "both keys alike": (
+        {"messages": [{"from": "human", "role": "human", "value": "q"}, {"role": "gpt", "value": "a"}]},
+        ["q", "a"],
+    ),
+    "no image: null": (talk("q", "a", image=None), ["q", "a"]),
+    "no image: empty text": (talk("q", "a", image=""), ["q", "a"]),
+    "no image: list of empty text": (talk("q", "a", image=[""]), ["q", "a"]),
+    "no image: list of null": (talk("q", "a", images=[None]), ["q", "a"]),
+    "no image: NaN": (talk("q", "a", image=float("nan")), ["q", "a"]),
+    "no image: empty struct": (talk("q", "a", image={"bytes": None, "path": None}), ["q", "a"]),
+    "image and images alike": (talk("<image>q", "a", image="x.png", images=["x.png"]), ["<image>\nq", "a"]),
+    "an empty image and images": (talk("<image>q", "a", image="", images=["x.png"]), ["<image>\nq", "a"]),
+    "a file address": (talk("<image>q", "a", image="file:///d/x.png"), ["<image>\nq", "a"]),
+    "a mark as text, no image": (talk("what is <image>?", "a"), [r"what is \<image>?", "a"]),
+    "an escaped mark beside an image": (
+        talk(r"<image> what is \<image>?", "a", image="x"),
+        ["<image>\nwhat is \\<image>?", "a"],
+    ),
+    "a mark as text beside image parts": (
+        messages([{"type": "image", "image": "x"}, {"type": "text", "text": "<image>?"}], "a"),
+        ["<image>\n\\<image>?", "a"],
+    ),
+    "unused keys of other tools": (talk("q", "a", video=None, tools=[], audio="", weight=1, loss=True), ["q", "a"]),
+    "trained by its switch": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]},
+        ["q", "a"],
+    ),
+    "a developer's prompt": (
+        {"messages": [{"role": "developer", "content": "s"}, *messages("q", "a")["messages"]]},
+        ["q", "a"],
+    ),
+    "an empty system prompt": (talk("q", "a", system=""), ["q", "a"]),
+    "a leading answer": (
+        {"conversations": [{"from": "gpt", "value": "x"}, *talk("q", "a")["conversations"]]},
+        ["q", "a"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_rows_mean_what_their_writer_meant(name):
+    row, texts = MEANT[name]
+    assert [turn.text for turn in parse(row).turns] == texts
+
+
+def turn(text="a", role="assistant", **more):
+    return {"messages": [{"role": "user", "content": "q"}, {"role": role, "content": text, **more}]}
+
+
+NAMED = {
+    "video": (talk("<video>\nq", "a", video="a.mp4"), "got key 'video', which is not supported"),
+    "videos": (talk("q", "a", videos=["a.mp4"]), "got key 'videos'"),
+    "audio": (talk("q", "a", audio={"bytes": b"x", "path": None}), "got key 'audio'"),
+    "tools": (talk("q", "a", tools=[{"name": "f"}]), "got key 'tools'"),
+    "tools as text": (talk("q", "a", tools="[{}]"), "got key 'tools'"),
+    "image_path": (talk("<image>q", "a", image_path="x.png"), "got key 'image_path', .* expected image or images"),
+    "picture": (talk("<image>q", "a", picture="x.png"), "got key 'picture'"),
+    "an image under any key": (talk("<image>q", "a", frame="sub/x.JPG"), "got key 'frame', which holds an image"),
+    "a struct under any key": (
+        talk("q", "a", jpg={"bytes": b"x", "path": None}),
+        "got key 'jpg', which holds an image",
+    ),
+    "row weight": (talk("q", "a", weight=0), "got key 'weight' with 0, expected 1 or none"),
+    "row weight of a half": (talk("q", "a", weight=0.5), "got key 'weight' with 0.5"),
+    "row loss": (talk("q", "a", loss=False), "got key 'loss' with False"),
+    "mask": (talk("q", "a", mask=[0, 1]), "got key 'mask'"),
+    "preference": (messages("q", "a", rejected="b"), "got key 'rejected'"),
+    "two images": (
+        talk("<image>q", "a", image="x", images=["y"]),
+        "got keys 'image' and 'images' with different values",
+    ),
+    "two conversations": ({**talk("q", "a"), **messages("q", "b")}, "got keys 'conversations' and 'messages'"),
+    "two prompts": (talk("q", "a", system="s", system_prompt="t"), "got two different system prompts"),
+    "a number as prompt": (talk("q", "a", system=5), "system: got a number, expected text"),
+    "alpaca": ({"instruction": "q", "output": "a"}, "got keys 'instruction', 'output'"),
+    "chosen": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "got key 'chosen'|got key 'rejected'"),
+    "tool turn": (turn(role="tool"), "got role 'tool', expected user or assistant: no tools"),
+    "observation": (turn(role="observation"), "got role 'observation'"),
+    "function_call": (turn(role="function_call"), "got role 'function_call'"),
+    "tool_calls": (turn(tool_calls=[{"id": 1}]), r"messages\[1\]: got key 'tool_calls'"),
+    "reasoning": (turn(reasoning_content="hm"), r"messages\[1\]: got key 'reasoning_content'"),
+    "images of a turn": (turn(images=["x.png"]), r"messages\[1\]: got key 'images'"),
+    "weight of a half": (turn(weight=0.5), r"messages\[1\].weight: got 0.5, expected 0 or 1"),
+    "nothing to train": (turn(weight=0), "no label is left: the row says not to train any"),
+    "a question to train": (
+        {"messages": [{"role": "user", "content": "q", "loss": True}, turn()["messages"][1]]},
+        "loss: got True for a user turn",
+    ),
+    "video part": (messages([{"type": "video", "video": "x"}], "a"), "got a part of type 'video'"),
+    "audio part": (messages([{"type": "input_audio"}], "a"), "got a part of type 'input_audio'"),
+    "image in an answer": (messages("q", [{"type": "image", "image": "x"}]), "got an image in an answer"),
+    "a part too many": (
+        messages([{"type": "image"}, {"type": "text", "text": "q"}], "a"),
+        "got 1 image parts for 0 images",
+    ),
+    "an image too many": (messages([{"type": "image"}, "q"], "a", images=["x", "y"]), "got 1 image parts for 2 images"),
+    "a wrong index": (
+        messages([{"type": "image", "index": 3}, "q"], "a", images=["x"]),
+        "got 1 image parts for 1 images",
+    ),
+    "null as content": (turn(None), r"messages\[1\]: got null as content"),
+    "a prompt in the middle": (
+        {"messages": [*messages("q", "a")["messages"], {"role": "system", "content": "s"}]},
+        "system turn after the first",
+    ),
+    "two values": (
+        {"messages": [{"role": "user", "content": "q", "value": "r"}, turn()["messages"][1]]},
+        "'value' and 'content' with different values",
+    ),
+    "two roles": (
+        {"messages": [{"role": "user", "from": "gpt", "content": "q"}, turn()["messages"][1]]},
+        "'from' and 'role' with different values",
+    ),
+    "an address": (talk("<image>q", "a", image={"path": None, "bytes": "text"}), None),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_rows_that_cannot_be_used_are_named(name):
+    row, message = NAMED[name]
+    if message is None:
+        assert parse(row).images == ("text",)
+        return
+    with pytest.raises(RowError, match=message) as caught:
+        parse(row)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"image": "a.png", "image": "b.png", "conversations": []}', "image"),
+        ('{"conversations": [{"from": "human", "from": "gpt", "value": "x"}]}', "from"),
+    ],
+)
+def test_a_key_twice_with_different_values_is_a_fault(folder, line, key):
+    (folder / "data.jsonl").write_text(line)
+    ((_, _, error),) = read_records(str(folder / "data.jsonl"))
+    assert f"got key '{key}' twice with different values" in str(error)
+
+
+def test_a_key_twice_with_the_same_value_or_where_nobody_looks_is_fine(folder):
+    turns = json.dumps(talk("q", "a"))[1:-1]
+    (folder / "data.jsonl").write_text(f'{{"id": 1, "id": 1, "meta": {{"x": 1, "x": 2}}, {turns}}}')
+    ((_, _, record),) = read_records(str(folder / "data.jsonl"))
+    assert record.ignored == ("id", "meta")
+
+
+def test_an_answer_that_is_switched_off_is_not_trained():
+    row = messages("q", "a", "r", "b")
+    row["messages"][1]["weight"] = 0
+    record = parse(row)
+    assert record.turns == (
+        Turn("user", "q"),
+        Turn("assistant", "a", is_trained=False),
+        Turn("user", "r"),
+        Turn("assistant", "b"),
+    )
+    assert record.notes == ("untrained",)
+
+
+def test_payloads_are_never_printed_whole(folder):
+    rows = [
+        talk("<image>q", "a", image="http://x.y/" + "z" * 5000),
+        talk("<image>q", "a", image="data:image/png;base64," + "QUJD" * 5000),
+        talk("<image>q", "a", image="x" * 5000),
+        {"x" * 5000: 1},
+        {"messages": [{"role": "y" * 5000, "content": ""}]},
+    ]
+    (folder / "data.json").write_text(json.dumps(rows))
+    faults = faults_of(check(folder, folder / "data.json"))
+    assert len(faults) == 5
+    assert max(len(fault.reason) for fault in faults) < 300
+    assert "is an address" in faults[0].reason
+
+
+def test_an_image_in_a_data_address_is_read(folder):
+    address = "data:image/png;base64," + base64.b64encode(png(COLOURS[0])).decode()
+    part = {"type": "image_url", "image_url": {"url": address}}
+    (folder / "data.json").write_text(json.dumps([messages([part, {"type": "text", "text": "What is it?"}], "Red.")]))
+    assert seen(folder, check(folder, folder / "data.json")) == [ONE]
+    assert np.asarray(open_image(None, address)).shape == (8, 8, 3)
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({HALF: 1}, r"got keys '\ud83d'"),
+        ({"messages": [{"role": HALF, "content": "x"}]}, r"unknown role '\ud83d'"),
+        ({"messages": [{"role": "user", "content": [{"type": HALF}]}]}, r"type '\ud83d'"),
+        (talk("q", "a", system=HALF), "half a character"),
+        (talk("q", "a", weight=[1] * 5000), "got key 'weight' with"),
+        ({"conversations": 7 * [[]]}, r"conversations: got no turns"),
+        (talk("q", "a", image=[["a.png"]]), "got a list, expected a path or an image"),
+        (talk("q", "a", image=True), "got true or false, expected a path or an image"),
+        ({**talk("q", "a"), "messages": 5}, "got keys 'conversations' and 'messages'"),
+    ],
+)
+def test_odd_rows_are_one_printable_line(folder, row, message):
+    (folder / "data.json").write_text(json.dumps([row, talk("q", "a")]))
+    (fault,) = faults_of(check(folder, folder / "data.json"))
+    assert message in fault.reason
+    assert len(str(fault).encode()) < 400
+    assert fault.row == 0
+
+
+def test_ignored_keys_may_hold_anything(folder):
+    nested = "[" * 400 + "]" * 400
+    text = json.dumps(talk("q", "a"))[:-1]
+    (folder / "data.jsonl").write_text(f'{text}, "deep": {nested}, "\\ud83d": "\\ud83d", "big": {"9" * 400}}}')
+    rows = check(folder, folder / "data.jsonl")
+    assert rows["fault"][:] == [""]
+    assert rows["ignored"][:] == [["deep", "\\ud83d", "big"]]
+
+
+@pytest.mark.parametrize("path", ["", "a\0b.json", "x" * 5000])
+def test_odd_paths_are_one_line(folder, path):
+    with pytest.raises((DataError, ValidationError)) as caught:
+        check(folder, path)
+    if isinstance(caught.value, DataError):
+        assert "\n" not in str(caught.value)
+    else:
+        assert path == ""
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_check_of_a_stream_says_the_same_and_copies_nothing(folder, capsys, name):
+    as_dataset(name).to_parquet(folder / "data.parquet")
+    (folder / "more.json").write_text(json.dumps([talk("", ""), talk("<image>q", "a", image="none.png"), 7]))
+    data = {"files": [str(folder / "data.parquet"), str(folder / "more.json")], "images": str(folder), "workers": 0}
+    (folder / "recipe.yaml").write_text(json.dumps({"data": {**data, "format": "vicuna_v1"}}))
+    found = []
+    for streaming in ("true", "false"):
+        assert main([str(folder / "recipe.yaml"), "--json", f"data.streaming={streaming}"]) == 2
+        found.append(json.loads(capsys.readouterr().out))
+        assert bool(list(folder.glob("cache/**/*.arrow"))) == (streaming == "false")
+    assert found[0] == found[1]
+    assert len(found[0]["data"]["faults"]) == 2

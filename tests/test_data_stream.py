@@ -1,0 +1,174 @@
+"""Rows read while training: every row once, shared by ranks and workers, resumed at its place."""
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from data.config import DataConfig
+from data.dataset import Collator, ConversationDataset
+from data.rows import DataError
+from data.stream import ConversationStream
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT / "recipes/configs/quickstart")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files a and b of 12 rows, each row with an image of its own brightness, and part0 ... part3 of three rows."""
+    folder = tmp_path_factory.mktemp("stream")
+    for number in range(2 * ROWS):
+        Image.new("RGB", (64, 64), (10 * number,) * 3).save(folder / f"{number}.png")
+    for name, first in (("a", 0), ("b", ROWS)):
+        (folder / f"{name}.jsonl").write_text("\n".join(row(number) for number in range(first, first + ROWS)))
+    for part in range(4):
+        (folder / f"part{part}.jsonl").write_text("\n".join(row(number) for number in range(3 * part, 3 * part + 3)))
+    return folder
+
+
+def row(number, image=None):
+    turns = [{"from": "human", "value": "<image>\nwhat color ?"}, {"from": "gpt", "value": "red " * (1 + number % 3)}]
+    return json.dumps({"image": image or f"{number}.png", "conversations": turns})
+
+
+def config(folder, *files, **more):
+    given = {"images": str(folder), "format": "chat_template", "image_aspect": "processor", "streaming": True, **more}
+    return DataConfig(files=[file if isinstance(file, dict) else str(folder / file) for file in files], **given)
+
+
+def number_of(sample):
+    """Returns which row a sample is, by the brightness of its image."""
+    return round((sample["pixel_values"].mean().item() * 0.25 + 0.9) * 25.5)
+
+
+def test_an_epoch_has_every_row_once_as_the_dataset_has_it(folder, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    given = config(folder, "a.jsonl", "b.jsonl")
+    samples = list(islice(ConversationStream(given, processor), 2 * ROWS))
+    assert sorted(map(number_of, samples)) == list(range(2 * ROWS))
+    assert [number_of(sample) for sample in samples] != list(range(2 * ROWS))
+    whole = ConversationDataset(given.model_copy(update={"streaming": False, "workers": 0}), processor)
+    expected = {number_of(sample): sample for sample in (whole[index] for index in range(len(whole)))}
+    for sample in samples:
+        for key, value in expected[number_of(sample)].items():
+            assert torch.equal(torch.as_tensor(sample[key]), torch.as_tensor(value)), key
+    assert not list((tmp_path).glob("**/*stream*"))
+
+
+@pytest.mark.parametrize(("files", "workers"), [(("a.jsonl",), 0), (("part*.jsonl",), 0), (("part*.jsonl",), 2)])
+def test_ranks_and_workers_share_the_rows(folder, processor, files, workers):
+    seen = Counter()
+    for rank in range(2):
+        stream = ConversationStream(config(folder, *files), processor, rank=rank, ranks=2)
+        loader = DataLoader(stream, batch_size=1, num_workers=workers, collate_fn=Collator(0))
+        seen.update(number_of(batch) for batch in islice(loader, ROWS // 2))
+    assert seen == Counter(range(ROWS))
+
+
+@pytest.mark.parametrize(("workers", "used"), [(0, 1), (0, 9), (2, 3)])
+def test_a_resumed_stream_goes_on_at_its_place(folder, processor, workers, used):
+    def batches(skip, count):
+        stream = ConversationStream(config(folder, "a.jsonl", "b.jsonl"), processor, batch=2, seed=3)
+        stream.skip = skip
+        loader = DataLoader(stream, batch_size=2, num_workers=workers, collate_fn=Collator(0))
+        return [batch["pixel_values"] for batch in islice(loader, count)]
+
+    whole, rest = batches(0, 14), batches(used, 14 - used)
+    assert all(torch.equal(*pair) for pair in zip(whole[used:], rest, strict=True))
+
+
+def test_the_order_follows_from_the_seed(folder, processor):
+    def order(seed):
+        stream = ConversationStream(config(folder, "a.jsonl"), processor, seed=seed)
+        return [number_of(sample) for sample in islice(stream, ROWS)]
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_weights_decide_how_often_a_source_is_drawn(folder, processor):
+    files = [{"path": str(folder / "a.jsonl"), "weight": 3}, {"path": str(folder / "b.jsonl"), "weight": 1}]
+    samples = islice(ConversationStream(config(folder, *files), processor), 512)
+    assert 0.2 < Counter(sample["source"] for sample in samples)[1] / 512 < 0.3
+
+
+def test_a_limit_is_of_the_source_whatever_the_shards(folder, processor):
+    file = {"path": str(folder / "a.jsonl"), "limit": 4}
+    seen = set()
+    for rank in range(2):
+        stream = ConversationStream(config(folder, file), processor, rank=rank, ranks=2)
+        seen |= {number_of(sample) for sample in islice(stream, 20)}
+    assert seen == set(range(4))
+
+
+def test_grouping_makes_passes_of_like_samples(folder, processor):
+    stream = ConversationStream(config(folder, "a.jsonl"), processor, batch=4, seed=1)
+    lengths = [len(sample["input_ids"]) for sample in islice(stream, 3 * 4)]
+    whole = [sorted(lengths)[start : start + 4] for start in (0, 4, 8)]
+    assert sorted(sorted(lengths[start : start + 4]) for start in (0, 4, 8)) == sorted(whole)
+
+
+def test_faults_come_with_the_next_sample_and_an_unopened_image_is_one(folder, processor, tmp_path):
+    lines = [row(0), "{broken", row(1, "none.png"), '{"id": 1}', row(2)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    stream = ConversationStream(config(folder, tmp_path / "data.jsonl"), processor)
+    samples = list(islice(stream, 2))
+    assert {number_of(sample) for sample in samples} == {0, 2}
+    found = [fault for sample in samples for fault in sample.get("faults", [])]
+    assert {fault.row for fault in found} == {1, 2, 3}
+    assert all(fault.file == str(tmp_path / "data.jsonl") for fault in found)
+
+
+def test_an_array_that_breaks_in_the_middle_is_a_fault_and_the_stream_goes_on(folder, processor, tmp_path):
+    (tmp_path / "data.json").write_text(f"[{row(0)}, {row(1)}, {{broken]")
+    stream = ConversationStream(config(folder, tmp_path / "data.json"), processor)
+    samples = list(islice(stream, 6))
+    assert Counter(map(number_of, samples)) == {0: 3, 1: 3}
+    assert any("broken JSON" in fault.reason for sample in samples for fault in sample.get("faults", []))
+
+
+@pytest.mark.parametrize("lines", ["", '{"id": 1}\n' * 9, "{broken\n"])
+def test_a_source_without_a_good_row_is_refused_before_training(folder, processor, tmp_path, lines):
+    (tmp_path / "data.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=r"data.jsonl: the first \d rows are all faulty"):
+        ConversationStream(config(folder, tmp_path / "data.jsonl"), processor)
+    with pytest.raises(DataError, match="no such file"):
+        ConversationStream(config(folder, "none.jsonl"), processor)
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved", "hub"])
+def test_images_inside_are_streamed_without_a_copy(folder, processor, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [json.loads(row(number)) for number in range(4)]
+    columns = {
+        "image": [{"bytes": (folder / one["image"]).read_bytes(), "path": None} for one in rows],
+        "conversations": [one["conversations"] for one in rows],
+    }
+    made = datasets.Dataset.from_dict(columns)
+    made = made.cast(datasets.Features({**made.features, "image": datasets.Image()}))
+    place = tmp_path / "org/set"
+    place.mkdir(parents=True)
+    if form == "saved":
+        made.save_to_disk(place)
+    else:
+        made.to_parquet(place / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    path = "hf://org/set" if form == "hub" else place
+    seen = set()
+    for rank in range(2):
+        stream = ConversationStream(config(folder, {"path": str(path)}), processor, rank=rank, ranks=2)
+        seen |= {number_of(sample) for sample in islice(stream, 4)}
+    assert seen == set(range(4))
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
