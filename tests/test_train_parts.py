@@ -21,6 +21,7 @@ from train.checkpoints import (
 from train.clock import Clock, rate_factor
 from train.groups import freeze, group_of, parameter_groups, trainable_counts
 from train.order import ShuffledSampler, WholeBatches
+from train.precision import resolve_precision
 from train.tally import Tally
 
 
@@ -152,3 +153,15 @@ def test_accumulation_follows_from_the_global_batch():
     assert [share_out(train, ranks) for ranks in (1, 4, 8, 16)] == [(16, 8), (16, 2), (16, 1), (8, 1)]
     with pytest.raises(RecipeError, match="found 128 on 3 ranks of 16 samples, accepted: a multiple of 48"):
         share_out(train, 3)
+
+
+@pytest.mark.parametrize(
+    ("abilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")]
+)
+def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch, abilities, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    train = load_recipe("recipes/quickstart.yaml").train
+    assert train.precision == "auto"
+    assert resolve_precision(train) == expected
+    assert resolve_precision(train.model_copy(update={"precision": "fp32"})) == "fp32"
