@@ -56,7 +56,7 @@ setup() {
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$LMMS_EVAL" ||
     die "$LMMS_EVAL could not be installed; see above"
   echo "set-up: compiling what DeepSpeed needs (half a minute)"
-  "$VENV/bin/python" -m train.warm || die "DeepSpeed's operator could not be compiled; see above"
+  "$VENV/bin/python" -m train.extensions || die "DeepSpeed's operator could not be compiled; see above"
   fingerprint >"$STAMP"
 }
 

@@ -77,7 +77,7 @@ def test_set_up_makes_the_environment_once(sandbox):
     assert "-m pip install" in made[1]
     assert "-r requirements.lock" in made[1]
     assert "--no-deps lmms-eval==" in made[2]
-    assert "-m train.warm" in made[3]
+    assert "-m train.extensions" in made[3]
     started = time.monotonic()
     assert launch(sandbox, "setup")[:2] == (0, "")
     assert time.monotonic() - started < 2

@@ -253,7 +253,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(folder, recipe, whole):
     done = run(recipe, f"output={whole}", "train.save_steps=2", "seed=5")
     assert done.returncode == 2
     assert done.stderr.strip().endswith("another output, or an empty folder")
-    assert "seed 0, found 5" in done.stderr
+    assert "seed 0, got 5" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     wrong = run(recipe, "train.lr=1.0")
     assert (wrong.returncode, len(wrong.stderr.strip().splitlines())) == (2, 1)

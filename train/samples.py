@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from transformers import LlavaProcessor
 
 from data.chat import TokenizerError
@@ -29,10 +32,27 @@ def sample_notes(phase: Phase, samples: ConversationDataset) -> list[str]:
     notes, expected = [], phase.data.expected_rows
     found = len(samples) + len(samples.skipped)
     if expected is not None and expected != found:
-        notes.append(f"{phase.name}: found {found:,} rows, the recipe expects {expected:,}")
+        notes.append(f"{phase.name}: got {found:,} rows, the recipe expects {expected:,}")
     if samples.skipped:
         notes.append(f"{phase.name}: {len(samples.skipped)} rows skipped; final/run.json lists them")
     return notes
+
+
+def data_fingerprint(phase: Phase, samples: ConversationDataset) -> str:
+    """Returns a digest of the phase's data: the content of its files, and each sample's length and modality.
+
+    Images are not read: one that was replaced by another of the same place is not noticed.
+    """
+    digest = hashlib.sha256()
+    for name in phase.data.files:
+        file = Path(name)
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        else:
+            digest.update(name.encode())
+    digest.update(repr((list(samples.lengths), list(map(bool, samples.has_image)))).encode())
+    return digest.hexdigest()
 
 
 def sample_order(phase: Phase, samples: ConversationDataset, *, seed: int) -> WholeBatches:
