@@ -22,12 +22,15 @@ fi
 exit 0
 """
 NO_GPU = "#!/bin/sh\nexit 9\n"
-DEEPSPEED = """#!/usr/bin/env bash
+DEEPSPEED = r"""#!/usr/bin/env bash
 here=$(cd "$(dirname "$0")" && pwd)
 echo "deepspeed $* DS_ACCELERATOR=${DS_ACCELERATOR:-}" >>"$here/calls"
 [[ "$*" == *endless* ]] || exit "${DEEPSPEED_EXIT:-0}"
+[[ "$*" == *slow_start* ]] && touch starting && sleep 1
+rank='trap "echo saved >>saved; exit 0" TERM; touch ready; while true; do sleep 0.1; done'
+[[ "$*" == *stubborn* ]] && rank='trap "" TERM; touch ready; while true; do sleep 0.1; done'
 # runner -> launcher -> rank, as DeepSpeed has them; only a rank that gets the signal saves
-bash -c 'bash -c "trap \\"echo saved >saved; exit 0\\" TERM; touch ready; while true; do sleep 0.1; done"; exit $?'
+rank=$rank bash -c 'LOCAL_RANK=0 bash -c "$rank"; exit $?'
 exit $?
 """
 
@@ -44,7 +47,7 @@ def sandbox(tmp_path):
     return tmp_path
 
 
-def start(sandbox, *arguments, **more):
+def start(sandbox, *arguments, start_new_session=False, **more):
     environment = {**os.environ, "PATH": f"{sandbox / 'bin'}:/usr/bin:/bin", "PYTHON": "", **more}
     for name in [name for name in environment if name.startswith("SLURM") and name not in more]:
         del environment[name]
@@ -55,6 +58,7 @@ def start(sandbox, *arguments, **more):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
     )
 
 
@@ -152,17 +156,64 @@ def test_the_quickstart_trains_twice_and_compares(sandbox):
     assert "outputs/quickstart_fused outputs/quickstart_dense" in compared
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_reaches_the_ranks_and_their_exit_code_comes_back(sandbox, sent):
-    process = start(sandbox, "train", "endless")
+def start_endless(sandbox, *arguments):
+    """Starts a run in a process group of its own, as a terminal does, and returns it when its rank is there."""
+    process = start(sandbox, "train", "endless", *arguments, start_new_session=True)
+    wait_for(sandbox / "ready")
+    return process
+
+
+def wait_for(file):
     deadline = time.monotonic() + 20
-    while not (sandbox / "ready").exists():
+    while not file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(sent)
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["to launch.sh", "to the process group, as a terminal does"])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_ranks_and_their_exit_code_comes_back(sandbox, sent, to_all):
+    process = start_endless(sandbox)
+    (os.killpg if to_all else os.kill)(process.pid, sent)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0, out + err
-    assert (sandbox / "saved").exists()
+    assert (sandbox / "saved").read_text() == "saved\n"
+
+
+def test_a_stop_before_the_ranks_are_there_reaches_them_later(sandbox):
+    process = start(sandbox, "train", "endless", "slow_start", start_new_session=True)
+    wait_for(sandbox / "starting")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, out + err
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(sandbox):
+    process = start_endless(sandbox, "stubborn")
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 10
+    assert "goes on from the last checkpoint" in err
+    assert not (sandbox / "saved").exists()
+
+
+def test_restarts_go_through_the_elastic_agent(sandbox):
+    arguments = ["x", "train.max_steps=2", "--restarts", "3", "--nnodes", "1:2", "--rdzv-endpoint", "a:1"]
+    assert launch(sandbox, "train", *arguments)[0] == 0
+    assert calls(sandbox)[-1].startswith("python -m train.elastic " + " ".join(arguments))
+
+
+def test_tests_run_without_the_slow_ones_unless_all_are_wanted(sandbox):
+    launch(sandbox, "test", "tests/test_x.py")
+    launch(sandbox, "test", "--all", "-q")
+    quick, all_of_them = calls(sandbox)[-2:]
+    assert quick.startswith("python -m pytest -m not slow tests/test_x.py ")
+    assert all_of_them.startswith("python -m pytest -q ")
 
 
 def test_no_registry_is_named():

@@ -86,13 +86,17 @@ def connect() -> None:
         PeerError: rank 0 is not there in ten minutes.
     """
     try:
-        _Group.store, _, _ = next(rendezvous("env://", timeout=_MEET_TIMEOUT))
+        store, _, _ = next(rendezvous("env://", timeout=_MEET_TIMEOUT))
     except (distributed.DistNetworkError, distributed.DistStoreError) as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         message = f"rank {rank()} cannot meet the other ranks at {at}: {one_line(error)}"
         raise PeerError(message, code=1, is_told=False) from error
+    # torchrun keeps one store for all its attempts: what the ranks of another one said is of no concern
+    prefix = f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{count()}"
+    _Group.store = distributed.PrefixStore(prefix, store)
     if count() > 1:
-        threading.Thread(target=_watch, args=(_Group.store.clone(),), daemon=True).start()
+        watched = distributed.PrefixStore(prefix, store.clone())
+        threading.Thread(target=_watch, args=(watched,), daemon=True).start()
 
 
 def init() -> None:
@@ -105,9 +109,11 @@ def init() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(
-        backend, store=_Group.store, rank=rank(), world_size=count(), timeout=_TIMEOUT, device_id=None
-    )
+    try:
+        distributed.init_process_group(backend, store=_Group.store, rank=rank(), world_size=count(), timeout=_TIMEOUT)
+    except RuntimeError as error:
+        exit_if_lost(error)
+        raise
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     barrier()
 
@@ -189,27 +195,23 @@ def any_rank(value: bool) -> bool:
     return _Group.store.add(name, 0) > 0
 
 
-def broadcast(value: Any) -> Any:
-    """Returns rank 0's `value` on every rank."""
-    values = [value]
-    if count() > 1:
-        distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def shutdown() -> None:
-    """Leaves the process group, after all ranks are done."""
-    if distributed.is_initialized():
+    """Leaves the run, after all ranks are done; rank 0, which holds the store, goes last."""
+    if count() > 1 and _Group.store is not None:
         barrier()
+        _Group.store.add("left", 1)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while rank() == 0 and _Group.store.add("left", 0) < count() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def run_next(phase: int) -> NoReturn:
     """Replaces this process by a fresh one that runs the given phase under its own DeepSpeed configuration."""
-    port = int(os.environ["MASTER_PORT"]) + 1  # the old one may linger
-    os.environ["MASTER_PORT"] = str(broadcast(_free_port(os.environ["MASTER_ADDR"], port) if rank() == 0 else None))
+    _choose_next_port()
     shutdown()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store knows the old port only
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 holds the store from here on
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a stop request waits until the new process listens
@@ -242,6 +244,21 @@ def _free_port(host: str, first: int) -> int:
                 continue
             return trial.getsockname()[1]
     return _free_port(host, 0)
+
+
+def _choose_next_port() -> None:
+    """Agrees with the other ranks on where the next phase meets: a free port of rank 0, because the old one lingers."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if count() > 1:
+        if rank() == 0:
+            if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:  # held by torchrun, maybe on another machine
+                with socket.create_connection((address, port)) as there:
+                    address = there.getsockname()[0]
+            _Group.store.set("next", f"{address} {_free_port(address, port + 1)}")
+        address, port = _Group.store.get("next").decode().split()
+    else:
+        port = _free_port(address, port + 1)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
 def _fault_code(store: Any) -> int | None:
