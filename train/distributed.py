@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from transformers.utils.logging import disable_progress_bar
 
@@ -93,9 +94,9 @@ def connect() -> None:
         raise PeerError(message, code=1, is_told=False) from error
     # torchrun keeps one store for all its attempts: what the ranks of another one said is of no concern
     prefix = f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{count()}"
-    _Group.store = distributed.PrefixStore(prefix, store)
+    _Group.store = PrefixStore(prefix, store)
     if count() > 1:
-        watched = distributed.PrefixStore(prefix, store.clone())
+        watched = PrefixStore(prefix, store.clone())
         threading.Thread(target=_watch, args=(watched,), daemon=True).start()
 
 

@@ -48,11 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks of this machine; default: one a GPU")
     parser.add_argument("--nnodes", default="1", metavar="MIN:MAX", help="machines; default 1")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where several machines meet: one that stays")
+    parser.add_argument("--local-addr", metavar="HOST", help="address of this machine, where its name is not enough")
     return parser
 
 
 def _config(arguments: argparse.Namespace) -> LaunchConfig:
     least, _, most = arguments.nnodes.partition(":")
+    meeting = {"timeout": 900, "last_call_timeout": 15}
+    if arguments.local_addr and arguments.rdzv_endpoint:
+        meeting["is_host"] = arguments.rdzv_endpoint.rpartition(":")[0] == arguments.local_addr
     return LaunchConfig(
         min_nodes=int(least),
         max_nodes=int(most or least),
@@ -61,8 +65,8 @@ def _config(arguments: argparse.Namespace) -> LaunchConfig:
         run_id=os.environ.get("SLURM_JOB_ID", "fused-llava") if arguments.rdzv_endpoint else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=arguments.rdzv_endpoint or "localhost:0",
-        rdzv_configs={"timeout": 900, "last_call_timeout": 15},
-        local_addr=None if arguments.rdzv_endpoint else "localhost",
+        rdzv_configs=meeting,
+        local_addr=arguments.local_addr or (None if arguments.rdzv_endpoint else "localhost"),
         monitor_interval=1.0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP",
         shutdown_timeout=_SAVE_SECONDS,

@@ -78,12 +78,18 @@ def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
         dataset = read_samples(phase, processor)
         for note in sample_notes(phase, dataset):
             print(note, flush=True)
-        _prepare_folder(recipe, phase)
+        try:
+            _prepare_folder(recipe, phase)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"output: {recipe.output}: cannot write: {one_line(error)}") from error
     distributed.barrier()
     if distributed.rank() != 0:
         dataset = read_samples(phase, processor)
     initial = Path(recipe.output) / INITIAL if index == 0 else recipe.phases[index - 1].folder / FINAL
-    return _train(recipe, phase, initial=initial, dataset=dataset, stop=stop)
+    is_done = _train(recipe, phase, initial=initial, dataset=dataset, stop=stop)
+    if distributed.rank() == 0:
+        lock.release()
+    return is_done
 
 
 def _is_finished(recipe: Recipe, index: int) -> bool:
