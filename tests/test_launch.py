@@ -19,7 +19,10 @@ if [[ "$*" == *"-m venv"* ]]; then
   cp "$here/python3" .venv/bin/python
   cp "$here/deepspeed" .venv/bin/deepspeed
 fi
-exit 0
+[[ "$*" == *endless* ]] || exit 0
+trap 'echo saved >>saved; exit 0' TERM
+touch ready
+while true; do sleep 0.1; done
 """
 NO_GPU = "#!/bin/sh\nexit 9\n"
 DEEPSPEED = r"""#!/usr/bin/env bash
@@ -144,6 +147,19 @@ def test_a_slurm_task_is_a_rank(sandbox):
     code, _, err = launch(sandbox, "train", "x", "seed=1", **slurm)
     assert code == 0, err
     assert calls(sandbox)[-1] == "python train/run.py x seed=1 RANK=9 LOCAL_RANK=1 WORLD_SIZE=16"
+
+
+def test_slurm_s_grace_time_reaches_the_rank_and_the_requeued_job_starts_alike(sandbox):
+    """SLURM signals its tasks before a preemption, then runs the same script again on the nodes that it has by then."""
+    launch(sandbox, "setup")
+    slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "a"}
+    process = start(sandbox, "train", "endless", **slurm)
+    wait_for(sandbox / "ready")
+    process.send_signal(signal.SIGTERM)  # the task is the rank: launch.sh has become it
+    assert (process.wait(20), (sandbox / "saved").read_text()) == (0, "saved\n")
+    fewer = {**slurm, "SLURM_NTASKS": "8", "SLURM_PROCID": "1", "SLURM_RESTART_COUNT": "1"}
+    assert launch(sandbox, "train", "x", **fewer)[0] == 0
+    assert calls(sandbox)[-1] == "python train/run.py x RANK=1 LOCAL_RANK=1 WORLD_SIZE=8"
 
 
 def test_the_quickstart_trains_twice_and_compares(sandbox):

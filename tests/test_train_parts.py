@@ -35,6 +35,7 @@ from train.metrics import TrainMetrics
 from train.order import ShuffledSampler, WholeBatches
 from train.precision import resolve_precision
 from train.run_lock import RunLock
+from train.tracking import start_tracking, stop_tracking
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +291,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from train.run_lock import RunLock
+from train.tracking import start_tracking, stop_tracking
 RunLock(Path(sys.argv[1])).take()
 print("taken", flush=True)
 time.sleep(60)
@@ -360,3 +362,22 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch, abilities, expect
     assert train.precision == "auto"
     assert resolve_precision(train) == expected
     assert resolve_precision(train.model_copy(update={"precision": "fp32"})) == "fp32"
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_costs_seconds(monkeypatch, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_DIR", "")
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        import wandb  # noqa: F401  # not part of the wait
+
+        started = time.monotonic()
+        start_tracking("x", tmp_path)
+        passed = time.monotonic() - started
+        stop_tracking()
+        monkeypatch.setenv("WANDB_MODE", "offline")  # what it set
+    assert "cannot be reached" in capsys.readouterr().out
+    assert passed < 30  # 99 s before; wandb's own start takes some of it
