@@ -52,8 +52,9 @@ def sandbox(tmp_path):
 
 def start(sandbox, *arguments, start_new_session=False, **more):
     environment = {**os.environ, "PATH": f"{sandbox / 'bin'}:/usr/bin:/bin", "PYTHON": "", **more}
-    for name in [name for name in environment if name.startswith("SLURM") and name not in more]:
-        del environment[name]
+    for name in list(environment):  # what this machine or another test has set
+        if name.startswith(("SLURM", "DS_ACCELERATOR", "HOSTFILE")) and name not in more:
+            del environment[name]
     return subprocess.Popen(
         [str(sandbox / "launch.sh"), *arguments],
         cwd="/",

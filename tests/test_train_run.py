@@ -198,14 +198,33 @@ def test_only_the_newest_checkpoints_are_kept(whole):
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
+LORA = "train.lora={r: 4, alpha: 8, dropout: 0.0}"
+
+
+@pytest.fixture(scope="module")
+def run_once(folder, recipe, whole):
+    """Returns a function that makes a run of one setting, or finds it made; its output and its options."""
+
+    def make(ranks, zero, *, lora=False):
+        options = [
+            f"train.deepspeed=recipes/deepspeed/zero{zero}.json",
+            "train.save_steps=2",
+            *([LORA] if lora else []),
+        ]
+        output = whole if (ranks, zero, lora) == (1, 2, False) else folder / f"{ranks}-ranks-zero{zero}-{lora}"
+        if not output.exists():
+            done = run(recipe, f"output={output}", *options, ranks=ranks)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return output, options
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
-def test_two_ranks_give_the_losses_of_one(folder, recipe, whole, zero):
+def test_two_ranks_give_the_losses_and_weights_of_one(run_once, whole, zero):
     """In some step only one of the ranks has an image: a run that hangs fails by its timeout."""
-    output = folder / f"zero{zero}"
-    options = [f"output={output}", f"train.deepspeed=recipes/deepspeed/zero{zero}.json"]
-    done = run(recipe, *options, ranks=2)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output, _ = run_once(2, zero)
     assert_same_losses(losses(output), losses(whole))
     assert_same_weights(output, whole)
 
@@ -303,19 +322,15 @@ def test_a_flipped_bit_gives_way_to_the_checkpoint_before_and_other_data_is_refu
 @pytest.mark.parametrize(
     ("before", "after", "zero", "lora"), [(1, 2, 2, False), (2, 1, 2, True), (1, 2, 3, False), (2, 1, 3, False)]
 )
-def test_a_run_goes_on_with_another_number_of_ranks(folder, recipe, before, after, zero, lora):
-    options = [f"train.deepspeed=recipes/deepspeed/zero{zero}.json", "train.save_steps=3"]
-    options += ["train.lora={r: 4, alpha: 8, dropout: 0.0}"] if lora else []
-    whole = folder / f"{before}-ranks-zero{zero}{lora}"
-    done = run(recipe, f"output={whole}", *options, ranks=before)
-    assert done.returncode == 0, done.stderr
-    output = copy_of(whole, folder / f"{after}-of-{whole.name}", last=3)
+def test_a_run_goes_on_with_another_number_of_ranks(folder, recipe, run_once, before, after, zero, lora):
+    whole, options = run_once(before, zero, lora=lora)
+    output = copy_of(whole, folder / f"{after}-of-{whole.name}", last=4)
     resumed = run(recipe, f"output={output}", *options, ranks=after)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"checkpoint-3 is of {before} ranks: converting it for {after}" in resumed.stdout
+    assert f"checkpoint-4 is of {before} ranks: converting it for {after}" in resumed.stdout
     assert_same_losses(losses(output), losses(whole))
     assert_same_weights(output, whole)
-    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
 def wait_for_steps(output):
