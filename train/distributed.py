@@ -183,6 +183,8 @@ def barrier() -> None:
                 raise PeerError("another rank ended the run", code=code, is_told=True)
             time.sleep(0.05)
     except (distributed.DistNetworkError, distributed.DistStoreError) as error:
+        if _Group.heard is not None:
+            raise PeerError("another rank ended the run", code=_Group.heard, is_told=True) from error
         raise PeerError(f"rank {rank()} lost contact with rank 0", code=1, is_told=False) from error
 
 
@@ -263,8 +265,13 @@ def _choose_next_port() -> None:
 
 
 def _fault_code(store: Any) -> int | None:
-    """Returns the exit code of the rank that failed, or None where none did."""
-    return int(store.get(_FAULT)) if store.check([_FAULT]) else None
+    """Returns the exit code of the rank that failed, or None where none did, or where the store is gone with rank 0."""
+    if _Group.heard is not None:
+        return _Group.heard
+    try:
+        return int(store.get(_FAULT)) if store.check([_FAULT]) else None
+    except (distributed.DistNetworkError, distributed.DistStoreError):
+        return None
 
 
 def _wait_for_others(store: Any) -> None:
@@ -277,9 +284,9 @@ def _wait_for_others(store: Any) -> None:
 def _watch(store: Any) -> None:
     """Ends this rank soon after another one failed, even where it waits in a collective call for ever."""
     try:
-        while (code := _fault_code(store)) is None:
+        while not store.check([_FAULT]):
             time.sleep(1.0)
-        _Group.heard = code
+        _Group.heard = code = int(store.get(_FAULT))
         store.add(f"{_FAULT}/heard", 1)
     except (RuntimeError, ValueError):  # the store is gone with rank 0: the collective calls tell
         return
