@@ -2,10 +2,13 @@
 # The one way in.
 #   ./launch.sh                          set-up, then the quickstart: train, compare, print the table
 #   ./launch.sh setup                    the set-up alone
-#   ./launch.sh test [pytest arguments]  the set-up, then the tests
+#   ./launch.sh test [pytest arguments]  the set-up, then the tests that a change needs, in minutes
+#   ./launch.sh test --all [...]         the set-up, then all tests
 #   ./launch.sh train RECIPE [key=value ...]
 #       DeepSpeed on every GPU of this machine, on the CPU where there is none; on the machines of ./hostfile (or
 #       of $HOSTFILE) where there is one; inside `srun` with several tasks, one rank a task.
+#   ./launch.sh train RECIPE [key=value ...] --restarts N [--nnodes MIN:MAX --rdzv-endpoint HOST:PORT]
+#       the same on this machine, or on every machine that it is called on; starts again after a lost rank or machine
 #   PYTHON=/path/to/python3.12 ./launch.sh ...   makes .venv with that interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -56,7 +59,7 @@ setup() {
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$LMMS_EVAL" ||
     die "$LMMS_EVAL could not be installed; see above"
   echo "set-up: compiling what DeepSpeed needs (half a minute)"
-  "$VENV/bin/python" -m train.warm || die "DeepSpeed's operator could not be compiled; see above"
+  "$VENV/bin/python" -m train.extensions || die "DeepSpeed's operator could not be compiled; see above"
   fingerprint >"$STAMP"
 }
 
@@ -64,13 +67,15 @@ has_gpu() {
   nvidia-smi -L >/dev/null 2>&1 || [[ -e /dev/kfd ]]
 }
 
-# Runs a DeepSpeed launcher. SIGTERM and Ctrl-C go to the ranks alone: they save and leave with 0, and the launcher
-# follows them. The launcher itself would kill them half a minute after it got the signal.
+# Runs a launcher in a session of its own, so that Ctrl-C reaches this script alone. SIGTERM and the first Ctrl-C go to
+# the ranks alone: they save and leave with 0, and the launcher follows them. The launcher itself would kill them half
+# a minute after it got the signal. A second Ctrl-C ends everything at once.
 launch() {
-  local runner status=0 last=0 stopped=
-  "$@" &
+  local runner status=0 last=0 stopped= interrupted=
+  env -u RANK -u LOCAL_RANK setsid "$@" &
   runner=$!
-  trap 'stopped=yes; stop_ranks "$runner"' TERM INT
+  trap 'stop_ranks "$runner" & stopped=yes' TERM
+  trap '[[ -z $interrupted ]] || kill_all "$runner"; stop_ranks "$runner" & stopped=yes interrupted=yes' INT
   while kill -0 "$runner" 2>/dev/null; do
     status=0
     wait "$runner" || status=$?
@@ -82,13 +87,38 @@ launch() {
   return "$status"
 }
 
+# Sends SIGTERM to the ranks of a launcher, once there are any.
 stop_ranks() {
-  local launcher rank
-  for launcher in $(children "$1"); do
-    for rank in $(children "$launcher"); do
-      kill -TERM "$rank" 2>/dev/null || true
-    done
+  local tries=0 found
+  while kill -0 "$1" 2>/dev/null; do
+    found=$(ranks "$1")
+    # shellcheck disable=SC2086  # one word a rank
+    [[ -n $found ]] && { kill -TERM $found 2>/dev/null || true; return; }
+    [[ $((tries += 1)) -lt 150 ]] || kill -TERM "$1" 2>/dev/null || true # half a minute: they run on other machines
+    sleep 0.2
   done
+}
+
+# Prints the ranks below a launcher, and not the processes below those.
+ranks() {
+  local child
+  for child in $(children "$1"); do
+    if is_rank "$child"; then
+      echo "$child"
+    else
+      ranks "$child"
+    fi
+  done
+}
+
+is_rank() {
+  tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | grep -q '^LOCAL_RANK='
+}
+
+kill_all() {
+  echo "launch.sh: stopped at once; the same command goes on from the last checkpoint" >&2
+  kill -KILL -- "-$1" 2>/dev/null || true
+  exit 130
 }
 
 children() {
@@ -97,6 +127,15 @@ children() {
 
 train() {
   [[ $# -ge 1 ]] || die "train: which recipe? e.g. ./launch.sh train recipes/quickstart.yaml"
+  local argument
+  for argument in "$@"; do
+    case $argument in --restarts | --restarts=*)
+      has_gpu || export DS_ACCELERATOR=cpu
+      launch "$VENV/bin/python" -m train.elastic "$@"
+      return
+      ;;
+    esac
+  done
   local hostfile=${HOSTFILE:-hostfile}
   if [[ ${SLURM_NTASKS:-1} -gt 1 && -n ${SLURM_PROCID:-} ]]; then
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -110,6 +149,17 @@ train() {
   else
     DS_ACCELERATOR=cpu launch "$VENV/bin/deepspeed" --log_level warning --num_accelerators 1 train/run.py "$@"
   fi
+}
+
+run_tests() {
+  local argument all= rest=()
+  for argument in "$@"; do
+    if [[ $argument == --all ]]; then all=yes; else rest+=("$argument"); fi
+  done
+  if [[ -n $all ]]; then
+    exec "$VENV/bin/python" -m pytest "${rest[@]}"
+  fi
+  exec "$VENV/bin/python" -m pytest -m "not slow" "${rest[@]}"
 }
 
 quickstart() {
@@ -128,7 +178,7 @@ main() {
   esac
   setup
   case $command in
-    test) exec "$VENV/bin/python" -m pytest "$@" ;;
+    test) run_tests "$@" ;;
     train) train "$@" ;;
     quickstart) quickstart ;;
   esac

@@ -16,7 +16,7 @@ _WORDS: Final = {str: "text", int: "whole number", float: "number", bool: "true 
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one line: `file: key: what was found, what is accepted`."""
+    """A recipe that cannot be run; the message is one line: `file: key: got this, expected that`."""
 
 
 def first_fault(error: ValidationError, schema: type[BaseModel], source: str | Path) -> RecipeError:
@@ -25,16 +25,18 @@ def first_fault(error: ValidationError, schema: type[BaseModel], source: str | P
     location = [str(part) for part in fault["loc"]]
     where = f"{source}: {'.'.join(location) or 'recipe'}"
     kind, found = fault["type"], fault["input"]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
+        location = [part for part in location if part != "[key]"]
+        where = f"{source}: {'.'.join(location)}"
         known = _fields(schema, location[:-1])
         return RecipeError(f"{where}: unknown key; {suggestion(location[-1], known)}")
     accepted = _accepted(schema, location)
     if kind == "missing":
-        return RecipeError(f"{where}: missing key, accepted: {accepted}")
+        return RecipeError(f"{where}: missing key, expected {accepted}")
     if kind == "value_error":
         return RecipeError(f"{where}: {fault['ctx']['error']}")
     hint = _float_hint(found) if "number" in accepted else ""
-    return RecipeError(f"{where}: found {_shown(found)}, accepted: {accepted}{hint}")
+    return RecipeError(f"{where}: got {_shown(found)}, expected {accepted}{hint}")
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
@@ -43,13 +45,17 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1) or [key for key in known if name in key]
     if name in short or close:
         return f"did you mean '{short.get(name) or close[0]}'?"
-    return f"accepted: {', '.join(known)}"
+    return f"expected {', '.join(known)}"
 
 
 def _shown(value: Any) -> str:
+    return f"{shortened(value)} ({type(value).__name__})"
+
+
+def shortened(value: Any) -> str:
+    """Returns the repr of a value, cut after 80 characters."""
     text = repr(value)
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return f"{text} ({type(value).__name__})"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _float_hint(found: Any) -> str:
@@ -96,6 +102,10 @@ def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
         ]
         if limits:
             words = words.replace("number", "number " + " and ".join(limits))
+        if any(getattr(mark, "min_length", 0) for mark in field.metadata):
+            words = (
+                words.replace("text", "text that is not empty") if words.startswith("text") else f"{words}, not empty"
+            )
         section = _section(field.annotation)
     return words
 

@@ -27,12 +27,19 @@ def saved_data(saved: Path) -> DataConfig:
     try:
         return DataConfig.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))["data"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        raise RecipeError(f"{saved}: data: cannot be read, accepted: the recipe.yaml that a run writes") from error
+        raise RecipeError(f"{saved}: data: cannot be read, expected the recipe.yaml that a run writes") from error
 
 
 def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted key, value in the saved recipe, value in this one) for each key that differs."""
-    before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    """Yields (dotted key, value in the saved recipe, value in this one) for each key that differs.
+
+    Raises:
+        RecipeError: the saved recipe cannot be read.
+    """
+    try:
+        before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
     now = _flat(recipe.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data.config import DataConfig
 from models.stage_plan import StagePlan
-from recipes.errors import RecipeError, first_fault
+from recipes.errors import RecipeError, first_fault, shortened
 
 __all__ = ["Phase", "Recipe", "RecipeError", "load_recipe"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
+_MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # beyond every run, and below what overflows
+# What PyYAML raises for text that is no YAML; the last three for tags on values that they do not fit.
+_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError)
+_MERGE = "tag:yaml.org,2002:merge"
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -35,19 +41,19 @@ class ModelSection(_Section):
         stages: fields of StagePlan; null is dense.
     """
 
-    config: str | None = None
-    checkpoint: str | None = None
-    language_model: str | None = None
-    vision_tower: str | None = None
+    config: str | None = Field(default=None, min_length=1)
+    checkpoint: str | None = Field(default=None, min_length=1)
+    language_model: str | None = Field(default=None, min_length=1)
+    vision_tower: str | None = Field(default=None, min_length=1)
     stages: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         if self.config is None and self.checkpoint is None:
-            raise ValueError("found neither config nor checkpoint, accepted: at least one of them")
+            raise ValueError("got neither config nor checkpoint, expected at least one of them")
         if self.checkpoint and (self.language_model or self.vision_tower):
             raise ValueError(
-                "found checkpoint beside language_model or vision_tower, accepted: one or the other, "
+                "got checkpoint beside language_model or vision_tower, expected one or the other, "
                 "because a checkpoint holds both"
             )
         if self.stages is not None:
@@ -65,7 +71,7 @@ class LearningRates(_Section):
     @model_validator(mode="after")
     def _check(self) -> LearningRates:
         if not any(getattr(self, group) for group in GROUPS):
-            raise ValueError("found null everywhere, accepted: a number for at least one part")
+            raise ValueError("got null everywhere, expected a number for at least one part")
         return self
 
 
@@ -91,14 +97,14 @@ class TrainSection(_Section):
         save_steps: steps between two checkpoints; null saves at the end alone.
     """
 
-    deepspeed: str
+    deepspeed: str = Field(min_length=1)
     learning_rate: LearningRates
     lora: Lora | None = None
-    global_batch: int = Field(gt=0)
-    per_device_batch: int = Field(gt=0)
-    epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, gt=0)
-    max_seconds: float | None = Field(default=None, gt=0)
+    global_batch: int = Field(gt=0, le=_MOST_SAMPLES)
+    per_device_batch: int = Field(gt=0, le=_MOST_SAMPLES)
+    epochs: float = Field(default=1.0, gt=0, le=1_000_000)
+    max_steps: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
+    max_seconds: float | None = Field(default=None, gt=0, le=_MOST_STEPS)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -106,20 +112,20 @@ class TrainSection(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     gradient_checkpointing: bool = True
-    save_steps: int | None = Field(default=None, gt=0)
+    save_steps: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
     save_total_limit: int = Field(default=2, gt=0)
-    log_steps: int = Field(default=1, gt=0)
+    log_steps: int = Field(default=1, gt=0, le=_MOST_STEPS)
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
         if self.global_batch % self.per_device_batch:
             raise ValueError(
-                f"found global_batch {self.global_batch} with per_device_batch {self.per_device_batch}, "
-                "accepted: a multiple of it"
+                f"got global_batch {self.global_batch} with per_device_batch {self.per_device_batch}, "
+                "expected a multiple of it"
             )
         if self.lora is not None and self.learning_rate.language_model is None:
             raise ValueError(
-                "found lora with learning_rate.language_model null, accepted: a number > 0, the adapters' rate"
+                "got lora with learning_rate.language_model null, expected a number > 0, the adapters' rate"
             )
         return self
 
@@ -151,7 +157,7 @@ class Recipe(_Section):
     """
 
     name: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output: str = Field(min_length=1)
     model: ModelSection
     data: DataConfig
@@ -204,43 +210,70 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which YAML would settle in silence."""
+    """SafeLoader that refuses what YAML would settle in silence: a key written twice, 010 for 8, 1:30 for 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                shown = "<<" if key_node.tag == _MERGE else f"a {key_node.id}"
+                raise RecipeError(f"line {line}: got {shown} as a key, expected a word or a number")
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                line = key_node.start_mark.line + 1
-                raise RecipeError(f"{key}: found twice (line {line}), accepted: once")
+                raise RecipeError(f"{key}: got it twice (line {line}), expected once")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """Returns a whole number; one that YAML 1.1 does not read as it is written is refused."""
+        if not _DECIMAL.fullmatch(node.value):
+            value = self.construct_yaml_int(node)
+            line = node.start_mark.line + 1
+            raise RecipeError(f"line {line}: got {node.value}, which YAML reads as {value}, expected a decimal number")
+        return self.construct_yaml_int(node)
+
+    def construct_real(self, node: yaml.ScalarNode) -> float:
+        """Returns a number; one to the base of 60 is refused."""
+        if ":" in node.value:
+            raise RecipeError(f"line {node.start_mark.line + 1}: got {node.value}, expected a decimal number")
+        return self.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}, accepted: a recipe in YAML") from None
+        raise RecipeError(f"{path}: {error.strerror}, expected a recipe in YAML") from None
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise RecipeError(f"{path}: not YAML that can be read: nested too deeply") from None
+    except _NOT_YAML as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not YAML: {reason}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: found {type(raw).__name__}, accepted: a mapping of keys")
+        raise RecipeError(f"{path}: got {type(raw).__name__}, expected a mapping of keys")
     return raw
 
 
 def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
     """Sets one `dotted.key=value` in the raw recipe; whether the key exists is the schema's question."""
     key, mark, text = override.partition("=")
-    if not mark or not key:
-        raise RecipeError(f"{path}: found {override!r}, accepted: dotted.key=value")
+    if not mark or not all(key.split(".")):
+        raise RecipeError(f"{path}: got {override!r}, expected dotted.key=value")
+    if not text.strip():
+        raise RecipeError(f"{path}: {key}: got nothing, expected a value in YAML (null for none)")
     try:
         value = yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, RecipeError):
-        raise RecipeError(f"{path}: {key}: found {text!r}, accepted: a value in YAML") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {key}: {str(error).removeprefix('line 1: ')}") from None
+    except (*_NOT_YAML, RecursionError):
+        raise RecipeError(f"{path}: {key}: got {shortened(text)}, expected a value in YAML") from None
     *parents, last = key.split(".")
     section: Any = raw
     for depth, parent in enumerate(parents):
@@ -249,7 +282,7 @@ def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
         section = section[parent]
         if not isinstance(section, dict):
             where = ".".join(parents[: depth + 1])
-            raise RecipeError(f"{path}: {key}: {where} is a value, accepted: a section with keys")
+            raise RecipeError(f"{path}: {key}: {where} is a value, expected a section with keys")
     section[last] = value
 
 
@@ -259,13 +292,13 @@ def _check_depth(recipe: Recipe, path: str | Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         if recipe.model.config is not None:
-            raise RecipeError(f"{path}: model.config: found '{folder}', accepted: a folder with config.json")
+            raise RecipeError(f"{path}: model.config: got '{folder}', expected a folder with config.json")
         return
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: model.config: {file} is not JSON: {error}") from None
-    text = config.get("text_config", {})
+    text = config.get("text_config", {}) if isinstance(config, Mapping) else {}
     depth = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
     if recipe.plan is None or not isinstance(depth, int):
         return

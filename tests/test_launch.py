@@ -19,15 +19,21 @@ if [[ "$*" == *"-m venv"* ]]; then
   cp "$here/python3" .venv/bin/python
   cp "$here/deepspeed" .venv/bin/deepspeed
 fi
-exit 0
+[[ "$*" == *endless* ]] || exit 0
+trap 'echo saved >>saved; exit 0' TERM
+touch ready
+while true; do sleep 0.1; done
 """
 NO_GPU = "#!/bin/sh\nexit 9\n"
-DEEPSPEED = """#!/usr/bin/env bash
+DEEPSPEED = r"""#!/usr/bin/env bash
 here=$(cd "$(dirname "$0")" && pwd)
 echo "deepspeed $* DS_ACCELERATOR=${DS_ACCELERATOR:-}" >>"$here/calls"
 [[ "$*" == *endless* ]] || exit "${DEEPSPEED_EXIT:-0}"
+[[ "$*" == *slow_start* ]] && touch starting && sleep 1
+rank='trap "echo saved >>saved; exit 0" TERM; touch ready; while true; do sleep 0.1; done'
+[[ "$*" == *stubborn* ]] && rank='trap "" TERM; touch ready; while true; do sleep 0.1; done'
 # runner -> launcher -> rank, as DeepSpeed has them; only a rank that gets the signal saves
-bash -c 'bash -c "trap \\"echo saved >saved; exit 0\\" TERM; touch ready; while true; do sleep 0.1; done"; exit $?'
+rank=$rank bash -c 'LOCAL_RANK=0 bash -c "$rank"; exit $?'
 exit $?
 """
 
@@ -44,10 +50,11 @@ def sandbox(tmp_path):
     return tmp_path
 
 
-def start(sandbox, *arguments, **more):
+def start(sandbox, *arguments, start_new_session=False, **more):
     environment = {**os.environ, "PATH": f"{sandbox / 'bin'}:/usr/bin:/bin", "PYTHON": "", **more}
-    for name in [name for name in environment if name.startswith("SLURM") and name not in more]:
-        del environment[name]
+    for name in list(environment):  # what this machine or another test has set
+        if name.startswith(("SLURM", "DS_ACCELERATOR", "HOSTFILE")) and name not in more:
+            del environment[name]
     return subprocess.Popen(
         [str(sandbox / "launch.sh"), *arguments],
         cwd="/",
@@ -55,6 +62,7 @@ def start(sandbox, *arguments, **more):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=start_new_session,
     )
 
 
@@ -77,7 +85,7 @@ def test_set_up_makes_the_environment_once(sandbox):
     assert "-m pip install" in made[1]
     assert "-r requirements.lock" in made[1]
     assert "--no-deps lmms-eval==" in made[2]
-    assert "-m train.warm" in made[3]
+    assert "-m train.extensions" in made[3]
     started = time.monotonic()
     assert launch(sandbox, "setup")[:2] == (0, "")
     assert time.monotonic() - started < 2
@@ -142,6 +150,19 @@ def test_a_slurm_task_is_a_rank(sandbox):
     assert calls(sandbox)[-1] == "python train/run.py x seed=1 RANK=9 LOCAL_RANK=1 WORLD_SIZE=16"
 
 
+def test_slurm_s_grace_time_reaches_the_rank_and_the_requeued_job_starts_alike(sandbox):
+    """SLURM signals its tasks before a preemption, then runs the same script again on the nodes that it has by then."""
+    launch(sandbox, "setup")
+    slurm = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "a"}
+    process = start(sandbox, "train", "endless", **slurm)
+    wait_for(sandbox / "ready")
+    process.send_signal(signal.SIGTERM)  # the task is the rank: launch.sh has become it
+    assert (process.wait(20), (sandbox / "saved").read_text()) == (0, "saved\n")
+    fewer = {**slurm, "SLURM_NTASKS": "8", "SLURM_PROCID": "1", "SLURM_RESTART_COUNT": "1"}
+    assert launch(sandbox, "train", "x", **fewer)[0] == 0
+    assert calls(sandbox)[-1] == "python train/run.py x RANK=1 LOCAL_RANK=1 WORLD_SIZE=8"
+
+
 def test_the_quickstart_trains_twice_and_compares(sandbox):
     assert launch(sandbox)[0] == 0
     made = [line for line in calls(sandbox) if "run.py" in line or "eval" in line]
@@ -152,17 +173,64 @@ def test_the_quickstart_trains_twice_and_compares(sandbox):
     assert "outputs/quickstart_fused outputs/quickstart_dense" in compared
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_reaches_the_ranks_and_their_exit_code_comes_back(sandbox, sent):
-    process = start(sandbox, "train", "endless")
+def start_endless(sandbox, *arguments):
+    """Starts a run in a process group of its own, as a terminal does, and returns it when its rank is there."""
+    process = start(sandbox, "train", "endless", *arguments, start_new_session=True)
+    wait_for(sandbox / "ready")
+    return process
+
+
+def wait_for(file):
     deadline = time.monotonic() + 20
-    while not (sandbox / "ready").exists():
+    while not file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(sent)
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["to launch.sh", "to the process group, as a terminal does"])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_ranks_and_their_exit_code_comes_back(sandbox, sent, to_all):
+    process = start_endless(sandbox)
+    (os.killpg if to_all else os.kill)(process.pid, sent)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0, out + err
-    assert (sandbox / "saved").exists()
+    assert (sandbox / "saved").read_text() == "saved\n"
+
+
+def test_a_stop_before_the_ranks_are_there_reaches_them_later(sandbox):
+    process = start(sandbox, "train", "endless", "slow_start", start_new_session=True)
+    wait_for(sandbox / "starting")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, out + err
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(sandbox):
+    process = start_endless(sandbox, "stubborn")
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 10
+    assert "goes on from the last checkpoint" in err
+    assert not (sandbox / "saved").exists()
+
+
+def test_restarts_go_through_the_elastic_agent(sandbox):
+    arguments = ["x", "train.max_steps=2", "--restarts", "3", "--nnodes", "1:2", "--rdzv-endpoint", "a:1"]
+    assert launch(sandbox, "train", *arguments)[0] == 0
+    assert calls(sandbox)[-1].startswith("python -m train.elastic " + " ".join(arguments))
+
+
+def test_tests_run_without_the_slow_ones_unless_all_are_wanted(sandbox):
+    launch(sandbox, "test", "tests/test_x.py")
+    launch(sandbox, "test", "--all", "-q")
+    quick, all_of_them = calls(sandbox)[-2:]
+    assert quick.startswith("python -m pytest -m not slow tests/test_x.py ")
+    assert all_of_them.startswith("python -m pytest -q ")
 
 
 def test_no_registry_is_named():

@@ -120,20 +120,33 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("modell.stages=null", "modell: unknown key; did you mean 'model'?"),
         (
             "train.learning_rate.projector=2e-5",
-            "train.learning_rate.projector: found '2e-5' (str), accepted: number > 0 or null; write 2.0e-5",
+            "train.learning_rate.projector: got '2e-5' (str), expected number > 0 or null; write 2.0e-5",
         ),
-        ("train.global_batch=true", "train.global_batch: found True (bool), accepted: whole number > 0"),
-        ("train.global_batch=0", "train.global_batch: found 0 (int), accepted: whole number > 0"),
-        ("train.warmup_ratio=1.5", "train.warmup_ratio: found 1.5 (float), accepted: number >= 0 and < 1"),
-        ("train.scheduler=cosin", "train.scheduler: found 'cosin' (str), accepted: cosine, linear, constant"),
-        ("train.deepspeed=null", "train.deepspeed: found None (NoneType), accepted: text"),
+        ("train.global_batch=true", "train.global_batch: got True (bool), expected whole number > 0 and <= 1000000"),
+        ("train.global_batch=0", "train.global_batch: got 0 (int), expected whole number > 0 and <= 1000000"),
+        ("train.warmup_ratio=1.5", "train.warmup_ratio: got 1.5 (float), expected number >= 0 and < 1"),
+        ("train.scheduler=cosin", "train.scheduler: got 'cosin' (str), expected cosine, linear, constant"),
+        ("train.deepspeed=null", "train.deepspeed: got None (NoneType), expected text that is not empty"),
         ("model.stages.exit=2", "model: stages.exit: got 2, expected a layer after enter (2)"),
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         ("model.stages.leave=4", "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep"),
-        ("model.config=nowhere", "model.config: found 'nowhere', accepted: a folder with config.json"),
-        ("train.max_steps", "found 'train.max_steps', accepted: dotted.key=value"),
-        ("name.first=x", "name.first: name is a value, accepted: a section with keys"),
-        ("data.files=[", "data.files: found '[', accepted: a value in YAML"),
+        ("model.config=nowhere", "model.config: got 'nowhere', expected a folder with config.json"),
+        ("train.max_steps", "got 'train.max_steps', expected dotted.key=value"),
+        ("name.first=x", "name.first: name is a value, expected a section with keys"),
+        ("train.max_steps=010", "train.max_steps: got 010, which YAML reads as 8, expected a decimal number"),
+        ("train.max_steps=1:30", "train.max_steps: got 1:30, which YAML reads as 90, expected a decimal number"),
+        ("train.max_seconds=1:30.5", "train.max_seconds: got 1:30.5, expected a decimal number"),
+        ("train.max_steps=", "train.max_steps: got nothing, expected a value in YAML (null for none)"),
+        ("train.=1", "got 'train.=1', expected dotted.key=value"),
+        ("name=''", "name: got '' (str), expected text that is not empty"),
+        ("data.files=[]", "data.files: got [] (list), expected a list of text, not empty"),
+        ("model.config=''", "model.config: got '' (str), expected text that is not empty or null"),
+        ("seed=4294967296", "seed: got 4294967296 (int), expected whole number >= 0 and < 4294967296"),
+        ("train.epochs=.inf", "train.epochs: got inf (float), expected number > 0 and <= 1000000"),
+        ("train.weight_decay=.nan", "train.weight_decay: got nan (float), expected number >= 0"),
+        ("seed={[a]: 1}", "seed: got a sequence as a key, expected a word or a number"),
+        ("seed=!!timestamp x", "seed: got '!!timestamp x', expected a value in YAML"),
+        ("data.files=[", "data.files: got '[', expected a value in YAML"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_accepted(override, message):
@@ -143,7 +156,7 @@ def test_a_wrong_value_is_named_with_what_is_accepted(override, message):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.global_batch=33", "train: found global_batch 33 with per_device_batch"),
+        ("train.global_batch=33", "train: got global_batch 33 with per_device_batch"),
         ("model.language_model=x model.checkpoint=y", "one or the other"),
         ("train.learning_rate.language_model=null train.lora={}", "learning_rate.language_model null"),
         ("train.learning_rate={projector: null, vision_tower: null, language_model: null}", "at least one part"),
@@ -160,15 +173,21 @@ def test_a_missing_key_is_named(tmp_path):
     del raw["train"]["global_batch"]
     path = tmp_path / "short.yaml"
     path.write_text(yaml.safe_dump(raw))
-    assert fault(recipe=str(path)) == "train.global_batch: missing key, accepted: whole number > 0"
+    assert fault(recipe=str(path)) == "train.global_batch: missing key, expected whole number > 0 and <= 1000000"
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\na: 2\n", "a: found twice (line 2), accepted: once"),
+        ("a: 1\na: 2\n", "a: got it twice (line 2), expected once"),
         ("a: [1\n", "not YAML"),
-        ("- 1\n", "found list, accepted: a mapping of keys"),
+        ("[a, b]: 1\n", "line 1: got a sequence as a key, expected a word or a number"),
+        ("? {a: 1}\n: 2\n", "line 1: got a mapping as a key"),
+        ("a: 1\n<<: {b: 1}\n", "line 2: got << as a key"),
+        ("a: !!timestamp x\n", "not YAML"),
+        ("a: 2020-99-99\n", "not YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("- 1\n", "got list, expected a mapping of keys"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, words):
@@ -178,7 +197,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, words):
 
 
 def test_a_missing_file_is_refused():
-    assert fault(recipe="nowhere.yaml") == "No such file or directory, accepted: a recipe in YAML"
+    assert fault(recipe="nowhere.yaml") == "No such file or directory, expected a recipe in YAML"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "llava_fused"])

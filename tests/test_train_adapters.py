@@ -4,7 +4,7 @@ from torch import nn
 
 from recipes.schema import LearningRates, Lora
 from train.adapters import add_adapters, merged
-from train.failure import TrainingError
+from train.errors import TrainingError
 from train.groups import freeze, trainable_counts
 
 LORA = Lora(r=2, alpha=4.0, dropout=0.0)

@@ -1,17 +1,27 @@
-"""The small parts of train/: order of the samples, clock, groups, tally, checkpoints, arguments."""
+"""The small parts of train/: order of the samples, clock, groups, metrics, health, checkpoints, locks."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
-from train.arguments import share_out
+from train.arguments import split_batch
+from train.callbacks import clock_words
 from train.checkpoints import (
     MARKER,
     Progress,
+    check_same_content,
     check_same_run,
+    find_fault,
     keep_newest,
     mark,
     read_progress,
@@ -20,8 +30,12 @@ from train.checkpoints import (
 )
 from train.clock import Clock, rate_factor
 from train.groups import freeze, group_of, parameter_groups, trainable_counts
+from train.health import Health
+from train.metrics import TrainMetrics
 from train.order import ShuffledSampler, WholeBatches
-from train.tally import Tally
+from train.precision import resolve_precision
+from train.run_lock import RunLock
+from train.tracking import start_tracking, stop_tracking
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +65,7 @@ def test_a_batch_larger_than_the_data_goes_round():
         list(WholeBatches(ShuffledSampler(3, seed=0), global_batch=8))
         == list(ShuffledSampler(3, seed=0)) * 2 + list(ShuffledSampler(3, seed=0))[:2]
     )
-    with pytest.raises(ValueError, match="found no sample"):
+    with pytest.raises(ValueError, match="got no sample"):
         WholeBatches(ShuffledSampler(0, seed=0), global_batch=2)
 
 
@@ -95,37 +109,140 @@ def test_a_group_without_a_rate_is_frozen_and_the_others_have_their_own(make_mod
     assert sum(trainable_counts(model).values()) == learning
 
 
-def test_the_tally_tells_images_and_text_apart():
-    tally = Tally(samples=10, tokens=100)
+def step(metrics, loss, **more):
     labels = torch.tensor([[-100, 5, 5, -100]])
-    batch = {"labels": labels, "attention_mask": torch.ones(1, 4, dtype=torch.long)}
-    tally.add({**batch, "pixel_values": torch.zeros(1)}, torch.tensor(1.0), items=4)
-    tally.add(batch, torch.tensor(0.5), items=4)
-    assert tally.totals() == (12, 108)
-    assert tally.report() == {"samples": 12, "tokens": 108, "new_tokens": 8, "loss_image": 2.0, "loss_text": 1.0}
-    assert tally.report()["new_tokens"] == 0
-    assert tally.totals() == (12, 108)
+    batch = {"labels": labels, "attention_mask": torch.ones(1, 4, dtype=torch.long), **more}
+    metrics.add(batch, torch.tensor(loss), items=4)
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    for step in (2, 10, 4):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "weights").write_text("w")
-        mark(folder, Progress(step=step, seconds=1.5, samples=8, tokens=80, ranks=2))
-    return tmp_path
+def test_metrics_tell_images_and_text_apart():
+    metrics = TrainMetrics(samples=10, tokens=100)
+    step(metrics, 1.0, pixel_values=torch.zeros(1))
+    step(metrics, 0.5)
+    assert metrics.end_step(metrics.take_step().tolist())["loss"] == 1.5
+    expected = {
+        "loss": 1.5,
+        "samples": 12,
+        "tokens": 108,
+        "tokens_per_second": 2.0,
+        "loss_image": 2.0,
+        "loss_text": 1.0,
+    }
+    assert metrics.report(seconds=4.0) == expected
+    assert (metrics.samples, metrics.tokens) == (12, 108)
+
+
+def test_metrics_of_a_resumed_run_report_what_the_uninterrupted_one_reports():
+    whole, first = TrainMetrics(), TrainMetrics()
+    for loss in (0.1, 0.7, 0.3):
+        for metrics in (whole, first):
+            step(metrics, loss)
+            metrics.end_step(metrics.take_step().tolist())
+    window = json.loads(json.dumps(first.window()))
+    second = TrainMetrics(samples=first.samples, tokens=first.tokens, window=window)
+    for metrics in (whole, second):
+        step(metrics, 0.9)
+        metrics.end_step(metrics.take_step().tolist())
+    assert second.report(8.0) == whole.report(8.0)
+
+
+def health(**more):
+    return Health(**{"vocabulary": 100, "warmup_steps": 5, "needs_images": False, **more})
+
+
+def faults(health, steps, **values):
+    values = {"norm": 1.0, "loss": 1.0, "had_images": False, **values}
+    return [health.fault(step=step, **values) for step in range(steps)]
+
+
+def test_a_live_model_has_no_fault():
+    alive = health()
+    assert not any(faults(alive, 5, norm=0.0))
+    assert not any(faults(alive, 1))  # a gradient again: the count starts anew
+    assert not any(faults(alive, 9, norm=0.0))
+    assert not any(faults(health(), 300, loss=4.6))  # ln 100 = 4.605
+    assert not any(faults(health(needs_images=True), 50, norm=0.0))  # text alone, and the projector alone learns
+
+
+def test_a_dead_model_is_told_by_its_gradient_or_its_loss():
+    assert "exactly 0" in faults(health(), 10, norm=0.0)[-1]
+    assert "exactly 0" in faults(health(needs_images=True), 10, norm=0.0, had_images=True)[-1]
+    assert "above 4.61" in faults(health(), 206, loss=4.7)[-1]
+    assert not any(faults(health(), 205, loss=4.7))
+    assert "nan or infinite" in faults(health(), 1, norm=float("nan"))[0]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "00:00:00"), (3661, "01:01:01"), (30 * 3600, "30:00:00")])
+def test_the_time_left_goes_on_after_a_day(seconds, words):
+    assert clock_words(seconds) == words
+
+
+def write_checkpoint(folder, step, **more):
+    path = folder / f"checkpoint-{step}"
+    (path / "part").mkdir(parents=True)
+    (path / "weights").write_bytes(b"w" * 100)
+    (path / "part/rng_state.pth").write_text("r")
+    mark(path, Progress(step=step, seconds=1.5, samples=8, tokens=80, ranks=2, **more))
+    return path
+
+
+@pytest.fixture(params=["run", "run [b] *"])
+def run_folder(tmp_path, request):
+    for number in (2, 10, 4):
+        write_checkpoint(tmp_path / request.param, number)
+    return tmp_path / request.param
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_checkpoint_counts_when_it_is_marked(run_folder):
     (run_folder / "checkpoint-12").mkdir()
     (run_folder / "checkpoint-12/weights").write_text("w")
+    shutil.copytree(run_folder / "checkpoint-2", run_folder / "checkpoint-best")
     assert [path.name for path in whole_checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
     assert read_progress(run_folder / "checkpoint-10") == Progress(10, 1.5, 8, 80, 2)
-    assert [path.name for path in set_aside(run_folder)] == ["incomplete-checkpoint-12"]
+    assert set_aside(run_folder) == ["incomplete-checkpoint-12: its writing was cut off; not resumed"]
     assert set_aside(run_folder) == []
     keep_newest(run_folder, 1)
-    assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-10", "incomplete-checkpoint-12"]
+    assert names(run_folder) == ["checkpoint-10", "checkpoint-best"]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: flip(path / "weights"), "weights is not what was written"),
+        (lambda path: (path / "weights").write_bytes(b"w" * 99), "weights has 99 bytes, expected 100"),
+        (lambda path: (path / "part/rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda path: (path / MARKER).write_text(""), "complete.json cannot be read"),
+        (lambda path: (path / MARKER).write_text("[]"), "complete.json cannot be read"),
+        (lambda path: (path / MARKER).write_text('{"step": 10}'), "complete.json cannot be read"),
+        (lambda path: shutil.copy(path.with_name("checkpoint-4") / MARKER, path), "complete.json is of step 4"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run_folder, damage, words):
+    assert find_fault(run_folder / "checkpoint-10") is None
+    damage(run_folder / "checkpoint-10")
+    assert words in find_fault(run_folder / "checkpoint-10")
+    (note,) = set_aside(run_folder)
+    assert note.startswith("broken-checkpoint-10: ")
+    assert words in note
+    assert whole_checkpoints(run_folder)[-1].name == "checkpoint-4"
+    keep_newest(run_folder, 2)  # the next checkpoint makes room
+    assert names(run_folder) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_deletion_that_was_cut_off_is_finished(run_folder):
+    (run_folder / "checkpoint-2").rename(run_folder / "deleted-checkpoint-2")
+    assert set_aside(run_folder) == []
+    assert names(run_folder) == ["checkpoint-10", "checkpoint-4"]
 
 
 def test_a_run_folder_belongs_to_one_recipe(run_folder):
@@ -133,22 +250,134 @@ def test_a_run_folder_belongs_to_one_recipe(run_folder):
     (run_folder / "recipe.yaml").write_text(dump_recipe(load_recipe(quickstart)))
     check_same_run(load_recipe(quickstart, ["train.max_steps=7", "data.workers=2", "name=other"]), run_folder)
     changed = load_recipe(quickstart, ["train.learning_rate.projector=0.5"])
-    with pytest.raises(RecipeError, match=r"train.learning_rate.projector 0\.\d+, found 0.5"):
+    with pytest.raises(RecipeError, match=r"train.learning_rate.projector 0\.\d+, got 0.5"):
         check_same_run(changed, run_folder)
     with pytest.raises(RecipeError, match=r"model\.stages"):
         check_same_run(load_recipe(quickstart, ["model.stages=null"]), run_folder)
+    (run_folder / "recipe.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be read"):
+        check_same_run(changed, run_folder)
     for path in whole_checkpoints(run_folder):
         (path / MARKER).unlink()
     check_same_run(changed, run_folder)
 
 
-def test_a_marker_is_json_that_tells_how_far_the_run_was(run_folder):
+def test_a_checkpoint_belongs_to_its_data_and_its_deepspeed_configuration(tmp_path):
+    before = {"data": "a", "deepspeed": "b", "schedule": "c"}
+    path = write_checkpoint(tmp_path, 2, fingerprints=before)
+    assert read_progress(path).fingerprints == before
+    check_same_content(path, before, {**before, "schedule": "d"})
+    with pytest.raises(RecipeError, match=r"the data .* changed since checkpoint-2"):
+        check_same_content(path, before, {**before, "data": "x"})
+    with pytest.raises(RecipeError, match=r"train.deepspeed changed since checkpoint-2"):
+        check_same_content(path, before, {**before, "deepspeed": "x"})
+
+
+def test_a_marker_tells_how_far_the_run_was_and_the_checksum_of_every_file(run_folder):
     found = json.loads((run_folder / "checkpoint-2" / MARKER).read_text())
-    assert found == {"step": 2, "seconds": 1.5, "samples": 8, "tokens": 80, "ranks": 2}
+    assert (found["step"], found["seconds"], found["samples"], found["ranks"]) == (2, 1.5, 8, 2)
+    assert set(found["files"]) == {"weights", "part/rng_state.pth"}
+    assert found["files"]["weights"]["bytes"] == 100
 
 
 def test_accumulation_follows_from_the_global_batch():
     train = load_recipe("recipes/llava_fused.yaml").train
-    assert [share_out(train, ranks) for ranks in (1, 4, 8, 16)] == [(16, 8), (16, 2), (16, 1), (8, 1)]
-    with pytest.raises(RecipeError, match="found 128 on 3 ranks of 16 samples, accepted: a multiple of 48"):
-        share_out(train, 3)
+    assert [split_batch(train, ranks) for ranks in (1, 4, 8, 16)] == [(16, 8), (16, 2), (16, 1), (8, 1)]
+    with pytest.raises(RecipeError, match="got 128 on 3 ranks of 16 samples, expected a multiple of 48"):
+        split_batch(train, 3)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from train.run_lock import RunLock
+from train.tracking import start_tracking, stop_tracking
+RunLock(Path(sys.argv[1])).take()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time_holds_a_folder(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "taken\n"
+        with pytest.raises(RecipeError, match=rf"in use by process {holder.pid} on {socket.gethostname()} since 20"):
+            RunLock(tmp_path).take()
+    finally:
+        holder.kill()
+        holder.wait()
+    lock = RunLock(tmp_path)
+    lock.take()  # its process is gone
+    lock.release()
+
+
+def test_a_holder_on_another_host_counts_while_it_renews_the_lock(tmp_path):
+    file = tmp_path / "run.lock"
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "2026-01-01"}))
+    os.utime(file, (time.time() - 3600,) * 2)
+    lock = RunLock(tmp_path)
+    lock.take()  # silent for an hour
+    lock.release()
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "2026-01-01"}))
+    renewed = threading.Timer(1.5, os.utime, [file])
+    renewed.start()
+    with pytest.raises(RecipeError, match="in use by process 7 on elsewhere since 2026-01-01"):
+        RunLock(tmp_path).take()
+    renewed.join()
+
+
+BUILD = "from train.extensions import build_lock\nwith build_lock('made'): print('built', flush=True)"
+HOLD = """
+import sys, time
+from train.extensions import build_lock
+with build_lock("made"):
+    print("held", flush=True)
+    time.sleep(3)
+"""
+
+
+def test_a_lock_that_a_killed_build_left_is_removed_and_a_held_one_waited_for(tmp_path):
+    left = tmp_path / "made/lock"
+    left.parent.mkdir()
+    left.touch()
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    run = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run([sys.executable, "-c", BUILD], **run)
+    assert done.stdout == f"removed {left}, which a killed build left behind\nbuilt\n", done.stderr
+    with left.open("w"):  # this process builds
+        held = subprocess.Popen([sys.executable, "-c", BUILD], env=environment, stdout=subprocess.PIPE, text=True)
+        assert held.stdout.readline() == f"waiting for process {os.getpid()}, which compiles in {left.parent}\n"
+    left.unlink()
+    assert held.communicate(timeout=30)[0] == "built\n"
+
+
+@pytest.mark.parametrize(
+    ("abilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")]
+)
+def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch, abilities, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    train = load_recipe("recipes/quickstart.yaml").train
+    assert train.precision == "auto"
+    assert resolve_precision(train) == expected
+    assert resolve_precision(train.model_copy(update={"precision": "fp32"})) == "fp32"
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_costs_seconds(monkeypatch, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_DIR", "")
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        import wandb  # noqa: F401  # not part of the wait
+
+        started = time.monotonic()
+        start_tracking("x", tmp_path)
+        passed = time.monotonic() - started
+        stop_tracking()
+        monkeypatch.setenv("WANDB_MODE", "offline")  # what it set
+    assert "cannot be reached" in capsys.readouterr().out
+    assert passed < 30  # 99 s before; wandb's own start takes some of it

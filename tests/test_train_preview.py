@@ -36,7 +36,7 @@ def test_published_recipes_are_checked_without_weights_or_data(name):
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(RecipeError, match="found 128 on 3 ranks"):
+    with pytest.raises(RecipeError, match="got 128 on 3 ranks"):
         list(preview(load_recipe("recipes/llava_fused.yaml", ["align=null"]), num_ranks=3))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from models import FusedLlavaForConditionalGeneration
 
@@ -30,6 +31,47 @@ def _fsync(handle):
     _sync(handle)
 
 os.fsync = _fsync
+"""
+
+
+REMOVER = """
+import os, pathlib
+
+_rename = pathlib.Path.rename
+
+def rename(self, target):
+    if "/gone/" in str(target) and str(target).endswith("complete.json"):  # the first checkpoint is whole
+        for image in pathlib.Path(os.environ["REMOVED"]).glob("*.png"):
+            image.unlink()
+    return _rename(self, target)
+
+pathlib.Path.rename = rename
+"""
+ONCE = """
+import os, pathlib
+
+_sync = os.fsync
+
+def fsync(handle):
+    mark = pathlib.Path(os.environ["KILLED"])
+    if "/checkpoint-4/" in os.readlink(f"/proc/self/fd/{handle}") and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), 9)
+    _sync(handle)
+
+os.fsync = fsync
+"""
+STOPPER = """
+import os, pathlib, signal
+
+_write_text = pathlib.Path.write_text
+
+def write_text(self, *arguments, **more):
+    if str(self).endswith("align/final.partial/recipe.yaml"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return _write_text(self, *arguments, **more)
+
+pathlib.Path.write_text = write_text
 """
 
 
@@ -87,7 +129,7 @@ def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more}
 
 
-def run(*arguments, ranks=None, timeout=150, **more):
+def run(*arguments, ranks=None, timeout=400, **more):
     """Runs the command with one process, or under the DeepSpeed launcher; returns the finished process."""
     command = [sys.executable]
     if ranks is not None:
@@ -125,6 +167,13 @@ def assert_same_losses(found, expected, tolerance=1e-5):
         assert loss == pytest.approx(other, rel=tolerance), f"step {step}"
 
 
+def assert_same_weights(found, expected):
+    weights, others = (load_file(folder / "final/model.safetensors") for folder in (found, expected))
+    assert weights.keys() == others.keys()
+    for name, weight in others.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.slow
 def test_a_run_leaves_a_loadable_checkpoint_and_its_figures(whole):
     final = whole / "final"
@@ -149,53 +198,163 @@ def test_only_the_newest_checkpoints_are_kept(whole):
     assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
+LORA = "train.lora={r: 4, alpha: 8, dropout: 0.0}"
+
+
+@pytest.fixture(scope="module")
+def run_once(folder, recipe, whole):
+    """Returns a function that makes a run of one setting, or finds it made; its output and its options."""
+
+    def make(ranks, zero, *, lora=False):
+        options = [
+            f"train.deepspeed=recipes/deepspeed/zero{zero}.json",
+            "train.save_steps=2",
+            *([LORA] if lora else []),
+        ]
+        output = whole if (ranks, zero, lora) == (1, 2, False) else folder / f"{ranks}-ranks-zero{zero}-{lora}"
+        if not output.exists():
+            done = run(recipe, f"output={output}", *options, ranks=ranks)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return output, options
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
-def test_two_ranks_give_the_losses_of_one(folder, recipe, whole, zero):
+def test_two_ranks_give_the_losses_and_weights_of_one(run_once, whole, zero):
     """In some step only one of the ranks has an image: a run that hangs fails by its timeout."""
-    output = folder / f"zero{zero}"
-    options = [f"output={output}", f"train.deepspeed=recipes/deepspeed/zero{zero}.json"]
-    done = run(recipe, *options, ranks=2)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output, _ = run_once(2, zero)
     assert_same_losses(losses(output), losses(whole))
-    final = FusedLlavaForConditionalGeneration.from_pretrained(output / "final")
-    other = FusedLlavaForConditionalGeneration.from_pretrained(whole / "final")
-    for name, weight in other.state_dict().items():
-        torch.testing.assert_close(final.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+    assert_same_weights(output, whole)
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_resumes_with_the_same_losses(folder, recipe, whole):
-    output, options = folder / "killed", ["train.save_steps=2"]
-    (folder / "killer").mkdir()
-    (folder / "killer/sitecustomize.py").write_text(KILLER)
-    path = os.pathsep.join(filter(None, [str(folder / "killer"), os.environ.get("PYTHONPATH")]))
+def test_a_run_killed_while_it_saves_resumes_with_the_same_log_lines(folder, recipe, whole):
+    output, options = folder / "killed", ["train.save_steps=2", "train.log_steps=3"]
+    path = with_site(folder / "killer", KILLER)
     killed = run(recipe, f"output={output}", *options, PYTHONPATH=path)
     assert killed.returncode == -signal.SIGKILL
     assert (output / "checkpoint-4").is_dir()
     resumed = run(recipe, f"output={output}", *options)
     assert resumed.returncode == 0, resumed.stderr
     assert "incomplete-checkpoint-4" in resumed.stdout
-    assert "checkpoint-2" in resumed.stdout
-    assert_same_losses(losses(output), losses(whole), tolerance=1e-6)
+    assert "goes on from" in resumed.stdout
+    of_all = dict(losses(whole))
+    means = [(step, sum(of_all[step - back] for back in range(3)) / 3) for step in (3, 6)]
+    assert_same_losses(losses(output), means, tolerance=1e-6)
     assert json.loads((output / "final/run.json").read_text())["samples"] == 6 * BATCH
+    assert not list(output.glob("incomplete-*"))
+
+
+def with_site(folder, text):
+    """Returns the PYTHONPATH under which every Python process runs `text` first."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(text)
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def one_line(stderr):
+    """Returns the one line of an error; the bars of the data's first reading do not count."""
+    lines = [line for line in stderr.splitlines() if line.strip() and "examples" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def copy_of(whole, output, *, last):
+    """Copies a run as it was when the checkpoint of step `last` was its newest."""
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("final", "run.lock"))
+    for path in output.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > last:
+            shutil.rmtree(path)
+    return output
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(folder, recipe):
-    output = folder / "stopped"
+def test_a_run_whose_last_step_is_saved_goes_to_the_final_save(folder, recipe, whole):
+    output = copy_of(whole, folder / "trained", last=6)
+    done = run(recipe, f"output={output}", "train.save_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert log(output) == log(whole)
+    for name, weight in load_file(whole / "final/model.safetensors").items():
+        assert torch.equal(load_file(output / "final/model.safetensors")[name], weight)
+    assert json.loads((output / "final/run.json").read_text())["steps"] == 6
+    more = run(recipe, f"output={output}", "train.save_steps=2", "train.max_steps=7")
+    assert more.returncode == 0, more.stderr
+    assert "learning rate: cosine over 6 steps" in more.stdout
+    assert [line["step"] for line in log(output)] == list(range(1, 8))
+    assert json.loads((output / "final/run.json").read_text())["steps"] == 7
+    fewer = run(recipe, f"output={output}", "train.save_steps=2", "train.max_steps=3")
+    assert (fewer.returncode, "not run again" in fewer.stdout) == (0, True)
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_gives_way_to_the_checkpoint_before_and_other_data_is_refused(folder, recipe, whole):
+    output = copy_of(whole, folder / "flipped", last=6)
+    states = next(output.glob("checkpoint-6/global_step6/*optim_states.pt"))
+    data = bytearray(states.read_bytes())
+    data[len(data) // 2] ^= 1
+    states.write_bytes(data)
+    rows = json.loads((folder / "rows.json").read_text())
+    edited = json.loads((ROOT / "recipes/deepspeed/zero2.json").read_text())
+    edited["zero_optimization"]["stage"] = 1
+    (folder / "edited.json").write_text(json.dumps(edited))
+    for option, told in [
+        (f"train.deepspeed={folder / 'edited.json'}", "the content of train.deepspeed changed since checkpoint-4"),
+        ("train.max_steps=3", "got 3, but"),
+    ]:
+        refused = run(recipe, f"output={output}", "train.save_steps=2", option)
+        assert refused.returncode == 2, refused.stderr
+        assert told in one_line(refused.stderr)
+    kept = (folder / "rows.json").read_text()
+    (folder / "rows.json").write_text(json.dumps(rows[:9]))
+    refused = run(recipe, f"output={output}", "train.save_steps=2")
+    (folder / "rows.json").write_text(kept)
+    assert refused.returncode == 2, refused.stderr
+    assert "the data (rows" in one_line(refused.stderr)
+    resumed = run(recipe, f"output={output}", "train.save_steps=2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "goes on from" in resumed.stdout
+    assert losses(output) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "zero", "lora"), [(1, 2, 2, False), (2, 1, 2, True), (1, 2, 3, False), (2, 1, 3, False)]
+)
+def test_a_run_goes_on_with_another_number_of_ranks(folder, recipe, run_once, before, after, zero, lora):
+    whole, options = run_once(before, zero, lora=lora)
+    output = copy_of(whole, folder / f"{after}-of-{whole.name}", last=4)
+    resumed = run(recipe, f"output={output}", *options, ranks=after)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"checkpoint-4 is of {before} ranks: converting it for {after}" in resumed.stdout
+    assert_same_losses(losses(output), losses(whole))
+    assert_same_weights(output, whole)
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def wait_for_steps(output):
+    deadline = time.monotonic() + 300
+    while not (output / "log.jsonl").is_file() or not log(output):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_saves_and_the_same_command_goes_on(folder, recipe, sent):
+    output = folder / f"stopped-by-{sent}"
     command = [sys.executable, "train/run.py", str(recipe), f"output={output}"]
     process = subprocess.Popen(
         [*command, "train.max_steps=100000"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (output / "log.jsonl").is_file() or not log(output):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    wait_for_steps(output)
+    process.send_signal(sent)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "the same command goes on" in told
+    if sent == signal.SIGINT:
+        return
     step = log(output)[-1]["step"]
     assert (output / f"checkpoint-{step}").is_dir()
     resumed = run(recipe, f"output={output}", f"train.max_steps={step + 2}")
@@ -203,6 +362,95 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, recipe):
     assert [line["step"] for line in log(output)] == list(range(1, step + 3))
     seconds = [line["seconds"] for line in log(output)]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.slow
+def test_the_end_of_the_deepspeed_command_stops_its_ranks(folder, recipe):
+    """Killed, the command leaves its launcher and the ranks behind: they save and end by themselves."""
+    output = folder / "orphans"
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    command = [*deepspeed, "--master_port", str(free_port()), "train/run.py", str(recipe), f"output={output}"]
+    process = subprocess.Popen(
+        [*command, "train.max_steps=100000"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    wait_for_steps(output)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)  # its output ends with the last of its processes
+    assert "stopped by the end of the launcher" in told
+    (saved,) = output.glob("checkpoint-*/complete.json")
+    assert json.loads(saved.read_text())["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_rank_ends_all_with_its_words_and_its_code(folder, recipe):
+    """Ranks started as srun starts them, one of them on a machine without the images."""
+    port, processes = str(free_port()), []
+    for rank in (0, 1):
+        given = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+        command = [sys.executable, "train/run.py", str(recipe), f"output={folder / 'one-rank'}"]
+        command += ["data.images=/nowhere"] if rank else []
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env={**given, "MASTER_PORT": port}, stderr=subprocess.PIPE, text=True)
+        )
+    told = [process.communicate(timeout=90)[1].strip() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    line = one_line("\n".join(told))
+    assert line.startswith("rank 1: ")
+    assert "/nowhere" in line
+
+
+@pytest.mark.slow
+def test_an_image_that_is_gone_ends_all_ranks_with_one_line(folder, recipe):
+    output, gone = folder / "gone", folder / "gone-images"
+    gone.mkdir()
+    for file in folder.glob("*.png"):
+        shutil.copy(file, gone)
+    path = with_site(folder / "remover", REMOVER)
+    options = [f"output={output}", f"data.images={gone}", "train.save_steps=1"]
+    done = run(recipe, *options, ranks=2, PYTHONPATH=path, REMOVED=str(gone))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if ".png" in line]
+    assert len(lines) == 1
+    assert "last good checkpoint" in lines[0]
+
+
+@pytest.mark.slow
+def test_training_starts_again_by_itself_after_a_lost_rank(folder, recipe, whole):
+    output = folder / "restarted"
+    path = with_site(folder / "once", ONCE)
+    options = ["--restarts", "2", "--nproc-per-node", "2", str(recipe), f"output={output}", "train.save_steps=2"]
+    more = environment(PYTHONPATH=path, DS_ACCELERATOR="cpu", KILLED=str(folder / "once/killed"))
+    done = subprocess.run(
+        [sys.executable, "-m", "train.elastic", *options],
+        cwd=ROOT,
+        env=more,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "once/killed").exists()
+    assert f"goes on from {output / 'checkpoint-2'}" in done.stdout
+    assert_same_losses(losses(output), losses(whole))
+    wrong = [*options[:4], str(recipe), "train.lr=1"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "train.elastic", *wrong], cwd=ROOT, env=more, capture_output=True, text=True, timeout=60
+    )
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+
+
+@pytest.mark.slow
+def test_a_stop_request_while_align_is_saved_keeps_tune_from_starting(folder, recipe):
+    text = yaml.safe_load(recipe.read_text())
+    text["align"] = {"data": text["data"], "train": dict(text["train"], max_steps=1)}
+    (folder / "two.yaml").write_text(yaml.safe_dump(text))
+    path = with_site(folder / "stopper", STOPPER)
+    done = run(folder / "two.yaml", f"output={folder / 'two'}", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "stopped by SIGTERM" in done.stdout
+    assert (folder / "two/align/final/run.json").is_file()
+    assert not (folder / "two/log.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -253,7 +501,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(folder, recipe, whole):
     done = run(recipe, f"output={whole}", "train.save_steps=2", "seed=5")
     assert done.returncode == 2
     assert done.stderr.strip().endswith("another output, or an empty folder")
-    assert "seed 0, found 5" in done.stderr
+    assert "seed 0, got 5" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     wrong = run(recipe, "train.lr=1.0")
     assert (wrong.returncode, len(wrong.stderr.strip().splitlines())) == (2, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import FusedLlavaForConditionalGeneration
 from recipes.schema import Lora
-from train.failure import TrainingError
+from train.errors import TrainingError
 from train.initial import load_checkpoint
 
 _TOLERANCE: Final = 1e-3  # float32, relative to the largest logit
@@ -57,5 +57,5 @@ def merged(
         after = model(input_ids=tokens).logits
     error = float((before - after).abs().max() / before.abs().max())
     if not error <= _TOLERANCE:
-        raise TrainingError(f"merge: logits differ by {error:.1e}, accepted: {_TOLERANCE:.0e}")
+        raise TrainingError(f"merge: logits differ by {error:.1e}, expected at most {_TOLERANCE:.0e}")
     return model.to(dtype)

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
 
 import torch
 from transformers import TrainingArguments
 
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
-from train import ranks
+from train import distributed
+from train.deepspeed_config import check_deepspeed, read_deepspeed
 from train.precision import resolve_precision
 
 _ENDLESS = 10**9  # steps; a run that the clock ends
 
 
-def share_out(train: TrainSection, num_ranks: int) -> tuple[int, int]:
+def split_batch(train: TrainSection, num_ranks: int) -> tuple[int, int]:
     """Returns the samples of one forward pass on one rank, and its forward passes in one optimizer step.
 
     Raises:
-        RecipeError: the global batch cannot be shared out evenly.
+        RecipeError: the global batch cannot be split evenly.
     """
-    each = min(train.per_device_batch, max(1, train.global_batch // num_ranks))
-    if train.global_batch % (each * num_ranks):
+    micro_batch = min(train.per_device_batch, max(1, train.global_batch // num_ranks))
+    if train.global_batch % (micro_batch * num_ranks):
         raise RecipeError(
-            f"train.global_batch: found {train.global_batch} on {num_ranks} ranks of {each} samples, "
-            f"accepted: a multiple of {each * num_ranks}"
+            f"train.global_batch: got {train.global_batch} on {num_ranks} ranks of {micro_batch} samples, "
+            f"expected a multiple of {micro_batch * num_ranks}"
         )
-    return each, train.global_batch // (each * num_ranks)
+    return micro_batch, train.global_batch // (micro_batch * num_ranks)
 
 
-def check_deepspeed(train: TrainSection) -> None:
-    """Raises RecipeError when the DeepSpeed configuration is no JSON file."""
-    try:
-        json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"train.deepspeed: found '{train.deepspeed}', accepted: a JSON file ({error})") from error
+def check_batches(train: TrainSection, num_ranks: int) -> None:
+    """Raises RecipeError when the global batch does not come out even, or DeepSpeed cannot run the phase."""
+    per_device_batch, accumulation = split_batch(train, num_ranks)
+    check_deepspeed(train, per_device_batch=per_device_batch, accumulation=accumulation, num_ranks=num_ranks)
 
 
 def is_timed(train: TrainSection) -> bool:
@@ -43,19 +41,35 @@ def is_timed(train: TrainSection) -> bool:
     return train.max_seconds is not None and train.max_steps is None
 
 
-def training_arguments(recipe: Recipe, phase: Phase) -> TrainingArguments:
-    """Returns the arguments of one phase; from here on, weights are loaded as its DeepSpeed configuration says."""
+def total_steps(train: TrainSection, steps_an_epoch: int) -> int | None:
+    """Returns the optimizer steps of a phase, or None where the clock alone ends it."""
+    if is_timed(train):
+        return None
+    return train.max_steps or math.ceil(train.epochs * steps_an_epoch)
+
+
+def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = False) -> TrainingArguments:
+    """Returns the arguments of one phase; from here on, weights are loaded as its DeepSpeed configuration says.
+
+    Args:
+        recipe: the recipe.
+        phase: one of its phases.
+        is_resharded: the checkpoint to resume was written by another number of ranks and converted.
+    """
+    deepspeed = read_deepspeed(phase.train)
+    if is_resharded:
+        deepspeed["checkpoint"] = deepspeed.get("checkpoint", {}) | {"load_universal": True}
     train = phase.train
     rates = train.learning_rate
-    each, passes = share_out(train, ranks.count())
+    micro_batch, accumulation = split_batch(train, distributed.count())
     peak = max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate)
     return TrainingArguments(
         output_dir=str(phase.folder),
         run_name=f"{recipe.name}-{phase.name}" if recipe.align else recipe.name,
         seed=recipe.seed,
-        deepspeed=train.deepspeed,
-        per_device_train_batch_size=each,
-        gradient_accumulation_steps=passes,
+        deepspeed=deepspeed,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=train.epochs,
         max_steps=_ENDLESS if is_timed(train) else train.max_steps or -1,
         learning_rate=peak,

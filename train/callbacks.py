@@ -1,35 +1,47 @@
-"""What happens beside the training steps: the console line, log.jsonl, Weights & Biases, checkpoints, stopping."""
+"""What happens beside the training steps: the console line, log.jsonl, checkpoints, stopping."""
 
 from __future__ import annotations
 
 import json
 import math
-import netrc
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, Final
 
-from torch import distributed
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train import ranks
+from train import distributed
 from train.checkpoints import Progress, keep_newest, mark
+from train.health import Health
 from train.trainer import FusedTrainer
 
 _PLAIN_SECONDS: Final = 10  # between two lines where the output is no terminal
 
 
+class NothingToTrain(Exception):  # noqa: N818  # no error: it ends trainer.train() before the first step
+    """The run is at its last step already."""
+
+
 class RunCallback(TrainerCallback):
-    """Keeps a run safe: order of the epoch, agreed stop, finite gradients, checkpoints marked when whole."""
+    """Keeps a run safe: order of the epoch, agreed stop, health of the model, checkpoints marked when whole."""
 
-    def __init__(self, trainer: FusedTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: FusedTrainer, health: Health, *, is_trained: bool, is_resharded: bool) -> None:
+        self._trainer, self._health = trainer, health
+        self._is_trained, self._is_resharded = is_trained, is_resharded
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Starts the clock: the model is loaded."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts the clock: the model is loaded.
+
+        Raises:
+            NothingToTrain: the checkpoint that was loaded is of the last step; Trainer would make one step more.
+        """
+        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)  # not the checkpoint's
+        if self._is_resharded:
+            self._trainer.restore_groups()
+        if self._is_trained:
+            raise NothingToTrain
         self._trainer.clock.start()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -39,34 +51,39 @@ class RunCallback(TrainerCallback):
             order.set_epoch(state.global_step // order.steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stops after SIGTERM with a checkpoint, and at the time limit without one."""
+        """Ends the run on request, at the time limit, or where the model is dead; a run that ends is saved first."""
         trainer = self._trainer
         norm = trainer.deepspeed.get_global_grad_norm()
-        if norm is not None and not math.isfinite(float(norm)):
-            raise trainer.failure("the gradient is nan or infinite", step=state.global_step)
-        if trainer.is_stopping:
-            control.should_save = control.should_training_stop = True
+        fault = self._health.fault(
+            step=state.global_step,
+            norm=None if norm is None else float(norm),
+            loss=trainer.last_step["loss"],
+            had_images=trainer.last_step["image_labels"] > 0,
+        )
+        if fault is not None:
+            raise trainer.failure(fault, step=state.global_step)
         limit = trainer.phase.train.max_seconds
-        if limit is not None and trainer.clock.agreed >= limit:
-            control.should_training_stop = True
-        if control.should_training_stop or state.global_step >= state.max_steps:
+        is_over = state.global_step >= state.max_steps or (limit is not None and trainer.clock.agreed >= limit)
+        if is_over:
             control.should_log = True
+        if is_over or trainer.is_stopping:
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Marks the checkpoint as whole once every rank has written its part, then deletes older ones."""
         trainer = self._trainer
-        sums = trainer.tally.totals()
         distributed.barrier()
-        if state.is_world_process_zero:
-            folder = trainer.phase.folder / f"checkpoint-{state.global_step}"
+        if distributed.rank() == 0:
             progress = Progress(
                 step=state.global_step,
                 seconds=trainer.clock.agreed,
-                samples=sums[0],
-                tokens=sums[1],
-                ranks=ranks.count(),
+                samples=trainer.metrics.samples,
+                tokens=trainer.metrics.tokens,
+                ranks=distributed.count(),
+                window=trainer.metrics.window(),
+                fingerprints=trainer.fingerprints,
             )
-            mark(folder, progress)
+            mark(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
             keep_newest(trainer.phase.folder, trainer.phase.train.save_total_limit)
         distributed.barrier()
 
@@ -74,12 +91,13 @@ class RunCallback(TrainerCallback):
 class LogCallback(TrainerCallback):
     """Writes log.jsonl, one object a log line, and the console's line: loss, tokens/s, time left."""
 
-    def __init__(self, file: Path, *, limit_seconds: float | None, resumed_step: int) -> None:
+    def __init__(self, file: Path, *, limit_seconds: float | None, progress: Progress) -> None:
         self._file, self._limit = file, limit_seconds
         self._bar: tqdm[Any] | None = None
-        self._first_step, self._first_seconds = resumed_step, 0.0
+        self._first_step, self._first_seconds = progress.step, progress.seconds
         self._printed = -math.inf
-        self._restart(resumed_step)
+        if distributed.rank() == 0:
+            self._drop_lines_after(progress.step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Opens the bar: in seconds where the clock ends the run, else in steps."""
@@ -117,7 +135,7 @@ class LogCallback(TrainerCallback):
 
     def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
         steps = "" if self._limit else f"/{state.max_steps}"
-        left = time.strftime("%H:%M:%S", time.gmtime(self._seconds_left(state, logs["seconds"])))
+        left = clock_words(self._seconds_left(state, logs["seconds"]))
         speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
         return f"step {state.global_step}{steps}  loss {logs['loss']:.4f}  {speed}  {left} left"
 
@@ -127,52 +145,23 @@ class LogCallback(TrainerCallback):
         done = state.global_step - self._first_step
         return (state.max_steps - state.global_step) * (seconds - self._first_seconds) / max(done, 1)
 
-    def _restart(self, step: int) -> None:
+    def _drop_lines_after(self, step: int) -> None:
         """Drops the lines after the step that the run goes on from: they will be written again."""
-        if ranks.rank() != 0:
-            return
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if kept:
-            self._first_seconds = json.loads(kept[-1])["seconds"]
+        kept = [line for line in lines if 0 <= _step_of_line(line) <= step]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def start_tracking(name: str, folder: Path) -> None:
-    """Opens the Weights & Biases run that transformers' callback writes to: offline unless the user is logged in.
+def clock_words(seconds: float) -> str:
+    """Returns hours, minutes and seconds as 102:03:04."""
+    whole = round(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
-    It never asks, and a service that cannot be reached makes the run go offline.
-    """
-    os.environ["WANDB_DIR"] = str(folder)  # no ./wandb folder, which would pass for the package
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_PROJECT", "fused-llava")
-    if "WANDB_MODE" not in os.environ and not _is_logged_in():
-        os.environ["WANDB_MODE"] = "offline"
-    if ranks.rank() != 0:
-        return
-    import wandb  # slow to import, and only rank 0 needs it
 
+def _step_of_line(line: str) -> int:
+    """Returns the step of a log line; -1 for one that was cut off."""
     try:
-        wandb.init(project=os.environ["WANDB_PROJECT"], name=name)
-    except (wandb.Error, OSError) as error:
-        print(f"Weights & Biases cannot be reached ({error}): this run is logged offline", flush=True)
-        os.environ["WANDB_MODE"] = "offline"
-        wandb.init(project=os.environ["WANDB_PROJECT"], name=name, mode="offline")
-
-
-def stop_tracking() -> None:
-    """Closes the Weights & Biases run."""
-    if ranks.rank() == 0:
-        import wandb
-
-        wandb.finish()
-
-
-def _is_logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -23,9 +25,13 @@ from transformers import (
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from recipes.schema import ModelSection, Recipe, RecipeError
+from train.errors import one_line
 from train.precision import resolve_dtype
+from train.weights import save_model
 
 INITIAL = "init"  # folder below the run folder
+# What transformers raises for a config.json that describes no model.
+CONFIG_FAULTS: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"  # names of tokens, as llava-hf's
 
 
@@ -35,16 +41,18 @@ def read_config(model: ModelSection) -> FusedLlavaConfig:
     Raises:
         RecipeError: config.json does not describe a LLaVA that the plan fits.
     """
-    source = model.config or model.checkpoint or ""
+    key = "model.config" if model.config is not None else "model.checkpoint"
+    source = model.config if model.config is not None else model.checkpoint or ""
     try:
         if model.config is not None:
             fields = json.loads((Path(model.config) / "config.json").read_text(encoding="utf-8"))
         else:
             fields, _ = FusedLlavaConfig.get_config_dict(source)
-        fields.pop("model_type", None)
-        return FusedLlavaConfig(**{**fields, "stages": model.stages})
-    except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"model.config: found '{source}': {error}") from error
+        if not isinstance(fields, dict):
+            raise TypeError(f"got {type(fields).__name__}, expected a mapping of keys")
+        return FusedLlavaConfig(**{**_without_type(fields), "stages": model.stages})
+    except CONFIG_FAULTS as error:
+        raise RecipeError(f"{key}: '{source}': config.json describes no LLaVA: {one_line(error)}") from error
 
 
 def read_processor(model: ModelSection) -> LlavaProcessor:
@@ -89,7 +97,7 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
         return
     dtype = resolve_dtype(recipe.phases[0].train)
     processor, config = read_processor(recipe.model), read_config(recipe.model)
-    _check_tokens(config, processor)
+    check_tokens(config, processor)
     set_seed(recipe.seed)
     if recipe.model.checkpoint is not None:
         model = load_checkpoint(recipe.model.checkpoint, config=config, dtype=dtype)
@@ -99,7 +107,7 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
         model = _assemble(config, recipe.model, dtype)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    save_model(model, partial)
     processor.save_pretrained(partial)
     partial.rename(folder)
 
@@ -120,15 +128,21 @@ def load_checkpoint(
     try:
         model, report = FusedLlavaForConditionalGeneration.from_pretrained(
             source,
-            config=config,
+            config=config or checkpoint_config(source),
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, together with the other faults
         )
-    except OSError as error:
-        raise RecipeError(f"model: checkpoint '{source}' cannot be read: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
     refuse_faults(source, report)
     return model
+
+
+def checkpoint_config(source: str | Path) -> FusedLlavaConfig:
+    """Returns the config of a LLaVA checkpoint, fused or ordinary."""
+    fields, _ = FusedLlavaConfig.get_config_dict(source)
+    return FusedLlavaConfig(**_without_type(fields))
 
 
 def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
@@ -139,22 +153,28 @@ def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
             more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             raise RecipeError(
                 f"model: checkpoint '{source}': {kind.replace('_', ' ')}: {faults[0]}{more}; "
-                "accepted: a checkpoint whose weights are those of its config"
+                "expected a checkpoint whose weights are those of its config"
             )
 
 
-def _check_tokens(config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
+def _without_type(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out the model type, because an ordinary LLaVA is read too."""
+    return {name: value for name, value in fields.items() if name != "model_type"}
+
+
+def check_tokens(config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
+    """Raises RecipeError when the tokenizer's `<image>` or size is not the config's."""
     tokenizer = processor.tokenizer
     found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if found != config.image_token_id:
         raise RecipeError(
             f"model.config: image_token_index is {config.image_token_id}, but the tokenizer's {IMAGE_TOKEN} is "
-            f"{found}; accepted: the same number"
+            f"{found}; expected the same number"
         )
     rows = config.text_config.vocab_size
     if len(tokenizer) > rows:
         raise RecipeError(
-            f"model.config: text_config.vocab_size is {rows}, accepted: at least {len(tokenizer)}, the tokenizer's"
+            f"model.config: text_config.vocab_size is {rows}, expected at least {len(tokenizer)}, the tokenizer's"
         )
 
 
@@ -172,7 +192,7 @@ def _assemble(config: FusedLlavaConfig, parts: ModelSection, dtype: torch.dtype)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise RecipeError(
-                f"model: weight {name}: found shape {_shape(found.get(name))}, accepted: "
+                f"model: weight {name}: got shape {_shape(found.get(name))}, expected "
                 f"{_shape(expected.get(name))}, the config's"
             )
     return model

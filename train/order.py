@@ -51,7 +51,7 @@ class WholeBatches(Sampler[int]):
 
     def __init__(self, order: EpochSampler, *, global_batch: int) -> None:
         if len(order) == 0:
-            raise ValueError("order: found no sample, accepted: at least one")
+            raise ValueError("order: got no sample, expected at least one")
         self._order, self._global_batch = order, global_batch
         self.steps = -(-len(order) // global_batch)
 

@@ -15,24 +15,35 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from models import FusedLlavaForConditionalGeneration
 from recipes.resolved import dump_recipe
-from recipes.schema import Phase, Recipe
-from train import ranks
+from recipes.schema import Phase, Recipe, RecipeError
+from train import distributed
 from train.adapters import merged
-from train.failure import TrainingError
+from train.errors import TrainingError, one_line
 from train.groups import trainable_counts
-from train.initial import refuse_faults
+from train.initial import checkpoint_config, refuse_faults
 from train.precision import resolve_dtype, resolve_precision
 from train.release.processor import save_processor
 from train.samples import Samples
 from train.trainer import FusedTrainer
+from train.weights import save_model
 
 FINAL: Final = "final"
 RUN: Final = "run.json"
 
 
-def is_finished(phase: Phase) -> bool:
-    """Returns whether the phase's final/ is there; it appears in one move, so it is whole."""
-    return (phase.folder / FINAL / RUN).is_file()
+def finished_steps(phase: Phase) -> int | None:
+    """Returns the steps of the phase's final/, or None where there is none; it appears in one move, so it is whole.
+
+    Raises:
+        RecipeError: its run.json cannot be read.
+    """
+    file = phase.folder / FINAL / RUN
+    if not file.is_file():
+        return None
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RecipeError(f"output: {file} cannot be read, expected what a run writes ({one_line(error)})") from error
 
 
 def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset: Samples) -> None:
@@ -50,7 +61,7 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
     phase = trainer.phase
     figures = _figures(trainer, dataset)
     weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
-    if ranks.rank() != 0:
+    if distributed.rank() != 0:
         return
     partial = phase.folder / f"{FINAL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,13 +75,17 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
         weights = model.state_dict()
     unset_hf_deepspeed_config()
     stop_at(model, dataset.encoder.stop_ids)
-    model.save_pretrained(partial, state_dict=weights)
+    save_model(model, partial, weights=weights)
     save_processor(trainer.processing_class, phase.data, partial)
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (partial / RUN).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _check_loads(partial)
-    shutil.rmtree(phase.folder / FINAL, ignore_errors=True)
-    partial.rename(phase.folder / FINAL)
+    if (phase.folder / FINAL).is_dir():  # of fewer steps
+        old = (phase.folder / FINAL).rename(phase.folder / f"{FINAL}.old")
+        partial.rename(phase.folder / FINAL)
+        shutil.rmtree(old)
+    else:
+        partial.rename(phase.folder / FINAL)
 
 
 def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
@@ -85,7 +100,11 @@ def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
 def _check_loads(folder: Path) -> None:
     """Loads names and shapes of a checkpoint, no weights, and refuses any that do not fit its config."""
     _, report = FusedLlavaForConditionalGeneration.from_pretrained(
-        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        folder,
+        config=checkpoint_config(folder),
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     try:
         refuse_faults(folder, report)
@@ -94,7 +113,7 @@ def _check_loads(folder: Path) -> None:
 
 
 def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
-    samples, tokens = trainer.tally.totals()
+    samples, tokens = trainer.metrics.samples, trainer.metrics.tokens
     seconds = trainer.clock.agreed
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -106,7 +125,7 @@ def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "loss": losses[-1] if losses else None,
-        "ranks": ranks.count(),
+        "ranks": distributed.count(),
         "precision": resolve_precision(trainer.phase.train),
         "trainable": trainable_counts(trainer.model),
         "skipped": [_plain(fault) for fault in [*dataset.skipped, *trainer.watch.all_faults()]],

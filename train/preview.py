@@ -15,10 +15,10 @@ from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe
 from train.adapters import add_adapters
-from train.arguments import check_deepspeed, is_timed, share_out
-from train.checkpoints import check_same_run
+from train.arguments import is_timed
+from train.checks import check_run
 from train.groups import freeze, trainable_counts
-from train.initial import read_config, read_processor
+from train.initial import read_processor
 from train.samples import read_samples
 
 
@@ -32,16 +32,13 @@ def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
     Raises:
         RecipeError: the recipe cannot be run, here or anywhere.
     """
-    config = read_config(recipe.model)
-    check_same_run(recipe, Path(recipe.output))
+    config = check_run(recipe, num_ranks)
     yield f"{recipe.name}: the recipe is valid"
     for part in ("checkpoint", "language_model", "vision_tower"):
         place = getattr(recipe.model, part)
         if place is not None and not Path(place).exists():
             yield f"note: model.{part}: {place} is no folder here; the run fetches it from the hub"
     for phase in recipe.phases:
-        share_out(phase.train, num_ranks)
-        check_deepspeed(phase.train)
         yield from _preview_phase(recipe, phase, config)
 
 

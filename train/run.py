@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-# The only path edit in the repository: a script's own folder must not hide packages of the same names.
+# The only path edit in the repository: a script's folder must not hide packages of the same names.
 _ROOT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == _ROOT / "train":
     sys.path.pop(0)
@@ -16,45 +16,74 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 
-from data.rows import DataError
-from recipes.schema import RecipeError, load_recipe
-from train import ranks
-from train.failure import TrainingError
+from train.errors import PeerError, Stopped, TrainingError
+from train.stop import StopRequest
 
 
 def main() -> int:
     """Runs one phase of a recipe on this rank, then the next one in a fresh process; returns the exit code."""
+    arguments = _arguments()
+    stop = StopRequest()
+    stop.watch()  # before the slow imports
+    try:
+        from recipes.errors import RecipeError
+        from train import distributed
+    except Stopped:
+        print(f"stopped by {stop.reason} before the start", flush=True)
+        return 0
+    try:
+        distributed.setup_env()
+        return _run(arguments, stop)
+    except Stopped:
+        text = f"stopped by {stop.reason}; nothing was left to save; the same command goes on"
+        return distributed.exit_with(text, code=0)
+    except RecipeError as error:
+        where = "" if str(error).startswith(arguments.recipe) else f"{arguments.recipe}: "
+        return distributed.exit_with(f"{where}{error}", code=2)
+    except TrainingError as error:
+        return distributed.exit_with(str(error), code=1)
+    except PeerError as error:
+        return error.code if error.is_told else distributed.exit_with(str(error), code=1)
+
+
+def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
+    from recipes.schema import load_recipe
+    from train import distributed
+
+    if distributed.count() > 1 and not arguments.check:
+        distributed.connect()  # from here on, ranks hear of one another's faults
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.check:
+        from train.preview import preview
+
+        if distributed.rank() == 0:
+            print("\n".join(preview(recipe, distributed.count())))
+        return 0
+    from train.loop import run_phase
+
+    is_done = run_phase(recipe, arguments.phase, stop)
+    if is_done and arguments.phase + 1 < len(recipe.phases):
+        if distributed.any_rank(stop.is_requested()):
+            raise Stopped
+        distributed.run_next(arguments.phase + 1)
+    distributed.shutdown()
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train what a recipe says.")
     parser.add_argument("recipe", help="YAML file, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=20")
     parser.add_argument("--check", action="store_true", help="validate, say what it will do, stop")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--phase", type=int, default=0, help=argparse.SUPPRESS)  # set by run_next
-    arguments = parser.parse_intermixed_args()
-    ranks.prepare()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        if arguments.check:
-            from train.preview import preview
-
-            if ranks.rank() == 0:
-                print("\n".join(preview(recipe, ranks.count())))
-            return 0
-        from train.phase import run_phase
-
-        finished = run_phase(recipe, arguments.phase)
-    except RecipeError as error:
-        where = "" if str(error).startswith(arguments.recipe) else f"{arguments.recipe}: "
-        return ranks.fail(f"{where}{error}", code=2)
-    except DataError as error:  # of a worker too, whose message torch puts behind a traceback
-        return ranks.fail(str(error).strip().splitlines()[-1].partition("DataError: ")[2] or str(error), code=1)
-    except TrainingError as error:
-        return ranks.fail(str(error), code=1)
-    if finished and arguments.phase + 1 < len(recipe.phases):
-        ranks.run_next(arguments.phase + 1)
-    ranks.leave()
-    return 0
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # a rank that failed must not wait for others in a destructor
+    sys.exit(0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from transformers import LlavaProcessor
 
 from data.chat import TokenizerError
 from data.dataset import ConversationDataset, LengthModalitySampler
 from data.rows import DataError
+from data.sources import find_files
 from data.stream import ConversationStream
 from recipes.schema import Phase, RecipeError
-from train import ranks
-from train.arguments import share_out
+from train import distributed
+from train.arguments import split_batch
 from train.order import EpochSampler, ShuffledSampler, WholeBatches
 
 Samples = ConversationDataset | ConversationStream
@@ -24,9 +28,10 @@ def read_samples(phase: Phase, processor: LlavaProcessor, *, seed: int = 0) -> S
     """
     try:
         if phase.data.streaming:
-            batch, _ = share_out(phase.train, ranks.count())
+            ranks = distributed.count()
+            batch, _ = split_batch(phase.train, ranks)
             return ConversationStream(
-                phase.data, processor, seed=seed, batch=batch, rank=ranks.rank(), ranks=ranks.count()
+                phase.data, processor, seed=seed, batch=batch, rank=distributed.rank(), ranks=ranks
             )
         return ConversationDataset(phase.data, processor)
     except (DataError, TokenizerError) as error:
@@ -40,7 +45,7 @@ def sample_notes(phase: Phase, samples: Samples) -> list[str]:
     notes, expected = [], phase.data.expected_rows
     found = len(samples) + len(samples.skipped)
     if expected is not None and expected != found:
-        notes.append(f"{phase.name}: found {found:,} rows, the recipe expects {expected:,}")
+        notes.append(f"{phase.name}: got {found:,} rows, the recipe expects {expected:,}")
     if len(samples.source_rows) > 1:
         counts = zip(phase.data.names, samples.source_rows, strict=True)
         notes.append(f"{phase.name}: rows of each source: {', '.join(f'{name} {count:,}' for name, count in counts)}")
@@ -49,10 +54,30 @@ def sample_notes(phase: Phase, samples: Samples) -> list[str]:
     return notes
 
 
+def data_fingerprint(phase: Phase, samples: Samples) -> str:
+    """Returns a digest of the phase's data: its sources, the content of their files, each sample's length and modality.
+
+    Images are not read: one that was replaced by another of the same place is not noticed. Of a stream, whose files
+    may be anywhere, the names are all that counts.
+    """
+    digest = hashlib.sha256()
+    for source in phase.data.sources:
+        digest.update(repr((source.weight, source.limit, source.format)).encode())
+        for name in [source.path] if phase.data.streaming else find_files(source.path):
+            if Path(name).is_file() and not phase.data.streaming:
+                with Path(name).open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            else:
+                digest.update(name.encode())
+    if isinstance(samples, ConversationDataset):
+        digest.update(repr((list(samples.lengths), list(map(bool, samples.has_image)))).encode())
+    return digest.hexdigest()
+
+
 def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches | None:
     """Returns the order of the samples: by modality and length where the recipe says so, else shuffled.
 
-    A stream has its own.
+    None for a stream, which has an order already.
     """
     if isinstance(samples, ConversationStream):
         return None

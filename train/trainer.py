@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from recipes.schema import Phase
 from train.arguments import is_timed
 from train.checkpoints import whole_checkpoints
 from train.clock import Clock, rate_factor
-from train.failure import TrainingError
+from train.errors import TrainingError
+from train.extensions import build_cpu_adam
 from train.groups import parameter_groups
+from train.metrics import TrainMetrics
 from train.order import WholeBatches
-from train.tally import Tally
+from train.stop import StopRequest, ignore_signals
 from train.watch import DataWatch
 
 
@@ -30,9 +32,12 @@ class FusedTrainer(Trainer):
         phase: what to train, and how.
         order: the order of the samples; None for a stream, which has its own.
         clock: training time, agreed between the ranks once a step.
-        tally: sums of the run.
+        metrics: sums of the run.
         watch: the rows that were passed over, and the loss of each source.
-        is_stopping: some rank got SIGTERM; the same on every rank.
+        stop: the stop request of this process.
+        fingerprints: what checkpoints say about the run.
+        last_step: sums of the last step over all ranks, by name.
+        is_stopping: some rank was asked to stop; the same on every rank.
     """
 
     optimizer: Any
@@ -40,19 +45,24 @@ class FusedTrainer(Trainer):
     control: Any
 
     def __init__(
-        self, *, phase: Phase, order: WholeBatches | None, clock: Clock, tally: Tally, watch: DataWatch, **kwargs: Any
+        self,
+        *,
+        phase: Phase,
+        order: WholeBatches | None,
+        clock: Clock,
+        metrics: TrainMetrics,
+        watch: DataWatch,
+        stop: StopRequest,
+        fingerprints: Mapping[str, str],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.phase, self.order, self.clock, self.tally, self.watch = phase, order, clock, tally, watch
+        self.phase, self.order, self.clock, self.metrics, self.watch = phase, order, clock, metrics, watch
+        self.stop, self.fingerprints = stop, fingerprints
+        self.last_step: dict[str, float] = {}
         watch.watch_loss(self.model)
         self.is_stopping = False
-        self._got_signal = False
-        self._is_finite: Tensor | None = None
-        self._logged_seconds = clock.seconds()
-
-    def watch_signal(self) -> None:
-        """Makes SIGTERM end the run after the current step, with a checkpoint."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_got_signal", True))
+        self._group_settings: list[dict[str, Any]] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns this rank's share of the forward passes, in the recipe's order."""
@@ -62,12 +72,13 @@ class FusedTrainer(Trainer):
             sampler=self.order,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
         return loader if self.order is None else self.accelerator.prepare(loader)  # a stream is this rank's share
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Returns AdamW over the recipe's groups; DeepSpeed's own CPU version where it keeps the states there."""
+        """Returns AdamW over the recipe's groups; DeepSpeed's CPU version where it keeps the states there."""
         if self.optimizer is None:
             model = self.model if model is None else model
             groups = parameter_groups(
@@ -78,14 +89,29 @@ class FusedTrainer(Trainer):
             )
             chosen, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             if self._is_offloaded():
-                from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles on first use
+                build_cpu_adam()
+                from deepspeed.ops.adam import DeepSpeedCPUAdam
 
                 chosen, options = DeepSpeedCPUAdam, {"betas": options["betas"], "eps": options["eps"]}
             self.optimizer = chosen(groups, **options)
+            self._group_settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return self.optimizer
 
+    def restore_groups(self) -> None:
+        """Gives each group of parameters its rates and step count back after a converted checkpoint was loaded.
+
+        DeepSpeed's loading of a universal checkpoint under ZeRO-3 gives the first group's settings to all groups, and
+        one step count, as one tensor, which every group would then raise.
+        """
+        for state in self.deepspeed.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+        rates = self.lr_scheduler.get_last_lr()
+        for group, settings, rate in zip(self.optimizer.param_groups, self._group_settings, rates, strict=True):
+            group.update(settings, initial_lr=settings["lr"], lr=rate)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Returns transformers' own scheduler over steps, or one that follows the clock."""
+        """Returns transformers' scheduler over steps, or one that follows the clock."""
         train = self.phase.train
         if not is_timed(train) or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -112,22 +138,16 @@ class FusedTrainer(Trainer):
         self.watch.take(inputs)
         loss = super().compute_loss(model, inputs, return_outputs=False, num_items_in_batch=num_items_in_batch)
         part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
-        self.tally.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
-        finite = torch.isfinite(part)
-        self._is_finite = finite if self._is_finite is None else self._is_finite & finite
+        self.metrics.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._agree()
+            self._sync_ranks()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""
         if "loss" in logs:
-            report = self.tally.report()
-            seconds = self.clock.agreed
-            passed, self._logged_seconds = seconds - self._logged_seconds, seconds
-            logs["seconds"] = round(seconds, 3)
-            logs["tokens_per_second"] = round(report.pop("new_tokens") / max(passed, 1e-9), 1)
-            logs.update(report)
+            logs["seconds"] = round(self.clock.agreed, 3)
+            logs.update(self.metrics.report(self.clock.agreed))
             logs.update(self.watch.report())
             rates = self.phase.train.learning_rate.model_dump()
             factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
@@ -140,25 +160,19 @@ class FusedTrainer(Trainer):
         last = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written before"
         return TrainingError(f"step {step}: {what}; {last}")
 
-    def _agree(self) -> None:
-        """Shares between the ranks, in one message: got SIGTERM, loss is not finite, seconds on rank 0, bad rows."""
+    def _sync_ranks(self) -> None:
+        """Shares between the ranks, in one message: stop requests, seconds on rank 0, bad rows, sums of the step."""
         seconds = self.clock.seconds() if self.args.process_index == 0 else 0.0
-        faulty = self._is_finite is not None and not bool(self._is_finite)
-        self._is_finite = None
-        bad_rows = [0.0] * self.args.world_size
-        bad_rows[self.args.process_index] = float(len(self.watch.faults))
-        values = torch.tensor(
-            [float(self._got_signal), float(faulty), seconds, *bad_rows],
-            dtype=torch.float64,
-            device=self.args.device,
-        )
+        shared = torch.tensor([float(self.stop.is_requested()), seconds, len(self.watch.faults)], dtype=torch.float64)
+        values = torch.cat([shared.to(self.args.device), self.metrics.take_step().to(self.args.device)])
         if distributed.is_initialized():
-            distributed.all_reduce(values, op=distributed.ReduceOp.MAX)
-        stopping, not_finite, self.clock.agreed, *bad_rows = values.tolist()
-        self.is_stopping = self.is_stopping or bool(stopping)
-        if not_finite:
+            distributed.all_reduce(values)
+        stopping, self.clock.agreed, bad_rows, *sums = values.tolist()
+        self.is_stopping = self.is_stopping or stopping > 0
+        self.last_step = self.metrics.end_step(sums)
+        if not math.isfinite(self.last_step["loss"]):
             raise self.failure("the loss is nan or infinite", step=self.state.global_step + 1)
-        if reason := self.watch.excess(bad_rows):
+        if reason := self.watch.excess(int(bad_rows)):
             self._save_now()
             raise self.failure(reason, step=self.state.global_step + 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, distributed, nn
 from data.chat import IGNORE_INDEX
 from data.config import DataConfig
 from data.rows import Fault
-from train import ranks
+from train import distributed as peers
 
 
 class DataWatch:
@@ -37,13 +36,13 @@ class DataWatch:
             if fault in self.faults:  # a later epoch
                 continue
             self.faults.append(fault)
-            print(f"rank {ranks.rank()}: {fault}; passed over", file=sys.stderr, flush=True)
+            print(f"rank {peers.rank()}: {fault}; passed over", file=sys.stderr, flush=True)
         self._sources = inputs.pop("sources", None)
         self._labelled = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
-    def excess(self, counts: Sequence[float]) -> str:
+    def excess(self, found: int) -> str:
         """Returns what to say when all ranks together passed over more rows than the recipe allows; else nothing."""
-        found, allowed = int(sum(counts)), max(0, self._allowed)
+        allowed = max(0, self._allowed)
         if found <= allowed:
             return ""
         first = f", such as {self.faults[-1]}" if self.faults else ", named above"
@@ -77,7 +76,7 @@ class DataWatch:
         """Returns the faults of all ranks; every rank must call it."""
         found: list[Any] = [self.faults]
         if distributed.is_initialized():
-            found = [None] * ranks.count()
+            found = [None] * peers.count()
             distributed.all_gather_object(found, self.faults)
         return list(dict.fromkeys(fault for faults in found for fault in faults))
 

@@ -1,0 +1,89 @@
+"""The form of a checkpoint on the disk: published names, and an ordinary LLaVA where the model is dense."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+from models import FusedLlavaForConditionalGeneration
+from train.initial import load_checkpoint
+from train.weights import save_model
+
+# Some of the names in llava-hf/llava-1.5-7b-hf's safetensors files.
+PUBLISHED = (
+    "language_model.lm_head.weight",
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.layers.0.self_attn.q_proj.weight",
+    "language_model.model.norm.weight",
+    "multi_modal_projector.linear_1.bias",
+    "vision_tower.vision_model.embeddings.class_embedding",
+    "vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.weight",
+    "vision_tower.vision_model.pre_layrnorm.weight",
+)
+
+
+def type_of(folder):
+    config = json.loads((folder / "config.json").read_text())
+    return config["model_type"], config["architectures"], config.get("stages")
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def test_weights_have_the_published_names_and_come_back(make_model, make_batch, tmp_path):
+    model = make_model("llama", {"enter": 1, "exit": 4})
+    save_model(model, tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert set(PUBLISHED) <= names
+    assert len(names) == len(model.state_dict())
+    assert all(name.split(".")[0] in ("language_model", "multi_modal_projector", "vision_tower") for name in names)
+    assert type_of(tmp_path)[:2] == ("fused_llava", ["FusedLlavaForConditionalGeneration"])
+    found = load_checkpoint(tmp_path, dtype=torch.float32)
+    assert found.config.stages == model.config.stages
+    batch = make_batch("ttIttt")
+    assert torch.equal(logits(found, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("kind", [LlavaForConditionalGeneration, AutoModelForImageTextToText])
+def test_a_dense_checkpoint_is_an_ordinary_llava(make_model, make_batch, tmp_path, kind):
+    model = make_model("llama")
+    save_model(model, tmp_path)
+    assert type_of(tmp_path) == ("llava", ["LlavaForConditionalGeneration"], None)
+    found, report = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(found) is LlavaForConditionalGeneration
+    assert not any(report.values())
+    batch = make_batch("ttIttt", "tItItt")
+    text = batch["input_ids"] != model.config.image_token_id
+    torch.testing.assert_close(logits(found, batch)[text], logits(model, batch)[text])
+    assert torch.equal(logits(load_checkpoint(tmp_path, dtype=torch.float32), batch), logits(model, batch))
+
+
+def test_tied_embeddings_are_written_once(make_config, make_batch, tmp_path):
+    config = make_config("llama")
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = FusedLlavaForConditionalGeneration(config)
+    save_model(model, tmp_path)
+    assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    batch = make_batch("ttIttt")
+    assert torch.equal(logits(load_checkpoint(tmp_path, dtype=torch.float32), batch), logits(model, batch))
+
+
+def test_weights_that_share_a_storage_are_written_alone(make_model, tmp_path):
+    """As ZeRO-3 gathers them: views of one long tensor."""
+    model = make_model("llama")
+    weights = model.state_dict()
+    flat = torch.cat([weight.reshape(-1).float() for weight in weights.values()])
+    places = torch.tensor([0, *(weight.numel() for weight in weights.values())]).cumsum(0).tolist()
+    views = {
+        name: flat[start : start + weight.numel()].view(weight.shape)
+        for (name, weight), start in zip(weights.items(), places, strict=False)
+    }
+    save_model(model, tmp_path / "views", weights=views)
+    save_model(model, tmp_path / "own")
+    own, found = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "views"))
+    assert own.keys() == found.keys()
+    assert all(torch.equal(own[name], found[name]) for name in own)

@@ -1,0 +1,140 @@
+"""What is checked before any weight is loaded, by `--check` and by every run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, run_decoder
+from recipes.schema import Phase, Recipe, RecipeError
+from train.arguments import check_batches
+from train.checkpoints import check_same_run
+from train.errors import one_line
+from train.initial import CONFIG_FAULTS, IMAGE_TOKEN, check_tokens, read_config, read_processor
+from train.tracking import check_tracking
+
+_WORKERS_A_CORE = 16
+
+
+def check_run(recipe: Recipe, num_ranks: int) -> FusedLlavaConfig:
+    """Refuses what would fail later, without weights and without data; returns the model's config.
+
+    Args:
+        recipe: the recipe.
+        num_ranks: processes that it is to run on.
+
+    Raises:
+        RecipeError: the recipe cannot be run here.
+    """
+    check_tracking()
+    check_output(Path(recipe.output))
+    for phase in recipe.phases:
+        check_batches(phase.train, num_ranks)
+        _check_workers(phase)
+    config = read_config(recipe.model)
+    _check_model(recipe, config)
+    check_same_run(recipe, Path(recipe.output))
+    return config
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a run folder that cannot be made or written to, and names that DeepSpeed would misread."""
+    name = str(folder)
+    if any(mark in name for mark in "*?[]") or not name.strip() or name != name.strip() or name.startswith("~"):
+        raise RecipeError(f"output: got '{name}', expected a path without * ? [ ], outer spaces and a leading ~")
+    repository = Path(__file__).resolve().parents[1]
+    place = folder.resolve()
+    taken = [repository / name for name in ("data", "docs", "eval", "models", "recipes", "tests", "train", ".git")]
+    if place in (Path("/"), Path.home(), repository) or any(place.is_relative_to(path) for path in taken):
+        raise RecipeError(f"output: got '{name}', expected a folder of its own, such as outputs/NAME")
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output: got '{name}', which is a file, expected a folder")
+    above = place
+    while not above.exists():
+        above = above.parent
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise RecipeError(
+            f"output: got '{name}', expected a folder that can be written ({above}: {error.strerror})"
+        ) from error
+
+
+def _check_workers(phase: Phase) -> None:
+    limit = _WORKERS_A_CORE * (os.cpu_count() or 1)
+    if phase.data.workers > limit:
+        raise RecipeError(f"data.workers: got {phase.data.workers}, expected at most {limit} on this machine")
+
+
+def _check_model(recipe: Recipe, config: FusedLlavaConfig) -> None:
+    """Builds the model without weights and passes an image through its tower, so that shapes that do not fit show."""
+    key = "model.config" if recipe.model.config is not None else "model.checkpoint"
+    size = config.vision_config.image_size
+    try:
+        with torch.device("meta"):
+            model: Any = FusedLlavaForConditionalGeneration(config)
+            pixels = torch.zeros(1, config.vision_config.num_channels, size, size)
+            features = model.model.get_image_features(pixel_values=pixels, return_dict=True)
+        visual = sum(len(image) for image in features.pooler_output)
+    except CONFIG_FAULTS as error:
+        raise RecipeError(f"{key}: config.json describes no model that can be built: {one_line(error)}") from error
+    _check_decoder(key, model.model.language_model, config)
+    _check_visual_tokens(recipe, config, visual)
+    widths = [
+        min(module.in_features, module.out_features)
+        for module in model.model.language_model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for phase in recipe.phases:
+        if phase.train.lora is not None and phase.train.lora.r > min(widths):
+            raise RecipeError(
+                f"train.lora.r: got {phase.train.lora.r}, expected at most {min(widths)}, the width of the language "
+                "model's narrowest layer"
+            )
+
+
+def _check_decoder(key: str, decoder: nn.Module, config: FusedLlavaConfig) -> None:
+    text = config.text_config
+    heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if shared is not None and heads % shared:
+        raise RecipeError(
+            f"{key}: text_config.num_key_value_heads: got {shared}, expected a divisor of num_attention_heads ({heads})"
+        )
+    tokens = torch.zeros(1, 2, text.hidden_size, device="meta")
+    try:
+        run_decoder(decoder, tokens, torch.zeros(1, 2, dtype=torch.bool))
+    except ValueError as error:  # a decoder of another kind
+        raise RecipeError(f"{key}: {one_line(error)}") from error
+    except RuntimeError:
+        pass  # a known kind, which goes no further without weights
+
+
+def _check_visual_tokens(recipe: Recipe, config: FusedLlavaConfig, visual: int) -> None:
+    """Compares the tower's tokens of an image with the config's, the plan's and, where at hand, the processor's."""
+    key = "model.config" if recipe.model.config is not None else "model.checkpoint"
+    if config.image_seq_length != visual:
+        raise RecipeError(
+            f"{key}: image_seq_length: got {config.image_seq_length}, expected {visual}, the tokens that the vision "
+            "tower makes of an image"
+        )
+    for layer, kept in (recipe.plan.keep if recipe.plan else {}).items():
+        if isinstance(kept, int) and kept > visual:
+            raise RecipeError(f"model.stages.keep.{layer}: got {kept}, expected at most {visual}, an image's tokens")
+    parts = (recipe.model.config or recipe.model.checkpoint or "", recipe.model.language_model or ".")
+    if not all(Path(part).exists() for part in parts):
+        return
+    processor = read_processor(recipe.model)
+    check_tokens(config, processor)
+    size = config.vision_config.image_size
+    ids = processor(images=Image.new("RGB", (size, size)), text=IMAGE_TOKEN)["input_ids"][0]
+    found = list(ids).count(config.image_token_id)
+    if found != visual:
+        raise RecipeError(
+            f"{key}: the processor makes {found} tokens of an image, expected {visual}, as the vision tower does"
+        )

@@ -1,0 +1,116 @@
+"""DeepSpeed's C++ operators: built once for each user, and never waited for in silence.
+
+torch guards a build with a file that a killed process leaves behind, and every later start then waits for it without a
+word. Here a build is guarded by flock as well, which ends with its process: what torch's file says is then stale unless
+some process has it open.
+
+`python -m train.extensions` builds what a run on the CPU needs, so that the first run need not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+_PATIENCE_SECONDS: Final = 20.0  # before a wait is announced
+
+
+def build_communication() -> None:
+    """Builds, or loads, the operator through which DeepSpeed's ranks talk on a CPU."""
+    if not torch.cuda.is_available():
+        _build("ShareMemCommBuilder", "deepspeed_shm_comm", "half a minute")
+
+
+def build_cpu_adam() -> None:
+    """Builds, or loads, DeepSpeed's Adam for optimizer states that are kept on the CPU."""
+    _build("CPUAdamBuilder", "cpu_adam", "two to three minutes")
+
+
+def main() -> None:
+    """Builds the operator of the CPU."""
+    from train import distributed
+
+    distributed.setup_env()
+    distributed.init()
+    distributed.shutdown()
+
+
+def _build(builder: str, name: str, duration: str) -> Any:
+    from deepspeed.accelerator import get_accelerator  # imports slowly, and only after setup_env()
+
+    made = list(_root().glob(f"**/{name}/*.so"))
+    with build_lock(name):
+        if not made and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"compiling DeepSpeed's {name}, once ({duration})", flush=True)
+        return get_accelerator().create_op_builder(builder).load(verbose=False)
+
+
+@contextmanager
+def build_lock(name: str) -> Iterator[None]:
+    """Holds the right to build one operator; waits for others with a message, and clears what a killed build left."""
+    _root().mkdir(parents=True, exist_ok=True)
+    with (_root() / f"{name}.flock").open("a") as guard:
+        if not _try_lock(guard.fileno()):
+            print(f"waiting for another process that compiles DeepSpeed's {name} ({guard.name})", flush=True)
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        for lock in _root().glob(f"**/{name}/lock"):
+            _clear(lock)
+        yield
+
+
+def _try_lock(handle: int) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
+
+
+def _clear(lock: Path) -> None:
+    """Removes torch's lock once no process has it open."""
+    told = False
+    while (holder := _holder(lock)) is not None:
+        if not told:
+            print(f"waiting for process {holder}, which compiles in {lock.parent}", flush=True)
+            told = True
+        time.sleep(0.5)
+    if lock.exists():
+        print(f"removed {lock}, which a killed build left behind", flush=True)
+        lock.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> int | None:
+    """Returns a process of this machine that has the file open."""
+    try:
+        wanted = lock.stat()
+    except OSError:
+        return None
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            found = handle.stat()
+        except OSError:
+            continue
+        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return int(handle.parts[2])
+    return None
+
+
+def _root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+if __name__ == "__main__":
+    main()

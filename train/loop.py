@@ -1,0 +1,301 @@
+"""One phase of a recipe, from its checks to its final/: read it top to bottom to see what a training does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback
+
+from data.dataset import Collator
+from data.rows import DataError
+from data.stream import ConversationStream
+from recipes.resolved import dump_recipe
+from recipes.schema import Phase, Recipe, RecipeError
+from train import distributed
+from train.adapters import add_adapters
+from train.arguments import is_timed, total_steps, training_arguments
+from train.callbacks import LogCallback, NothingToTrain, RunCallback
+from train.checkpoints import (
+    RECIPE,
+    Progress,
+    check_same_content,
+    keep_newest,
+    read_progress,
+    set_aside,
+    whole_checkpoints,
+)
+from train.checks import check_run
+from train.clock import Clock
+from train.deepspeed_config import deepspeed_fingerprint, read_deepspeed
+from train.errors import TrainingError, one_line
+from train.groups import freeze, trainable_counts
+from train.health import Health
+from train.initial import INITIAL, build_initial, load_checkpoint, read_processor
+from train.metrics import TrainMetrics
+from train.outcome import FINAL, finished_steps, save_final
+from train.precision import resolve_dtype
+from train.reshard import reshard
+from train.run_lock import RunLock
+from train.samples import Samples, data_fingerprint, read_samples, sample_notes, sample_order
+from train.stop import StopRequest
+from train.tracking import start_tracking, stop_tracking
+from train.trainer import FusedTrainer
+from train.watch import DataWatch
+
+
+def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
+    """Trains one phase on this rank, or finds it done.
+
+    Args:
+        recipe: the recipe.
+        index: which of its phases.
+        stop: the stop request of this process.
+
+    Returns:
+        False when a stop request ended it before its time: the same command goes on.
+
+    Raises:
+        RecipeError: the recipe cannot be run here; no weight was loaded yet.
+        TrainingError: the training cannot go on.
+        PeerError: another rank ended the run.
+        Stopped: a stop request came before the first step.
+    """
+    phase = recipe.phases[index]
+    check_run(recipe, distributed.count())
+    if _is_finished(recipe, index):
+        distributed.print_rank0(f"{phase.name}: {phase.folder / FINAL} is there already; not run again")
+        return True
+    distributed.init()
+    processor = read_processor(recipe.model)
+    if distributed.rank() == 0:  # first, because it fills the caches that the other ranks read
+        lock = RunLock(_make_folder(Path(recipe.output)))
+        lock.take()
+        dataset = read_samples(phase, processor, seed=recipe.seed)
+        for note in sample_notes(phase, dataset):
+            print(note, flush=True)
+        try:
+            _prepare_folder(recipe, phase)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"output: {recipe.output}: cannot write: {one_line(error)}") from error
+    distributed.barrier()
+    if distributed.rank() != 0:
+        dataset = read_samples(phase, processor, seed=recipe.seed)
+    initial = Path(recipe.output) / INITIAL if index == 0 else recipe.phases[index - 1].folder / FINAL
+    is_done = _train(recipe, phase, initial=initial, dataset=dataset, stop=stop)
+    if distributed.rank() == 0:
+        lock.release()
+    return is_done
+
+
+def _is_finished(recipe: Recipe, index: int) -> bool:
+    """Returns whether the phase's final/ is there, and of all the steps that the recipe wants by now."""
+    phase = recipe.phases[index]
+    steps, wanted = finished_steps(phase), phase.train.max_steps
+    if steps is None:
+        return False
+    if wanted is None or wanted <= steps or is_timed(phase.train):
+        return True
+    key = "align.train.max_steps" if phase.name == "align" else "train.max_steps"
+    if not whole_checkpoints(phase.folder):
+        raise RecipeError(
+            f"{key}: got {wanted}, but {phase.folder / FINAL} is of step {steps} and no checkpoint is left to train "
+            f"on from; expected {steps}, or another output with {phase.folder / FINAL} as model.checkpoint"
+        )
+    for later in recipe.phases[index + 1 :]:
+        if whole_checkpoints(later.folder) or finished_steps(later) is not None:
+            raise RecipeError(
+                f"{key}: got {wanted}, but {later.name} started from {phase.folder / FINAL}, of step {steps}; expected "
+                f"{steps}, or another output"
+            )
+    return False
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output: {folder}: {error.strerror}, expected a folder that can be written") from error
+    return folder
+
+
+def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
+    """Writes the recipe and the initial checkpoint; sets aside checkpoints that cannot be resumed."""
+    folder = Path(recipe.output)
+    phase.folder.mkdir(parents=True, exist_ok=True)
+    for note in set_aside(phase.folder):
+        print(note, flush=True)
+    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    if phase.folder == recipe.phases[0].folder:
+        if not whole_checkpoints(phase.folder):  # what an earlier try left may be of another recipe
+            shutil.rmtree(folder / INITIAL, ignore_errors=True)
+        build_initial(recipe, folder / INITIAL)
+
+
+def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, stop: StopRequest) -> bool:
+    """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
+    checkpoints = whole_checkpoints(phase.folder)
+    resumed = checkpoints[-1] if checkpoints else None
+    progress = read_progress(resumed) if resumed else Progress(ranks=distributed.count())
+    order = sample_order(phase, dataset, seed=recipe.seed)
+    total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
+    fingerprints = {
+        "data": data_fingerprint(phase, dataset),
+        "deepspeed": deepspeed_fingerprint(read_deepspeed(phase.train)),
+        "schedule": _schedule(phase, total),
+    }
+    if resumed is not None:
+        _check_resumed(phase, resumed, progress, fingerprints, total)
+    source, is_resharded = _loadable(resumed, progress)
+    arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
+    if isinstance(dataset, ConversationStream):
+        dataset.skip = progress.step * arguments.gradient_accumulation_steps
+    model, vocabulary = _load_model(phase, initial)
+    _announce(phase, model, resumed)
+    processor = dataset.processor
+    trainer = FusedTrainer(
+        phase=phase,
+        order=order,
+        clock=Clock(before=progress.seconds),
+        metrics=TrainMetrics(samples=progress.samples, tokens=progress.tokens, window=progress.window),
+        watch=DataWatch(phase.data, len(dataset.skipped)),
+        stop=stop,
+        fingerprints=fingerprints,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+    )
+    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
+    is_trained = _is_trained(phase, progress, total)
+    health = Health(
+        vocabulary=vocabulary,
+        warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
+        needs_images=phase.train.learning_rate.language_model is None,
+    )
+    trainer.add_callback(RunCallback(trainer, health, is_trained=is_trained, is_resharded=is_resharded))
+    trainer.add_callback(
+        LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
+    )
+    with stop.deferred(), _one_line_errors(trainer):
+        if not is_trained:
+            start_tracking(arguments.run_name, phase.folder)
+        try:
+            trainer.train(resume_from_checkpoint=str(source) if source else None)
+        except NothingToTrain:
+            trainer.clock.agreed = progress.seconds
+        else:
+            stop_tracking()
+        if trainer.is_stopping:
+            where = phase.folder / f"checkpoint-{trainer.state.global_step}"
+            reason = stop.reason or "a signal to another rank"
+            distributed.print_rank0(f"stopped by {reason}; saved {where}; the same command goes on from there")
+            return False
+        save_final(trainer, recipe, initial=initial, dataset=dataset)
+        distributed.barrier()
+    distributed.print_rank0(f"{phase.name}: done, {phase.folder / FINAL}")
+    return True
+
+
+def _load_model(phase: Phase, initial: Path) -> tuple[Any, int]:
+    """Returns the model with what the recipe lets learn, and its vocabulary's size."""
+    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train))
+    vocabulary = model.config.text_config.vocab_size
+    if phase.train.lora is not None:
+        model = add_adapters(model, phase.train.lora)
+    freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
+    return model, vocabulary
+
+
+def _check_resumed(
+    phase: Phase, resumed: Path, progress: Progress, fingerprints: Mapping[str, str], total: int | None
+) -> None:
+    """Refuses a checkpoint of something else; says what a change of max_steps does to the learning rate."""
+    check_same_content(resumed, progress.fingerprints, fingerprints)
+    if total is not None and progress.step > total:
+        raise RecipeError(
+            f"train.max_steps: got {total}, but {resumed} is there; expected at least {progress.step}, or another "
+            "output"
+        )
+    before, now = progress.fingerprints.get("schedule"), fingerprints["schedule"]
+    if before != now:
+        distributed.print_rank0(
+            f"{phase.name}: learning rate: {before} up to step {progress.step}, {now} from here on; "
+            "the run is not the one that it would have been with this setting from the start"
+        )
+
+
+def _schedule(phase: Phase, total: int | None) -> str:
+    train = phase.train
+    length = f"{train.max_seconds:g} s" if total is None else f"{total} steps"
+    if train.scheduler == "constant" and train.warmup_ratio == 0:
+        return "constant"
+    return f"{train.scheduler} over {length}, warm-up {train.warmup_ratio:g}"
+
+
+def _is_trained(phase: Phase, progress: Progress, total: int | None) -> bool:
+    """Returns whether the checkpoint is of the last step already."""
+    limit = phase.train.max_seconds
+    return (total is not None and progress.step >= total) or (limit is not None and progress.seconds >= limit)
+
+
+def _loadable(resumed: Path | None, progress: Progress) -> tuple[Path | None, bool]:
+    """Returns a checkpoint for this number of ranks, and whether it had to be converted."""
+    if resumed is None or progress.ranks == distributed.count():
+        return resumed, False
+    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
+    target = reshard(resumed) if distributed.rank() == 0 else resumed.with_name(f"resharded-{resumed.name}")
+    distributed.barrier()
+    return target, True
+
+
+@contextmanager
+def _one_line_errors(trainer: FusedTrainer) -> Iterator[None]:
+    """Makes one-line errors of what can happen to a good training: broken images, a full disk, too little memory."""
+    try:
+        yield
+    except DataError as error:  # of a worker too, whose message torch puts behind a traceback
+        reason = str(error).strip().splitlines()[-1].partition("DataError: ")[2] or one_line(error)
+        good = whole_checkpoints(trainer.phase.folder)
+        last = f"; last good checkpoint: {good[-1]}" if good else ""
+        raise RecipeError(f"{trainer.phase.name}: {reason}{last}") from error
+    except torch.OutOfMemoryError as error:
+        what = "out of GPU memory; lower train.per_device_batch"
+        raise trainer.failure(what, step=trainer.state.global_step) from error
+    except (OSError, SafetensorError) as error:
+        raise _write_failure(trainer, one_line(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, TrainingError):
+            raise
+        distributed.exit_if_lost(error)
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise _write_failure(trainer, one_line(cause)) from error
+        if "DataLoader worker" in str(error):
+            raise trainer.failure(one_line(error), step=trainer.state.global_step) from error
+        raise
+
+
+def _write_failure(trainer: FusedTrainer, reason: str) -> TrainingError:
+    """Returns the error of a checkpoint that cannot be written, and makes room again: it is of no use."""
+    folder = trainer.phase.folder
+    if distributed.rank() == 0:
+        set_aside(folder)
+        if whole_checkpoints(folder):
+            keep_newest(folder, trainer.phase.train.save_total_limit)
+        shutil.rmtree(folder / f"{FINAL}.partial", ignore_errors=True)
+    free = shutil.disk_usage(folder).free
+    return trainer.failure(f"cannot write: {reason} ({free / 2**20:,.0f} MiB are free)", step=trainer.state.global_step)
+
+
+def _announce(phase: Phase, model: Any, resumed: Path | None) -> None:
+    counts = [f"{group} {count:,}" for group, count in trainable_counts(model).items() if count]
+    distributed.print_rank0(f"{phase.name}: trainable parameters: {', '.join(counts)}")
+    if resumed is not None:
+        distributed.print_rank0(f"{phase.name}: goes on from {resumed}")
