@@ -11,8 +11,9 @@ class DataConfig(BaseModel):
     """The data of a training.
 
     Attributes:
-        files: LLaVA JSON or JSONL files; or `easy_vqa:train`, `open`, `short` or `test`, the built-in set.
-        images: folder that the rows' image paths start from; the built-in set brings its own.
+        files: LLaVA JSON or JSONL files; or a built-in set: `easy_vqa:train`, `open`, `short` or `test`, or
+            `scenes:train`, `test` or `compositional`; `scenes` is its training set.
+        images: folder that the rows' image paths start from; a built-in set brings its own.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's own) or `plain`
             (image and caption, for alignment).
         max_length: tokens of a sample, visual tokens included; a longer one is cut at a turn border.

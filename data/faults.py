@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from data import easy_vqa
+from data import built_in
 from data.config import DataConfig
 from data.files import code_stamp, read_rows
 from data.images import check_image
@@ -36,6 +36,8 @@ def check_rows(config: DataConfig, *, anew: bool = False) -> datasets.Dataset:
     """
     if config.images is not None and not Path(config.images).is_dir():
         raise DataError(f"images: found {config.images!r}, accepted: a folder")
+    for file in filter(built_in.is_built_in, config.files):
+        built_in.image_folder(file)  # drawn here, not by every process that checks
     rows = read_rows(config.files)
     checked = _checked(rows, config, anew=anew)
     if not anew and any(_inspect(row, config)["fault"] != row["fault"] for row in faulty(checked)):
@@ -55,8 +57,8 @@ def faults_of(rows: datasets.Dataset) -> list[Fault]:
 
 def folder_of(file: str, config: DataConfig) -> Path | None:
     """Returns the image folder of a file's rows."""
-    if easy_vqa.is_built_in(file):
-        return easy_vqa.image_folder(easy_vqa.name_of(file))
+    if built_in.is_built_in(file):
+        return built_in.image_folder(file)
     return None if config.images is None else Path(config.images)
 
 

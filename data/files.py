@@ -1,4 +1,4 @@
-"""Data files: JSON arrays, JSONL and the built-in set become one memory-mapped table of raw rows."""
+"""Data files: JSON arrays, JSONL and the built-in sets become one memory-mapped table of raw rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import datasets
 
-from data import easy_vqa
+from data import built_in
 from data.records import DataError
 
 _FEATURES = datasets.Features(
@@ -52,13 +52,12 @@ def code_stamp() -> str:
 
 
 def _stamp(file: str) -> str:
-    if easy_vqa.is_built_in(file):
-        return easy_vqa.VERSION
+    if built_in.is_built_in(file):
+        return built_in.version(file)
     try:
         status = Path(file).stat()
     except OSError as error:
-        built_in = " or ".join(f"easy_vqa:{name}" for name in easy_vqa.NAMES)
-        accepted = f"a LLaVA JSON or JSONL file, or {built_in}"
+        accepted = f"a LLaVA JSON or JSONL file, or {' or '.join(built_in.NAMES)}"
         raise DataError(f"{file}: {error.strerror}, accepted: {accepted}") from None
     return f"{status.st_size}:{status.st_mtime_ns}"
 
@@ -75,8 +74,8 @@ def _rows(files: tuple[str, ...], stamps: tuple[str, ...]) -> Iterator[dict[str,
 
 def _texts(file: str) -> Iterator[str]:
     """Yields the raw JSON of each row, without holding the file in memory."""
-    if easy_vqa.is_built_in(file):
-        yield from map(json.dumps, easy_vqa.conversations(easy_vqa.name_of(file)))
+    if built_in.is_built_in(file):
+        yield from map(json.dumps, built_in.conversations(file))
         return
     try:
         with Path(file).open("rb") as stream:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data.easy_vqa import is_built_in
+from data.built_in import is_built_in
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe
