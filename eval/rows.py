@@ -83,15 +83,7 @@ def score_error(score: float, scale: float | None, counted: Sequence[Record]) ->
 
 def floor_rows(task: str, limit: int | None) -> list[Row]:
     """Returns the rows of what can be had without an image; of the built-in sets alone."""
-    asked: Sequence[Any]
-    if task in scenes.SPLITS:
-        asked = scenes_data.questions(scenes.SPLITS[task])[:limit]
-        floors, kinds = scenes.floors(task, limit), {family: family for family in FAMILIES}
-    elif task.startswith("easy_vqa"):
-        asked = easy_vqa_data.questions("test")[:limit]
-        floors, kinds = easy_vqa.floors(limit), easy_vqa.KINDS
-    else:
-        return []
+    asked, floors, kinds = _floors(task, limit)
     rows = []
     for name, said in floors.items():
         right = [float(answer == question.answer) for answer, question in zip(said, asked, strict=True)]
@@ -112,6 +104,16 @@ def floor_rows(task: str, limit: int | None) -> list[Row]:
             }
         )
     return rows
+
+
+def _floors(task: str, limit: int | None) -> tuple[Sequence[Any], dict[str, list[str]], Mapping[str, str]]:
+    """Returns a built-in task's questions, the answers of each floor, and the metric of each kind of question."""
+    if task in scenes.SPLITS:
+        kinds = {family: family for family in FAMILIES}
+        return scenes_data.questions(scenes.SPLITS[task])[:limit], scenes.floors(task, limit), kinds
+    if task.startswith("easy_vqa"):
+        return easy_vqa_data.questions("test")[:limit], easy_vqa.floors(limit), easy_vqa.KINDS
+    return [], {}, {}
 
 
 def baseline_of(rows: Sequence[Row], stages: Mapping[str, Any]) -> tuple[str, str] | None:
