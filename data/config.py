@@ -53,7 +53,7 @@ class DataConfig(BaseModel):
 
     Attributes:
         files: sources of conversations: each a path (see `Source`) or a mapping of path, weight, limit, images, format.
-        images: folder that the rows' image paths start from; the built-in set brings its own.
+        images: folder that the rows' image paths start from; a built-in set brings its folder.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's own) or `plain`
             (image and caption, for alignment).
         max_length: tokens of a sample, visual tokens included; a longer one is cut at a turn border.

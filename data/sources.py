@@ -19,14 +19,14 @@ import pyarrow as pa
 from datasets.distributed import split_dataset_by_node
 from pyarrow import parquet
 
-from data import easy_vqa
+from data import built_in
 from data.config import DataConfig, expand, shorten
 from data.rows import DUPLICATE, DataError, RowError
 
 HUB: Final = "hf://"
 READABLE: Final = (
     "JSON or JSONL (also .gz, .zst), Parquet, a folder of these or of datasets, hf://org/name/subset:split, or "
-    + f"easy_vqa:{', '.join(easy_vqa.NAMES[:-1])} or {easy_vqa.NAMES[-1]}"
+    + f"{', '.join(built_in.NAMES[:-1])} or {built_in.NAMES[-1]}"
 )
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for packed in ("", ".gz", ".zst")))
@@ -61,7 +61,7 @@ def find_files(path: str) -> list[str]:
     Raises:
         DataError: nothing is there, or a folder mixes splits.
     """
-    if easy_vqa.is_built_in(path) or path.startswith(HUB):
+    if built_in.is_built_in(path) or path.startswith(HUB):
         return [path]
     try:
         return _found(path, Path(expand(path)))
@@ -87,7 +87,7 @@ def missing_paths(config: DataConfig) -> list[str]:
     missing = []
     for source in config.sources:
         place = Path(expand(source.path))
-        is_here = easy_vqa.is_built_in(source.path) or place.exists() or _saved_split(place) or _glob(place)
+        is_here = built_in.is_built_in(source.path) or place.exists() or _saved_split(place) or _glob(place)
         missing += [] if is_here else [source.path]
         if source.images and not Path(expand(source.images)).exists():
             missing.append(source.images)
@@ -104,8 +104,8 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
     Raises:
         DataError: the file cannot be read, or is broken so that the rows after some place are lost.
     """
-    if easy_vqa.is_built_in(file):
-        yield from easy_vqa.conversations(easy_vqa.name_of(file))
+    if built_in.is_built_in(file):
+        yield from built_in.conversations(file)
     elif stream and _head_of(file)[:4] == b"PAR1":
         with _named(file), parquet.ParquetFile(file) as opened:
             for batch in opened.iter_batches(batch_size=_READ):
@@ -119,7 +119,7 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
 
 def is_store(file: str) -> bool:
     """Returns whether a file is read through `datasets`, which gives its rows at random too."""
-    if easy_vqa.is_built_in(file):
+    if built_in.is_built_in(file):
         return False
     if file.startswith(HUB) or _is_saved(Path(file)) or _saved_split(Path(file)):
         return True
@@ -187,8 +187,8 @@ def split_hub_name(file: str) -> tuple[str, str | None, str]:
 
 def stamp(file: str) -> str:
     """Returns what changes when a file does: its size, its time, and what its head, middle and tail hold."""
-    if easy_vqa.is_built_in(file):
-        return easy_vqa.VERSION
+    if built_in.is_built_in(file):
+        return built_in.version(file)
     if file.startswith(HUB) or not Path(file).is_file():
         return str(open_store(file)._fingerprint)
     status = Path(file).stat()

@@ -14,7 +14,7 @@ from typing import Any, Final
 import datasets
 import pyarrow as pa
 
-from data import easy_vqa
+from data import built_in
 from data.config import DataConfig, Source, expand
 from data.images import ImageOptions, check_image
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks, parse
@@ -112,8 +112,8 @@ def images_of(row: dict[str, Any]) -> Sequence[str | EmbeddedImage]:
 
 def folder_of(source: Source, file: str) -> Path | None:
     """Returns the image folder of a file's rows."""
-    if easy_vqa.is_built_in(file):
-        return easy_vqa.image_folder(easy_vqa.name_of(file))
+    if built_in.is_built_in(file):
+        return built_in.image_folder(file)
     return None if source.images is None else Path(expand(source.images))
 
 
@@ -171,7 +171,9 @@ def _read_rows(config: DataConfig) -> datasets.Dataset:
     """
     open_store.cache_clear()  # files may have changed since
     sources = [(source.path, source.limit, source.format) for source in config.sources]
-    stamps = [code_stamp("rows", "sources", "table", "easy_vqa")]
+    stamps = [
+        code_stamp("rows", "sources", "table", "built_in", "easy_vqa", "scenes", "scene_questions", "scene_images")
+    ]
     stamps += [f"{file}:{stamp(file)}" for path, _, _ in sources for file in find_files(path)]
     builder = _RowsBuilder(sources=tuple(sources), stamps=tuple(stamps))
     try:

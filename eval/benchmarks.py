@@ -30,6 +30,8 @@ class Benchmark:
 _ALL = (
     Benchmark("easy_vqa", "accuracy", "image_id"),
     Benchmark("easy_vqa_phrase", "accuracy", "image_id"),
+    Benchmark("scenes", "accuracy", "image_id"),
+    Benchmark("scenes_compositional", "accuracy", "image_id"),
     Benchmark("gqa", "exact_match", "imageId"),
     Benchmark("textvqa_val", "exact_match", "image_id"),
     Benchmark("textvqa_val_ocr", "exact_match", "image_id"),

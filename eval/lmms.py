@@ -42,7 +42,7 @@ from models.schedules import SCHEDULES, TRAINED
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 HARNESS_FOLDERS = {  # where lmms-eval defines what is usually asked for; "" for our own
-    **dict.fromkeys(("easy_vqa", "easy_vqa_phrase", "textvqa_val_ocr"), ""),
+    **dict.fromkeys(("easy_vqa", "easy_vqa_phrase", "scenes", "scenes_compositional", "textvqa_val_ocr"), ""),
     "gqa": "gqa",
     "textvqa_val": "textvqa",
     "pope": "pope",

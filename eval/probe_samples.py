@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import easy_vqa
+from data import easy_vqa, scenes
 from data.chat import IGNORE_INDEX, ChatFormat
 from data.images import open_image
 from data.rows import IMAGE_MARK, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks
@@ -175,7 +175,15 @@ def spaced(total: int, limit: int) -> list[int]:
 
 def easy_vqa_samples(limit: int) -> list[Sample]:
     """Returns test questions of easy-VQA, evenly spaced over all 9,673."""
-    asked = easy_vqa.questions("test")
+    return _question_samples(easy_vqa.questions("test"), limit)
+
+
+def scenes_samples(limit: int) -> list[Sample]:
+    """Returns test questions of scenes, evenly spaced over all 6,000."""
+    return _question_samples(scenes.questions("test"), limit)
+
+
+def _question_samples(asked: Sequence[Any], limit: int) -> list[Sample]:
     chosen = [(number, asked[number]) for number in spaced(len(asked), limit)]
     return [
         Sample(str(number), Asked(one.text, [_rgb(one.image)]), one.answer, one.image.stem) for number, one in chosen

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.easy_vqa import questions
-from eval.easy_vqa import KINDS, floors
+from data import easy_vqa as easy_vqa_data
+from data import scenes as scenes_data
+from data.scene_questions import FAMILIES
+from eval import easy_vqa, scenes
 from eval.easy_vqa import mean as mean_of
 from eval.paired import difference, standard_error
 
@@ -80,15 +82,13 @@ def score_error(score: float, scale: float | None, counted: Sequence[Record]) ->
 
 
 def floor_rows(task: str, limit: int | None) -> list[Row]:
-    """Returns the rows of what can be had without an image; of easy-VQA alone."""
-    if not task.startswith("easy_vqa"):
-        return []
-    asked = questions("test")[:limit]
+    """Returns the rows of what can be had without an image; of the built-in sets alone."""
+    asked, floors, kinds = _floors(task, limit)
     rows = []
-    for name, said in floors(limit).items():
+    for name, said in floors.items():
         right = [float(answer == question.answer) for answer, question in zip(said, asked, strict=True)]
         metrics = {"accuracy": mean_of(right)}
-        for kind, metric in KINDS.items():
+        for kind, metric in kinds.items():
             members = [hit for hit, question in zip(right, asked, strict=True) if question.kind == kind]
             if members:
                 metrics[metric] = mean_of(members)
@@ -104,6 +104,16 @@ def floor_rows(task: str, limit: int | None) -> list[Row]:
             }
         )
     return rows
+
+
+def _floors(task: str, limit: int | None) -> tuple[Sequence[Any], dict[str, list[str]], Mapping[str, str]]:
+    """Returns a built-in task's questions, the answers of each floor, and the metric of each kind of question."""
+    if task in scenes.SPLITS:
+        kinds = {family: family for family in FAMILIES}
+        return scenes_data.questions(scenes.SPLITS[task])[:limit], scenes.floors(task, limit), kinds
+    if task.startswith("easy_vqa"):
+        return easy_vqa_data.questions("test")[:limit], easy_vqa.floors(limit), easy_vqa.KINDS
+    return [], {}, {}
 
 
 def baseline_of(rows: Sequence[Row], stages: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -22,7 +22,7 @@ from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint
 from eval.measure import positive
-from eval.probe_samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples
+from eval.probe_samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples, scenes_samples
 from eval.stages_analysis import Analysis
 from eval.stages_plot import draw_stages
 from eval.stages_recipe import check_target, starting_recipe, write_recipe
@@ -40,7 +40,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m eval.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="run folder, folder with config.json, or hub name")
-    parser.add_argument("--task", default="easy_vqa", help="easy_vqa, or a LLaVA-format JSON or JSONL file")
+    parser.add_argument("--task", default="easy_vqa", help="easy_vqa, scenes, or a LLaVA-format JSON or JSONL file")
     parser.add_argument("--images", type=Path, help="folder of the file's images")
     parser.add_argument("--limit", type=positive, default=LIMIT, help=f"samples (default {LIMIT})")
     parser.add_argument("--batch", type=positive, help="samples of one forward pass (8 on a GPU, 50 on a CPU)")
@@ -63,10 +63,14 @@ def samples_of(args: argparse.Namespace) -> list[Sample]:
     """
     if args.task == "easy_vqa":
         samples = easy_vqa_samples(args.limit)
+    elif args.task == "scenes":
+        samples = scenes_samples(args.limit)
     elif Path(args.task).is_file():
         samples = file_samples(Path(args.task), args.images, args.limit)
     else:
-        raise SamplesError(f"--task: found '{args.task}', accepted: easy_vqa, or a LLaVA-format JSON or JSONL file")
+        raise SamplesError(
+            f"--task: found '{args.task}', accepted: easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"
+        )
     least = math.ceil(100 / args.tolerance)
     if len(samples) < least:
         raise SamplesError(

@@ -527,7 +527,7 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--task", "gqa"), "--task: found 'gqa', accepted: easy_vqa, or a LLaVA-format JSON or JSONL file"),
+        (("--task", "gqa"), "--task: found 'gqa', accepted: easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--images", "nowhere"), "--images: "),
         (("--limit", "30"), "--limit: found 30 samples for a tolerance of 3 points, accepted: at least 34"),
         (("--window", "7"), "--window: found 7, accepted: at most 6"),

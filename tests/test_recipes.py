@@ -139,7 +139,10 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.max_steps=", "train.max_steps: got nothing, expected a value in YAML (null for none)"),
         ("train.=1", "got 'train.=1', expected dotted.key=value"),
         ("name=''", "name: got '' (str), expected text that is not empty"),
-        ("data.files=[]", "data.files: got [] (list), expected a list of text, not empty"),
+        (
+            "data.files=[]",
+            "data.files: got [] (list), expected a list of text or a mapping of path, weight, limit, images, format, not empty",
+        ),
         ("model.config=''", "model.config: got '' (str), expected text that is not empty or null"),
         ("seed=4294967296", "seed: got 4294967296 (int), expected whole number >= 0 and < 4294967296"),
         ("train.epochs=.inf", "train.epochs: got inf (float), expected number > 0 and <= 1000000"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from data.easy_vqa import is_built_in
+from data import easy_vqa, scenes
 from recipes.schema import Recipe
 
 _LLAMA2: Final = "Llama 2 Community License"
@@ -30,6 +30,7 @@ _DATA: Final = {  # file name: dataset of the hub, what is known
     ),
 }
 _EASY_VQA: Final = "the easy-vqa package, github.com/vzhou842/easy-VQA: MIT licence"
+_SCENES: Final = "made by this project's generator: the terms of its code"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -103,7 +104,9 @@ def _model_source(part: str, place: str) -> Source:
 
 
 def _data_source(file: str) -> Source:
-    if is_built_in(file):
+    if scenes.is_built_in(file):
+        return Source("data", f"drawn scenes and questions about them: `{file}`", None, _SCENES)
+    if easy_vqa.is_built_in(file):
         return Source("data", f"easy-VQA, questions about coloured shapes: `{file}`", None, _EASY_VQA)
     name = Path(file).name
     hub, words = _DATA.get(name, (None, f"check the licence of {name}, and of its images"))

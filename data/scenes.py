@@ -1,0 +1,190 @@
+"""The built-in set `scenes`: several objects and signs on 96 x 96 images, and six families of questions about them.
+
+`python -m data.scenes` prints what the sets hold, by family, and how far words alone get. The first use of a set makes
+it, below .cache/scenes or the folder in the environment variable SCENES_CACHE: the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from data.rows import DataError
+from data.scene_images import Scene, draw, montage
+from data.scene_questions import FAMILIES, Asked, generate
+
+VERSION: Final = "1"  # another one wherever a row or a pixel changes
+ROWS: Final = {"train": 13_500, "test": 1_500, "compositional": 1_500}  # images, each with four questions
+NAMES: Final = tuple(ROWS)
+_SET: Final = "scenes"
+_RECORDS: Final = "records.jsonl"  # beside the images: the questions of each
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test question. `kind` is its family; `chance` is how often a fair guess at its answer is right."""
+
+    image: Path
+    text: str
+    answer: str
+    kind: str
+    chance: float
+
+
+def is_built_in(file: str) -> bool:
+    """Returns whether a recipe's file name means this set."""
+    return file in (_SET, *(f"{_SET}:{name}" for name in NAMES))
+
+
+def name_of(file: str) -> str:
+    """Returns what follows `scenes:` in a recipe's file name; `scenes` alone is `train`."""
+    return file.removeprefix(_SET).removeprefix(":") or "train"
+
+
+def generate_rows(name: str, limit: int | None = None) -> Iterator[tuple[str, Scene, list[Asked]]]:
+    """Yields file name, scene and questions of the first `limit` images of a set (None: all); nothing is cached."""
+    for row in range(ROWS[name])[:limit]:
+        yield f"{row:05}.png", *generate(f"{_SET}:{VERSION}:{name}", row, compositional=name == "compositional")
+
+
+def image_folder(name: str) -> Path:
+    """Returns the folder of a set's PNG files. The first process to ask draws them, others wait for it.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    root = Path(os.environ.get("SCENES_CACHE") or Path(__file__).parents[1] / ".cache" / _SET)
+    folder = root / VERSION / name
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.is_dir():
+                    _write(name, folder)
+        except OSError as error:
+            raise DataError(
+                f"{_SET}:{name}: {folder} cannot be written ({error.strerror}), expected a folder with room for its "
+                "images; SCENES_CACHE names another"
+            ) from None
+    return folder
+
+
+def conversations(name: str) -> Iterator[dict[str, Any]]:
+    """Yields LLaVA rows, one an image with its questions: 13,500 for `train`, 1,500 for the others."""
+    for record in _records(name):
+        turns = []
+        for place, asked in enumerate(record["questions"]):
+            mark = "<image>\n" if place == 0 else ""
+            turns += [{"from": "human", "value": mark + asked["text"]}, {"from": "gpt", "value": asked["answer"]}]
+        number = Path(record["image"]).stem
+        yield {"id": f"{_SET}_{name}_{number}", "image": record["image"], "conversations": turns}
+
+
+def questions(split: str) -> list[Question]:
+    """Returns a set's questions, each to be asked alone, in the order of the images: 6,000 of `test`."""
+    folder = image_folder(split)
+    return [
+        Question(folder / record["image"], asked["text"], asked["answer"], asked["family"], asked["chance"])
+        for record in _records(split)
+        for asked in record["questions"]
+    ]
+
+
+def words_only(known: Iterable[tuple[str, str, str]], asked: Iterable[tuple[str, str]]) -> list[str]:
+    """Returns the answers of one that looks at no image, but has counted the training answers.
+
+    To a question text that training has, its most frequent answer there; to another, the family's.
+
+    Args:
+        known: family, text and answer of each training question.
+        asked: family and text of each question to answer.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for family, text, answer in known:
+        counts.setdefault(text, Counter())[answer] += 1
+        counts.setdefault(f"family {family}", Counter())[answer] += 1
+    best = {text: count.most_common(1)[0][0] for text, count in counts.items()}
+    return [best.get(text) or best.get(f"family {family}", "") for family, text in asked]
+
+
+def _records(name: str) -> Iterator[dict[str, Any]]:
+    file = image_folder(name) / _RECORDS
+    with file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _write(name: str, folder: Path) -> None:
+    """Makes a set; the folder appears in one move, so it is whole whenever it exists."""
+    partial = folder.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    with (partial / _RECORDS).open("w", encoding="utf-8") as records:
+        rows = tqdm(generate_rows(name), desc=f"drawing {_SET}:{name}", total=ROWS[name], leave=False, disable=None)
+        for image, scene, asked in rows:
+            draw(scene).save(partial / image, compress_level=1)
+            records.write(json.dumps({"image": image, "questions": list(map(asdict, asked))}) + "\n")
+    partial.rename(folder)
+
+
+def export(name: str, out: Path) -> Path:
+    """Writes a set as OUT/NAME.json, LLaVA rows, and OUT/NAME/*.png; returns the JSON file."""
+    folder, file = out / name, out / f"{name}.json"
+    shutil.copytree(image_folder(name), folder, ignore=shutil.ignore_patterns(_RECORDS), dirs_exist_ok=True)
+    rows = [{**row, "image": f"{name}/{row['image']}"} for row in conversations(name)]
+    file.write_text(json.dumps(rows, indent=0), encoding="utf-8")
+    return file
+
+
+def floor_lines() -> list[str]:
+    """Returns a table of the sets that are not trained on, by family: questions, texts, fair guess, words alone."""
+    known = [(one.kind, one.text, one.answer) for one in questions("train")]
+    lines = ["| set | family | questions | texts | fair guess | words only |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in NAMES[1:]:
+        asked = questions(name)
+        said = words_only(known, [(one.kind, one.text) for one in asked])
+        for family in FAMILIES:
+            members = [(one, guess) for one, guess in zip(asked, said, strict=True) if one.kind == family]
+            right = sum(guess == one.answer for one, guess in members)
+            chance = sum(one.chance for one, _ in members)
+            texts = len({one.text for one, _ in members})
+            shares = f"{100 * chance / len(members):.1f} % | {100 * right / len(members):.1f} %"
+            lines.append(f"| {name} | {family} | {len(members):,} | {texts:,} | {shares} |")
+    return lines
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Prints the table of floors, or writes the sets or a picture of them; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data.scenes", description="The built-in set scenes.")
+    parser.add_argument("--out", type=Path, help="write every set there, as LLaVA JSON and PNG files")
+    parser.add_argument("--montage", type=Path, help="write a picture of twelve images: six of test, six compositional")
+    args = parser.parse_args(given)
+    try:
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            for name in NAMES:
+                print(export(name, args.out))
+        if args.montage is not None:
+            shown = [draw(scene) for name in NAMES[1:] for _, scene, _ in generate_rows(name, 6)]
+            montage(shown, columns=6).save(args.montage)
+            print(args.montage)
+        if args.out is None and args.montage is None:
+            print("\n".join(floor_lines()))
+    except (DataError, OSError, ValueError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
