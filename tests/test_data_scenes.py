@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import built_in, scenes
 from data.images import open_image
-from data.records import DataError
+from data.rows import DataError
 from data.scene_images import COLOURS, SHAPES, SIDE, draw
 from data.scene_questions import FAMILIES, NUMBERS, WORDS, is_held_out
 

@@ -141,7 +141,8 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("name=''", "name: got '' (str), expected text that is not empty"),
         (
             "data.files=[]",
-            "data.files: got [] (list), expected a list of text or a mapping of path, weight, limit, images, format, not empty",
+            "data.files: got [] (list), expected a list of text or a mapping of path, weight, limit, images, format, "
+            "not empty",
         ),
         ("model.config=''", "model.config: got '' (str), expected text that is not empty or null"),
         ("seed=4294967296", "seed: got 4294967296 (int), expected whole number >= 0 and < 4294967296"),
