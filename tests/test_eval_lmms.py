@@ -225,7 +225,7 @@ def test_settings_reach_generate(loaded):
 def test_model_args_name_checkpoint_and_schedule(quickstart_run):
     made = FusedLlava.create_from_arg_string(f"pretrained={quickstart_run},schedule=vtw", {"batch_size": 8})
     assert made.batch_size == 8
-    assert made._held[0].schedule.pruner == VTW(layer=4)  # 16 of 32 layers, scaled to 8; inside the plan
+    assert made._held[0].schedule.inner == VTW(layer=4)  # 16 of 32 layers, scaled to 8; inside the plan
     for wrong in (
         "schedule=vtw",
         f"pretrained={quickstart_run},schedul=vtw",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -133,6 +134,18 @@ def save_processor(processor: Any, data: DataConfig, folder: Path) -> None:
     """
     take_parts(processor, data)
     processor.save_pretrained(folder)
+
+
+def save_released(processor: Any, folder: Path) -> None:
+    """Writes the processor of a release, in the words that transformers 4 knows too."""
+    processor.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def take_parts(processor: Any, data: DataConfig) -> bool:

@@ -25,7 +25,7 @@ from train.checkpoints import RECIPE
 from train.release.card import TABLE, Comparison, read_comparison, write_card
 from train.release.errors import InputError, ReleaseError
 from train.release.hub import check_target, push
-from train.release.processor import read_processor, released_processor
+from train.release.processor import read_processor, released_processor, save_released
 from train.release.proof import SUMS, expect, picture, prove, write_sums
 from train.release.run import Run, find_run
 from train.release.sources import licence_file, licences
@@ -108,7 +108,7 @@ def _write(
     expected = expect(model, own, run.data, image)
     print(f"{options.out}: writing")
     write_model(model, partial, max_shard_size=options.max_shard_size)
-    processor.save_pretrained(partial)
+    save_released(processor, partial)
     shutil.copyfile(run.final / RECIPE, partial / RECIPE)
     for weights in partial.glob("*.safetensors"):  # written for their owner alone
         shutil.copymode(partial / RECIPE, weights)

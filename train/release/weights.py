@@ -18,6 +18,7 @@ from models.schedules import TRAINED, ScheduleError, resolve_schedule
 from train.initial import refuse_faults
 from train.release.errors import InputError
 from train.release.run import Run
+from train.weights import save_model
 
 OLDEST: Final = "5.22"  # transformers that a release runs on
 ENTRY: Final = "modeling_fused.py"  # the file that config.json's auto_map names
@@ -86,10 +87,14 @@ def is_plain(model: Any) -> bool:
 
 def write_model(model: Any, folder: Path, *, max_shard_size: str) -> None:
     """Writes weights and config; and the code that runs them, unless transformers has it."""
-    if is_plain(model):
-        _plain(model).save_pretrained(folder, max_shard_size=max_shard_size)
-        return
     family = family_of(model.config.model_type)
+    if is_plain(model):
+        if family.model_type == "llava":  # under the names of llava-hf's checkpoints, which other engines know too
+            vars(model.config).pop("schedule", None)
+            save_model(model, folder, max_shard_size=max_shard_size)
+        else:
+            _plain(model).save_pretrained(folder, max_shard_size=max_shard_size)
+        return
     names = {"config": family.config_class.__name__, "model": family.model_class.__name__}
     module = ENTRY.removesuffix(".py")
     model.config.auto_map = {
@@ -99,7 +104,8 @@ def write_model(model: Any, folder: Path, *, max_shard_size: str) -> None:
     }
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     custom_object_save(model, folder)  # families.py and all that it imports, by relative imports, of models/
-    entry = render("modeling.py.jinja", **names, family=family.model_type, oldest=OLDEST)
+    modules = sorted(file.stem for file in folder.glob("*.py"))
+    entry = render("modeling.py.jinja", **names, family=family.model_type, oldest=OLDEST, modules=modules)
     (folder / ENTRY).write_text(entry, encoding="utf-8")
 
 
