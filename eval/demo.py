@@ -47,6 +47,7 @@ MAX_WAITING = 32  # questions in the queue
 KEPT_SECONDS = 3600  # of an uploaded file
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that Pillow decodes with another program
 EXAMPLES = 4
+RELEASED = "released"  # the name of the schedule in config.json
 _SIZES = (
     f"expected at most {MAX_PIXELS // 10**6} million pixels, and no side above {MAX_SIDE:,} or "
     f"{MAX_ASPECT} times the other"
@@ -115,13 +116,15 @@ def respond(
         prompter: asks it as it was trained to be asked.
         image: what the question is about; None asks the words alone.
         question: what a user typed.
-        schedule: `trained`, or a name in `SCHEDULES`, with published settings scaled to the model's depth.
+        schedule: `released`, the one that its config.json names; `trained`; or a name in `SCHEDULES`, with published
+            settings scaled to the model's depth.
         max_new_tokens: at least 1.
 
     Raises:
         QuestionError: prompt and answer do not fit into the model's positions, or the tokenizer cannot write the text.
     """
-    depth, chosen = model.config.text_config.num_hidden_layers, model.resolve(schedule)
+    depth = model.config.text_config.num_hidden_layers
+    chosen = model.resolve(model.config.schedule if schedule == RELEASED else schedule)
     images = [] if image is None else [image.convert("RGB")]
     try:
         batch = prompter.batch([Asked(question, images)])
@@ -162,13 +165,15 @@ def _check_length(model: Any, prompt: int, new: int) -> None:
 
 
 def schedule_choices(model: Any) -> list[tuple[str, str]]:
-    """Returns (label, name) of each schedule that a model can be asked under; its own plan, if any, comes first."""
+    """Returns (label, name) of each schedule that a model can be asked under; first the one that it starts under."""
+    released = model.config.schedule
+    first = [] if released is None else [(f"{RELEASED}: {model.resolve(released)}", RELEASED)]
     if model.config.stages is None:
-        return [(name, name) for name in SCHEDULES]
+        return [*first, *((name, name) for name in SCHEDULES)]
     plan, depth = StagePlan.from_dict(model.config.stages), model.config.text_config.num_hidden_layers
     trained = f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers"
     labels = {name: name if schedule.trainable else f"{name}, within the plan" for name, schedule in SCHEDULES.items()}
-    return [(trained, TRAINED), *((label, name) for name, label in labels.items())]
+    return [*first, (trained, TRAINED), *((label, name) for name, label in labels.items())]
 
 
 def examples(checkpoint: Checkpoint) -> list[list[str]]:

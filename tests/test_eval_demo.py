@@ -93,6 +93,13 @@ def test_token_layers_and_overlay_follow_the_schedule(loaded, asked):
     assert (trained.new_tokens, trained.decode_seconds) == (1, 0)
 
 
+def test_a_release_is_asked_under_the_schedule_of_its_config(loaded, asked, monkeypatch):
+    _, model, prompter = loaded
+    monkeypatch.setattr(model.config, "schedule", {"name": "vtw", "layer": 3})
+    assert demo.respond(model, prompter, *asked, "released", 1).token_layers == VISUAL  # of the plan's layers, layer 2
+    assert demo.respond(model, prompter, *asked, "trained", 1).token_layers == 3 * VISUAL
+
+
 def test_a_question_without_an_image(loaded):
     _, model, prompter = loaded
     response = demo.respond(model, prompter, None, "what shape?", "trained", 5)
@@ -110,6 +117,8 @@ def test_choices_and_examples(loaded, tmp_path, monkeypatch):
     assert ("vtw, within the plan", "vtw") in choices
     monkeypatch.setattr(model.config, "stages", None)
     assert demo.schedule_choices(model) == [(name, name) for name in SCHEDULES]
+    monkeypatch.setattr(model.config, "schedule", {"name": "vtw", "layer": 2})
+    assert demo.schedule_choices(model)[0] == ("released: VTW(layer=2)", "released")
     shown = demo.examples(checkpoint)
     assert len({file for file, _ in shown}) == len(shown) == demo.EXAMPLES
     assert {tuple(example) for example in shown} <= {(str(each.image), each.text) for each in questions("test")}

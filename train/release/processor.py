@@ -145,6 +145,7 @@ def save_released(processor: Any, folder: Path) -> None:
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    fields.setdefault("model_input_names", list(processor.tokenizer.model_input_names))
     file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
