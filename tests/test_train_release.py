@@ -52,6 +52,7 @@ from train.release.processor import released_processor, save_processor
 from train.release.proof import picture
 from train.release.run import find_run
 from train.release.sources import licences
+from train.release.weights import is_plain, load
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"
@@ -547,6 +548,23 @@ def test_a_dense_release_is_a_plain_checkpoint(quickstart, dense):
     assert "plain Hugging Face checkpoint" in card
     assert "trust_remote_code" not in card
     assert "*.py" not in (out / "LICENSES.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stages", "schedule", "plain"),
+    [
+        ({"enter": 0, "exit": 4}, None, True),  # a plan that leaves nothing out
+        ({"enter": 0, "exit": 4}, {"name": "dense"}, False),
+        ({"enter": 0, "exit": 3}, None, False),
+        ({"enter": 0, "exit": 4, "update": "kv"}, None, False),
+        ({"enter": 0, "exit": 4, "keep": {2: 0.5}}, None, False),
+    ],
+)
+def test_what_is_released_as_a_plain_checkpoint(llava, tmp_path, stages, schedule, plain):
+    shutil.copytree(llava, tmp_path / "run")
+    file = tmp_path / "run/final/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stages": stages}))
+    assert is_plain(load(find_run(tmp_path / "run"), schedule)) == plain
 
 
 SCHEDULED = """

@@ -73,10 +73,17 @@ def load(run: Run, schedule: Mapping[str, Any] | None) -> Any:
             f"{run.final}: cannot be loaded: {' '.join(str(error).split())}; expected the checkpoint that a run writes"
         ) from error
     refuse_faults(run.final, report)
+    if model.plan is not None and _is_dense(model.plan, model.config.text_config.num_hidden_layers):
+        model.config.stages = model.plan = None  # it computes the same
     model.config.schedule = None if schedule is None else dict(schedule)
     model.schedule = model.config.schedule
     model.config.use_cache = True  # training switched it off
     return model.eval()
+
+
+def _is_dense(plan: StagePlan, num_layers: int) -> bool:
+    """Returns whether a plan lets every layer run on every visual token."""
+    return plan.update == "full" and not plan.keep and all(plan.sees(layer) for layer in range(num_layers))
 
 
 def is_plain(model: Any) -> bool:
