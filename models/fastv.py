@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,15 +31,7 @@ class FastV(ScorePruner):
     def __post_init__(self) -> None:
         require(is_int(self.layer, 1), "FastV.layer", self.layer, "a layer number (int >= 1)")
         require(is_number(self.drop, 0.0, 1.0), "FastV.drop", self.drop, "a ratio, 0 to 1")
-
-    @property
-    def cuts(self) -> Sequence[int]:
-        """The one layer."""
-        return (self.layer,)
-
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns what is not dropped."""
-        return round(visual * (1 - self.drop))
+        self.derive(cuts=((self.layer, 1 - self.drop),), rounding=round)
 
     def score(self, view: View) -> Tensor:
         """Returns the attention of the layer before."""

@@ -42,22 +42,8 @@ class PyramidDrop(ScorePruner):
         good = good and all(is_number(ratio, 0.0, 1.0) for ratio in ratios)
         good = good and all(one >= other for one, other in itertools.pairwise(ratios))
         require(good, "PyramidDrop.ratios", ratios, "a ratio, 0 to 1, for each of layers, not growing")
-        object.__setattr__(self, "layers", tuple(layers))
-        object.__setattr__(self, "ratios", tuple(ratios))
-
-    @property
-    def renumbers(self) -> bool:  # type: ignore[override]
-        """The setting."""
-        return self.renumber
-
-    @property
-    def cuts(self) -> Sequence[int]:
-        """The layers."""
-        return self.layers
-
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns the ratio of that cut."""
-        return int(visual * self.ratios[cut])
+        cuts = tuple(zip(layers, ratios, strict=True))
+        self.derive(layers=tuple(layers), ratios=tuple(ratios), cuts=cuts, renumbers=self.renumber)
 
     def score(self, view: View) -> Tensor:
         """Returns the attention that the layer about to run would pay."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,24 +28,13 @@ class Random(ScorePruner):
     ratio: float = 0.5
     seed: int = 0
 
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """The draw looks at nothing."""
-        return False
+    reads_attention = False
 
     def __post_init__(self) -> None:
         require(is_int(self.layer, 0), "Random.layer", self.layer, "a layer number (int >= 0)")
         require(is_number(self.ratio, 0.0, 1.0), "Random.ratio", self.ratio, "a ratio, 0 to 1")
         require(is_int(self.seed, 0), "Random.seed", self.seed, "an int >= 0")
-
-    @property
-    def cuts(self) -> Sequence[int]:
-        """The one layer."""
-        return (self.layer,)
-
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns the ratio."""
-        return int(visual * self.ratio)
+        self.derive(cuts=((self.layer, self.ratio),))
 
     def score(self, view: View) -> Tensor:
         """Returns the rank of each visual token in the sample's draw, the first drawn highest."""

@@ -86,6 +86,11 @@ class Schedule:
     renumbers: bool = False
     trainable: bool = False
 
+    def derive(self, **attributes: Any) -> None:
+        """Sets attributes that follow from the settings; called by __post_init__ of a frozen dataclass."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the schedule does not fit a decoder of `num_layers` layers."""
 
@@ -109,52 +114,6 @@ class Schedule:
 
     def on_end(self, view: View) -> None:
         """Called once after the last layer, with `view.layer` the decoder's depth. For measurements."""
-
-
-class WrappedSchedule(Schedule):
-    """A schedule around another: everything is the inner one's until a subclass says otherwise."""
-
-    inner: Schedule
-
-    @property
-    def update(self) -> str:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.update
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.reads_attention
-
-    @property
-    def renumbers(self) -> bool:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.renumbers
-
-    @property
-    def trainable(self) -> bool:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.trainable
-
-    def check(self, num_layers: int) -> None:
-        """Raises what the inner schedule raises."""
-        self.inner.check(num_layers)
-
-    def new_state(self) -> Any:
-        """Returns the state of the inner schedule."""
-        return self.inner.new_state()
-
-    def live(self, view: View) -> Selection:
-        """Returns what the inner schedule selects."""
-        return self.inner.live(view)
-
-    def value_remap(self, view: View) -> ValueRemap | None:
-        """Returns what the inner schedule wants."""
-        return self.inner.value_remap(view)
-
-    def on_end(self, view: View) -> None:
-        """Calls the inner schedule."""
-        self.inner.on_end(view)
 
 
 class Dense(Schedule):
@@ -181,20 +140,10 @@ class Fused(Schedule):
 
     plan: StagePlan
 
-    @property
-    def trainable(self) -> bool:  # type: ignore[override]
-        """A plan is made to be trained with."""
-        return True
+    trainable = True
 
-    @property
-    def update(self) -> str:  # type: ignore[override]
-        """The plan's visual update."""
-        return self.plan.update
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """Only a plan that keeps some of the tokens reads attention, to choose them."""
-        return bool(self.plan.keep)
+    def __post_init__(self) -> None:
+        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep))
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer beyond the decoder."""
@@ -221,11 +170,11 @@ class _WithinState:
     plan: Any
     pruner: Any
     pruned: Selection | None = None
-    both: tuple[Selection, Selection, Selection] | None = None
+    both: dict[tuple[Selection, Selection], Selection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Within(WrappedSchedule):
+class Within(Schedule):
     """A pruner on a fused checkpoint: live is what the trained plan lets in and the pruner keeps.
 
     Layers keep the decoder's numbers. The pruner is asked only at layers that the plan lets see vision; a cut that it
@@ -237,15 +186,10 @@ class Within(WrappedSchedule):
     plan: StagePlan
     inner: Schedule
 
-    @property
-    def update(self) -> str:  # type: ignore[override]
-        """The plan's visual update."""
-        return self.plan.update
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """Either may read."""
-        return bool(self.plan.keep) or self.inner.reads_attention
+    def __post_init__(self) -> None:
+        trained, inner = Fused(self.plan), self.inner
+        reads = trained.reads_attention or inner.reads_attention
+        self.derive(update=trained.update, reads_attention=reads, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when either names a layer beyond the decoder."""
@@ -266,11 +210,9 @@ class Within(WrappedSchedule):
         state.pruned = pruned
         if pruned is NO_VISUAL or trained is view.visual:
             return pruned
-        if pruned is view.visual:
-            return trained
-        if state.both is None or state.both[0] is not trained or state.both[1] is not pruned:
-            state.both = trained, pruned, Selection(mask_of(trained) & mask_of(pruned))
-        return state.both[2]
+        if (trained, pruned) not in state.both:
+            state.both[trained, pruned] = Selection(mask_of(trained) & mask_of(pruned))
+        return state.both[trained, pruned]
 
     def value_remap(self, view: View) -> ValueRemap | None:
         """Returns what the pruner wants."""
@@ -289,20 +231,14 @@ class _CutsMade:
 class ScorePruner(Schedule):
     """A pruner that keeps, from certain layers on, the visual tokens with the highest scores.
 
-    A subclass says at which layers (`cuts`), how many of a sample's visual tokens stay (`keeps`), and what a token's
-    score is (`score`).
+    Attributes:
+        cuts: (layer, ratio of a sample's visual tokens that stay from it on), ascending.
+        rounding: makes a whole number of tokens of that.
     """
 
     reads_attention = True
-
-    @property
-    @abstractmethod
-    def cuts(self) -> Sequence[int]:
-        """The layers from which on fewer tokens are live, ascending."""
-
-    @abstractmethod
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns how many of a sample's `visual` tokens stay after the cut number `cut`."""
+    cuts: Sequence[tuple[int, float]]
+    rounding: Callable[[float], int] = int
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -311,7 +247,7 @@ class ScorePruner(Schedule):
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the decoder does not reach the last cut."""
         name = f"{type(self).__name__}.{'layer' if hasattr(self, 'layer') else 'layers'}"
-        require_depth(name, self.cuts[-1], num_layers - 1, num_layers)
+        require_depth(name, self.cuts[-1][0], num_layers - 1, num_layers)
 
     def new_state(self) -> _CutsMade:
         """Returns how many cuts the run has made."""
@@ -320,12 +256,12 @@ class ScorePruner(Schedule):
     def live(self, view: View) -> Selection:
         """Returns all visual tokens before the first cut, fewer after each one."""
         state: _CutsMade = view.state
-        due = sum(layer <= view.layer for layer in self.cuts)
+        due = sum(layer <= view.layer for layer, _ in self.cuts)
         if due == state.number or (self.reads_attention and view.last_visual_layer is None):
             return view.live
         state.number = due
-        counts = [self.keeps(due - 1, number) for number in view.visual_counts]
-        return keep_highest(self.score(view), view.live, counts)
+        ratio = self.cuts[due - 1][1]
+        return keep_highest(self.score(view), view.live, [self.rounding(n * ratio) for n in view.visual_counts])
 
 
 def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Selection:

@@ -97,7 +97,8 @@ class VisiPruner(Schedule):
         require(good, "VisiPruner.modes", self.modes, f"a list of {', '.join(MODES)}")
         good = self.first_layer in FIRST_LAYERS
         require(good, "VisiPruner.first_layer", self.first_layer, " or ".join(FIRST_LAYERS))
-        object.__setattr__(self, "modes", tuple(self.modes))
+        # only the middle's test, and the deep one after it, read attention
+        self.derive(modes=tuple(self.modes), reads_attention="middle" in self.modes)
 
     @classmethod
     def from_released(cls, settings: Mapping[str, Any]) -> VisiPruner:
@@ -113,11 +114,6 @@ class VisiPruner(Schedule):
             if key not in RELEASED:
                 raise ScheduleError(f"VisiPruner settings: got key {key!r}, expected one of {', '.join(RELEASED)}")
         return cls(**{RELEASED[key]: value for key, value in settings.items()})
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """Only the middle's test, and the deep one after it, read."""
-        return "middle" in self.modes
 
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the shallow part is deeper than the decoder."""
