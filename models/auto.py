@@ -19,10 +19,10 @@ class FusedAutoModel:
         """Returns the fused model of an ordinary or a fused checkpoint of any supported family.
 
         Args:
-            source: a folder or a hub name.
-            args: as in Hugging Face's from_pretrained.
+            source: a folder or a hub name; this and the rest as in Hugging Face's from_pretrained.
+            args: likewise.
             stages: the fields of StagePlan; None is what the checkpoint says: dense for an ordinary one.
-            kwargs: as in Hugging Face's from_pretrained.
+            kwargs: likewise.
 
         Raises:
             UnsupportedModelError: the checkpoint is of another kind; names the supported ones.

@@ -23,21 +23,20 @@ class StagedLayer(DynamicLayer):
         padded: some column is padding.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.slots: Tensor | None = None
-        self.seen = 0
-        self.next_position: Tensor | None = None
-        self.padded = False
+    slots: Tensor | None = None
+    seen = 0
+    next_position: Tensor | None = None
+    padded = False
 
-    def extend(self, slots: Tensor, padded: bool) -> None:
-        """Notes the slots (B, C) of the columns that the layer is about to append; `padded`: some of them are -1."""
+    def extend(self, slots: Tensor, padded: bool) -> tuple[Tensor, bool]:
+        """Notes the slots of the columns that the layer is about to append, and whether some of them are padding.
+
+        Returns:
+            `slots` (B, C) and `padded` of all columns that it then holds.
+        """
         self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
         self.padded = self.padded or padded
-
-    def end_call(self, seen: int, next_position: Tensor) -> None:
-        """Notes, after a call, the length of the sequence so far and the position id (B,) that follows it."""
-        self.seen, self.next_position = seen, next_position
+        return self.slots, self.padded
 
     def get_seq_length(self) -> int:
         """Returns the length of the sequence seen so far."""
@@ -62,10 +61,9 @@ class StagedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sample `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        if self.slots is not None and self.next_position is not None:
-            self.slots = self.slots.repeat_interleave(repeats, dim=0)
-            self.next_position = self.next_position.repeat_interleave(repeats, dim=0)
+        if self.slots is not None:
+            samples = torch.arange(len(self.slots), device=self.slots.device)
+            self.batch_select_indices(samples.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the samples `indices`, in that order."""

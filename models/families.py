@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
@@ -17,10 +18,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .fused import FusedMixin, fused_signature
+from .fused import FusedMixin, settle_stages
 from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from .schedules import resolve_schedule
-from .stage_plan import StagePlan
 
 
 class UnsupportedModelError(ValueError):
@@ -32,18 +31,10 @@ class StagesConfigMixin:
 
     base_model_type: str
     model_type: str
-    stages: Any
-    schedule: Any
-    text_config: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # PreTrainedConfig's
-        depth, plan = self.text_config.num_hidden_layers, None
-        if self.stages is not None:
-            plan = StagePlan.from_dict(self.stages)
-            plan.check(depth)
-            self.stages = plan.to_dict()
-        resolve_schedule(self.schedule, plan, depth)
+        settle_stages(self)
 
     @classmethod
     def get_config_dict(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,11 +184,16 @@ class Family:
 
 
 def _forward_like(base: Any) -> Callable[..., Any]:
+    """Returns FusedMixin.forward with the arguments of the family's and those that FusedMixin adds."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return FusedMixin.forward(self, *args, **kwargs)
 
+    parameters = dict(signature(base.forward).parameters)
+    variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
+    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in ("schedule", "visual")]
     forward.__doc__ = FusedMixin.forward.__doc__
-    forward.__signature__ = fused_signature(base)  # type: ignore[attr-defined]  # what generate() reads
+    forward.__signature__ = Signature([*parameters.values(), *added, variable])  # type: ignore[attr-defined]  # generate() reads it
     return forward
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class FastV(ScorePruner):
     drop: float = 0.5
 
     def __post_init__(self) -> None:
-        require(is_int(self.layer, 1), "FastV.layer", self.layer, "a layer number (int >= 1)")
-        require(is_number(self.drop, 0.0, 1.0), "FastV.drop", self.drop, "a ratio, 0 to 1")
+        self.require("layer", is_int(self.layer, 1), "a layer number (int >= 1)")
+        self.require("drop", is_number(self.drop, 0.0, 1.0), "a ratio, 0 to 1")
         self.derive(cuts=((self.layer, 1 - self.drop),), rounding=round)
 
     def score(self, view: View) -> Tensor:

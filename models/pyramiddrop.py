@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,12 @@ class PyramidDrop(ScorePruner):
     def __post_init__(self) -> None:
         layers, ratios = self.layers, self.ratios
         good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, 1) for layer in layers)
-        good = good and all(one < other for one, other in itertools.pairwise(layers))
-        require(good, "PyramidDrop.layers", layers, "layer numbers (int >= 1), ascending")
+        good = good and list(layers) == sorted(set(layers))
+        self.require("layers", good, "layer numbers (int >= 1), ascending")
         good = isinstance(ratios, list | tuple) and len(ratios) == len(layers)
         good = good and all(is_number(ratio, 0.0, 1.0) for ratio in ratios)
-        good = good and all(one >= other for one, other in itertools.pairwise(ratios))
-        require(good, "PyramidDrop.ratios", ratios, "a ratio, 0 to 1, for each of layers, not growing")
+        good = good and list(ratios) == sorted(ratios, reverse=True)
+        self.require("ratios", good, "a ratio, 0 to 1, for each of layers, not growing")
         cuts = tuple(zip(layers, ratios, strict=True))
         self.derive(layers=tuple(layers), ratios=tuple(ratios), cuts=cuts, renumbers=self.renumber)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Random(ScorePruner):
     reads_attention = False
 
     def __post_init__(self) -> None:
-        require(is_int(self.layer, 0), "Random.layer", self.layer, "a layer number (int >= 0)")
-        require(is_number(self.ratio, 0.0, 1.0), "Random.ratio", self.ratio, "a ratio, 0 to 1")
-        require(is_int(self.seed, 0), "Random.seed", self.seed, "an int >= 0")
+        self.require("layer", is_int(self.layer, 0), "a layer number (int >= 0)")
+        self.require("ratio", is_number(self.ratio, 0.0, 1.0), "a ratio, 0 to 1")
+        self.require("seed", is_int(self.seed, 0), "an int >= 0")
         self.derive(cuts=((self.layer, self.ratio),))
 
     def score(self, view: View) -> Tensor:

@@ -27,18 +27,15 @@ class View:
         live: what the schedule selected for the layer before; at first all visual tokens.
         last_visual_layer: the last layer that ran on visual tokens; None before the first one.
         state: what `Schedule.new_state` returned for this run.
-        attention: returns (B, S), the attention that the last instruction token pays each position in layer
-            `last_visual_layer`, mean over heads (and over instruction tokens, where there are several), 0 on dead
-            positions.
+        attention: returns (B, S), the attention that the instruction tokens pay each position in layer
+            `last_visual_layer`, mean over them and over heads, 0 on dead positions.
         next_layer_attention: the same for the layer that is about to run, with its norm and projections on the hidden
             states as they are now. Only after a layer ran on visual tokens.
-        last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`,
-            head by head.
-        hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0), 0 on dead
-            positions. A copy of all of them: for measurements.
+        last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
+        hidden_states: returns (B, S, D), a copy of the output of the layer before (the embeddings, before layer 0), 0
+            on dead positions. For measurements.
 
-    `last_visual_layer` and the three that read attention need `reads_attention`. Each of the three costs O(S), never a
-    whole matrix.
+    `last_visual_layer` and the three that read attention need `reads_attention`. Each of the three costs O(S).
     """
 
     num_layers: int
@@ -76,8 +73,7 @@ class Schedule:
     Attributes:
         update: what a live visual token does in a layer: `full` or `kv` (see StagePlan).
         reads_attention: the schedule reads attention, so the executor keeps what that needs.
-        renumbers: each layer numbers its live tokens anew for its position ids, instead of every token keeping its
-            position id throughout.
+        renumbers: each layer numbers its live tokens anew; otherwise every token keeps its position id.
         trainable: may be used with gradients.
     """
 
@@ -90,6 +86,11 @@ class Schedule:
         """Sets attributes that follow from the settings; called by __post_init__ of a frozen dataclass."""
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
+
+    def require(self, name: str, good: bool, expected: str) -> None:
+        """Raises ScheduleError, naming the setting `name` and its value, unless `good`."""
+        if not good:
+            raise ScheduleError(f"{type(self).__name__}.{name}: got {getattr(self, name)!r}, expected {expected}")
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the schedule does not fit a decoder of `num_layers` layers."""
@@ -223,11 +224,6 @@ class Within(Schedule):
         self.inner.on_end(replace(view, state=view.state.pruner))
 
 
-@dataclass
-class _CutsMade:
-    number: int = 0
-
-
 class ScorePruner(Schedule):
     """A pruner that keeps, from certain layers on, the visual tokens with the highest scores.
 
@@ -246,32 +242,27 @@ class ScorePruner(Schedule):
 
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the decoder does not reach the last cut."""
-        name = f"{type(self).__name__}.{'layer' if hasattr(self, 'layer') else 'layers'}"
-        require_depth(name, self.cuts[-1][0], num_layers - 1, num_layers)
+        name = "layer" if hasattr(self, "layer") else "layers"
+        last, expected = self.cuts[-1][0], f"at most {num_layers - 1}, because the decoder has {num_layers} layers"
+        if last >= num_layers:
+            raise ScheduleError(f"{type(self).__name__}.{name}: got {last}, expected {expected}")
 
-    def new_state(self) -> _CutsMade:
-        """Returns how many cuts the run has made."""
-        return _CutsMade()
+    def new_state(self) -> set[int]:
+        """Returns the layers of the cuts that the run has made."""
+        return set()
 
     def live(self, view: View) -> Selection:
         """Returns all visual tokens before the first cut, fewer after each one."""
-        state: _CutsMade = view.state
-        due = sum(layer <= view.layer for layer, _ in self.cuts)
-        if due == state.number or (self.reads_attention and view.last_visual_layer is None):
+        due = [(layer, ratio) for layer, ratio in self.cuts if layer <= view.layer and layer not in view.state]
+        if not due or (self.reads_attention and view.last_visual_layer is None):
             return view.live
-        state.number = due
-        ratio = self.cuts[due - 1][1]
+        view.state.update(layer for layer, _ in due)
+        ratio = due[-1][1]
         return keep_highest(self.score(view), view.live, [self.rounding(n * ratio) for n in view.visual_counts])
 
 
 def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Selection:
-    """Returns, of each sample's live tokens, the `counts[b]` with the highest score; ties go to the first.
-
-    Args:
-        scores: (B, S), at least 0; higher stays.
-        live: the tokens to choose from.
-        counts: how many stay, a number for each sample.
-    """
+    """Returns, of sample b's live tokens, the `counts[b]` with the highest scores (B, S >= 0); ties go to the first."""
     mask = mask_of(live)
     order = scores.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
     count = torch.tensor(counts, device=mask.device)[:, None]
@@ -284,17 +275,6 @@ def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Sele
 
 class ScheduleError(ValueError):
     """A schedule's setting is wrong, or does not fit the decoder."""
-
-
-def require(good: bool, name: str, value: Any, expected: str) -> None:
-    """Raises ScheduleError, naming the setting and its value, unless `good`."""
-    if not good:
-        raise ScheduleError(f"{name}: got {value!r}, expected {expected}")
-
-
-def require_depth(name: str, layer: int, last: int, num_layers: int) -> None:
-    """Raises ScheduleError where a layer number is beyond `last`, in a decoder of `num_layers` layers."""
-    require(layer <= last, name, layer, f"at most {last}, because the decoder has {num_layers} layers")
 
 
 def is_int(value: Any, low: int) -> bool:

@@ -1,4 +1,4 @@
-"""Every schedule by name. Adding one is a file in this folder and a line here."""
+"""Every schedule by name. Adding one is a file in this folder and an entry in SCHEDULES."""
 
 from __future__ import annotations
 
@@ -44,18 +44,15 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     for key in settings:
         if key not in known:
             raise ScheduleError(f"schedule {name}: got setting {key!r}, expected {', '.join(known) or 'none'}")
-    scaled = {
-        field.name: _scaled(field.default, field.metadata["published_depth"], num_layers)
-        for field in fields
-        if "published_depth" in field.metadata
-    }
+    bounds = [field for field in fields if "published_depth" in field.metadata]
+    scaled = {one.name: _scaled(one.default, num_layers / one.metadata["published_depth"]) for one in bounds}
     return kind(**{**scaled, **settings})
 
 
 def resolve_schedule(
     choice: Schedule | str | Mapping[str, Any] | None, plan: StagePlan | None, num_layers: int
 ) -> Schedule:
-    """Returns the schedule that a choice means for a checkpoint: a pure function of its arguments.
+    """Returns the schedule that a choice means for a checkpoint.
 
     Args:
         choice: None or "trained" is the checkpoint's plan, dense without one; a name of SCHEDULES, with its published
@@ -85,10 +82,8 @@ def resolve_schedule(
     return choice
 
 
-def _scaled(value: Any, published_depth: int, num_layers: int) -> Any:
-    if isinstance(value, int):
-        return max(1, round(value * num_layers / published_depth))
-    return tuple(_scaled(layer, published_depth, num_layers) for layer in value)
+def _scaled(value: Any, ratio: float) -> Any:
+    return max(1, round(value * ratio)) if isinstance(value, int) else tuple(_scaled(layer, ratio) for layer in value)
 
 
 __all__ = [

@@ -61,24 +61,18 @@ class StagePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON-ready values (keys of `keep` become strings, as JSON wants them)."""
-        return {
-            "enter": self.enter,
-            "exit": self.exit,
-            "update": self.update,
-            "layers": None if self.layers is None else list(self.layers),
-            "keep": {str(layer): amount for layer, amount in self.keep.items()},
-        }
+        layers = None if self.layers is None else list(self.layers)
+        return {**vars(self), "layers": layers, "keep": {str(layer): amount for layer, amount in self.keep.items()}}
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer that a decoder of `num_layers` layers does not have."""
-        last = self.layers[-1] + 1 if self.layers is not None else self.exit
-        if last is not None and last > num_layers:
-            name = "layers" if self.layers is not None else "exit"
-            got = list(self.layers) if self.layers is not None else self.exit
-            raise ValueError(
-                f"stages.{name}: got {got}, beyond the decoder's {num_layers} layers "
-                f"(expected {'layers below' if self.layers is not None else 'at most'} {num_layers})"
-            )
+        if self.layers is not None and self.layers[-1] >= num_layers:
+            found, most = f"layers: got {list(self.layers)}", "layers below"
+        elif self.exit is not None and self.exit > num_layers:
+            found, most = f"exit: got {self.exit}", "at most"
+        else:
+            return
+        raise ValueError(f"stages.{found}, beyond the decoder's {num_layers} layers (expected {most} {num_layers})")
 
     def sees(self, layer: int) -> bool:
         """Returns whether visual tokens are live at `layer`."""

@@ -4,8 +4,6 @@ A weight set to 0 after the softmax, nothing renormalised, is a weight on a valu
 another token is a weight on that token's value vector. So the layer's attention runs unchanged on changed values, under
 any backend. Where text and visual queries want different values of the same visual keys, those keys are there twice,
 and a mask shows each query its copy: as many more keys as there are visual tokens, and no matrix of weights.
-
-Letters: B batch, S sequence, L live rows, C columns (keys of this call), V visual columns, G heads, d head width.
 """
 
 from __future__ import annotations
@@ -55,8 +53,7 @@ class BoundValueRemap:
             copies: the visual tokens among the columns, where they run queries too; None where only text queries run.
                 None of them where the remap hides vision: text then has no copy to see.
         """
-        self.visual, self.offset = visual, offset
-        self.hides = remap.hides
+        self.visual = visual
         self.copies = copies if remap.hides or (copies is not None and remap.text is not remap.visual) else None
         places = (slots - offset).clamp(min=0)
         self.is_visual = visual.gather(1, places) & (slots >= 0)  # (B, C)
@@ -91,8 +88,7 @@ class BoundValueRemap:
         asks = self.visual.gather(1, rows.places)[..., None]  # (B, L, 1): a visual query
         shown = torch.nn.functional.pad(self.is_visual, (keys - self.is_visual.shape[1], 0))
         originals = ~asks & shown[:, None]
-        size = 0 if self.copies is None else self.copies.slots.shape[1]
-        return torch.cat([originals, asks.expand(-1, -1, size)], dim=2)
+        return torch.cat([originals, asks.expand(-1, -1, self.copied.shape[1])], dim=2)
 
     def _brought(self, wanted: Tensor, places: Tensor) -> Tensor:
         """Returns the column whose value the key at each of `places` brings, or -1."""

@@ -9,22 +9,11 @@ from typing import Any
 import torch
 
 from .live_tokens import NO_VISUAL, Selection
-from .schedule_base import (
-    Schedule,
-    ScheduleError,
-    View,
-    is_int,
-    is_number,
-    mask_of,
-    published_setting,
-    require,
-    require_depth,
-)
+from .schedule_base import Schedule, ScheduleError, View, is_int, is_number, mask_of, published_setting
 from .value_remap import ValueRemap
 
 ALL_STAY, NONE_STAYS = -1.0, float("inf")  # lengths of a contribution that all, and none, are above
 MODES = ("shallow", "middle", "deep")
-FIRST_LAYERS = ("merge", "half")
 RELEASED = {  # the released code's key: our field
     "mode": "modes",
     "shallow_mid_layer": "shallow_end",
@@ -85,18 +74,14 @@ class VisiPruner(Schedule):
     consecutive_exit: bool = False
 
     def __post_init__(self) -> None:
-        require(is_int(self.shallow_end, 0), "VisiPruner.shallow_end", self.shallow_end, "a layer number (int >= 0)")
-        for name in ("layer_threshold", "exit_threshold"):
-            value = getattr(self, name)
-            require(is_number(value, 0.0, 1.0), f"VisiPruner.{name}", value, "a cosine, 0 to 1")
-        good = is_number(self.token_threshold, 0.0)
-        require(good, "VisiPruner.token_threshold", self.token_threshold, "a length, at least 0")
-        require(is_int(self.exit_patience, 1), "VisiPruner.exit_patience", self.exit_patience, "an int >= 1")
-        listed = isinstance(self.modes, list | tuple) and len(self.modes) > 0
-        good = listed and all(mode in MODES for mode in self.modes)
-        require(good, "VisiPruner.modes", self.modes, f"a list of {', '.join(MODES)}")
-        good = self.first_layer in FIRST_LAYERS
-        require(good, "VisiPruner.first_layer", self.first_layer, " or ".join(FIRST_LAYERS))
+        self.require("shallow_end", is_int(self.shallow_end, 0), "a layer number (int >= 0)")
+        self.require("layer_threshold", is_number(self.layer_threshold, 0.0, 1.0), "a cosine, 0 to 1")
+        self.require("token_threshold", is_number(self.token_threshold, 0.0), "a length, at least 0")
+        self.require("exit_threshold", is_number(self.exit_threshold, 0.0, 1.0), "a cosine, 0 to 1")
+        self.require("exit_patience", is_int(self.exit_patience, 1), "an int >= 1")
+        good = isinstance(self.modes, list | tuple) and bool(self.modes) and all(mode in MODES for mode in self.modes)
+        self.require("modes", good, f"a list of {', '.join(MODES)}")
+        self.require("first_layer", self.first_layer in ("merge", "half"), "merge or half")
         # only the middle's test, and the deep one after it, read attention
         self.derive(modes=tuple(self.modes), reads_attention="middle" in self.modes)
 
@@ -117,7 +102,8 @@ class VisiPruner(Schedule):
 
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the shallow part is deeper than the decoder."""
-        require_depth("VisiPruner.shallow_end", self.shallow_end, num_layers, num_layers)
+        expected = f"at most {num_layers}, because the decoder has {num_layers} layers"
+        self.require("shallow_end", self.shallow_end <= num_layers, expected)
 
     def new_state(self) -> _State:
         """Returns what is known of a run so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .live_tokens import NO_VISUAL, Selection
-from .schedule_base import Schedule, View, is_int, published_setting, require, require_depth
+from .schedule_base import Schedule, View, is_int, published_setting
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class VTW(Schedule):
     layer: int = published_setting(16)
 
     def __post_init__(self) -> None:
-        require(is_int(self.layer, 1), "VTW.layer", self.layer, "a layer number (int >= 1)")
+        self.require("layer", is_int(self.layer, 1), "a layer number (int >= 1)")
 
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the layer is beyond the decoder."""
-        require_depth("VTW.layer", self.layer, num_layers, num_layers)
+        expected = f"at most {num_layers}, because the decoder has {num_layers} layers"
+        self.require("layer", self.layer <= num_layers, expected)
 
     def live(self, view: View) -> Selection:
         """Returns all visual tokens, then none."""
