@@ -8,9 +8,8 @@ call), V visual columns. This package imports nothing of the other folders.
 from typing import Any
 
 from . import families
-from .auto import FusedAutoModel
 from .decoder import DecoderOutput, run_decoder
-from .families import FAMILIES, UnsupportedModelError
+from .families import FAMILIES, FusedAutoModel, UnsupportedModelError
 from .stage_plan import StagePlan
 
 FusedLlavaConfig: Any = FAMILIES["llava"].config_class

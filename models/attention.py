@@ -34,8 +34,8 @@ SUPPORTED_DECODERS = {  # class name: model_type of its config
     "Gemma3TextModel": "gemma3_text",
     "Molmo2TextModel": "molmo2_text",
 }
-BACKENDS = "sdpa, eager or flash_attention_2"
 Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, L, d)
+VisualKV = Callable[[], tuple[Tensor, Tensor]]  # makes keys and values (B, G, L, d) of visual tokens
 
 
 class UnsupportedDecoderError(ValueError):
@@ -130,35 +130,28 @@ def attention_mask(
     """Returns the mask of `queries` (B, L) against keys at `slots` (B, K, -1 on padding), as the backend wants it.
 
     Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal mask
-    of the backend is already correct.
-
-    Args:
-        decoder: the Hugging Face decoder.
-        queries: the rows that run.
-        slots: of all keys.
-        padded: some key is padding.
-        window: see `visible`.
-        blocks: see `visible`.
-        hidden: (B, L, K) bool, keys taken away from a query on top, or None.
+    of the backend is already correct. `padded`: some key is padding. `hidden` (B, L, K) bool: keys taken away from a
+    query on top. The rest as in `visible`.
 
     Raises:
         ValueError: the backend cannot express the mask.
     """
-    backend = decoder.config._attn_implementation
+    backend, switch = decoder.config._attn_implementation, "model.set_attn_implementation('sdpa') switches"
     if "flash" in backend:
-        _refuse_under_flash(
-            {
-                "a sliding window over live tokens": window is not None and not queries.whole,
-                "image blocks that attend in both directions": blocks is not None,
-                "keys hidden from text alone, which the schedule asks for (VisiPruner's shallow mode)": hidden
-                is not None,
-            }
-        )
+        for refused, what in (
+            (
+                hidden is not None,
+                "keys hidden from text alone, as VisiPruner's shallow mode asks for",
+            ),
+            (blocks is not None, "image blocks that attend in both directions"),
+            (window is not None and not queries.whole, "a sliding window over live tokens"),
+        ):
+            if refused:
+                found = f"flash attention, which cannot express {what}"
+                raise ValueError(f"attn_implementation: got {found}; expected sdpa or eager; {switch}")
         return (slots >= 0) if padded else None
     if backend not in ("sdpa", "eager"):
-        raise ValueError(
-            f"attn_implementation: got {backend}, expected {BACKENDS}; model.set_attn_implementation('sdpa') switches"
-        )
+        raise ValueError(f"attn_implementation: got {backend}, expected sdpa, eager or flash_attention_2; {switch}")
     plain = not padded and window is None and blocks is None and hidden is None
     aligned = slots.shape[1] == queries.slots.shape[1]  # the keys are the rows themselves
     if backend == "sdpa" and plain and (aligned or queries.slots.shape[1] == 1):
@@ -172,36 +165,18 @@ def attention_mask(
     return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen[:, None], torch.finfo(dtype).min)
 
 
-def _refuse_under_flash(reasons: dict[str, bool]) -> None:
-    for what, applies in reasons.items():
-        if applies:
-            raise ValueError(
-                f"attn_implementation: got flash attention, which cannot express {what}; expected sdpa or eager; "
-                "model.set_attn_implementation('sdpa') switches"
-            )
-
-
 # -- one layer -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class CacheShim:
-    """Stands where a layer's attention expects its cache, for one call.
+    """Stands where a layer's attention expects its cache, for one call."""
 
-    Attributes:
-        stored: the layer's real cache, or None.
-        visual_kv: returns keys and values (B, G, L_v, d) of `kv` visual tokens, put before those of the rows; or None.
-        value_remap: returns what the attention uses in place of all keys and values, or None. Cache, `keys` and
-            `values` keep the originals.
-        keys: (B, G, K, d) of all tokens, after the call.
-        values: (B, G, K, d) likewise.
-    """
-
-    stored: StagedLayer | None = None
-    visual_kv: Callable[[], tuple[Tensor, Tensor]] | None = None
-    value_remap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    keys: Tensor = field(init=False)
-    values: Tensor = field(init=False)
+    stored: StagedLayer | None  # the layer's real cache
+    visual_kv: VisualKV | None  # of `kv` visual tokens, put before those of the rows
+    value_remap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # what the attention uses in their place
+    keys: Tensor = field(init=False)  # (B, G, K, d) of all tokens, unchanged, after the call
+    values: Tensor = field(init=False)  # likewise
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that the attention uses."""
@@ -278,19 +253,12 @@ def _heads(attention: Any, name: str, normed: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AttentionRow:
-    """The attention of one query token in one layer.
-
-    Attributes:
-        layer: the layer.
-        weights: (B, H, K) float32, after the softmax; 0 on keys that the query does not see.
-        values: (B, G, K, d), the value vectors of the keys; G divides H.
-        places: (B, K) int64, each key's place in the input, 0 ... S-1; -1 on padding and on keys of an earlier call.
-    """
+    """The attention of one query token in one layer."""
 
     layer: int
-    weights: Tensor
-    values: Tensor
-    places: Tensor
+    weights: Tensor  # (B, H, K) float32, after the softmax; 0 on keys that the query does not see
+    values: Tensor  # (B, G, K, d), the value vectors of the keys; G divides H
+    places: Tensor  # (B, K) int64, each key's place in the input, 0 ... S-1; -1 on padding, on keys of an earlier call
 
     def influence(self) -> tuple[Tensor, Tensor]:
         """Returns cos(o - c, o) and |c| squared for every key, each (B, K) float32.
@@ -309,48 +277,30 @@ class AttentionRow:
         rest = (whole - 2 * along + squared).clamp(min=0)  # |o - c| squared
         return (whole - along) / (rest * whole).sqrt().clamp(min=1e-8), squared
 
-    def at_keys(self, per_place: Tensor) -> Tensor:
-        """Returns (B, K) bool: a mask of the input's tokens (B, S) at the keys, False on keys without a place."""
-        return per_place.gather(1, self.places.clamp(min=0)) & (self.places >= 0)
-
     def spread(self, per_key: Tensor, size: int, fill: float) -> Tensor:
         """Returns (B, size): a value per key (B, K) at the places of the keys, `fill` where no key stands."""
-        return _spread(per_key, self.places, size, fill)
+        # keys without a place go to an extra column, cut off again
+        full = per_key.new_full((len(per_key), size + 1), fill)
+        return full.scatter(1, self.places.where(self.places >= 0, size), per_key)[:, :size]
 
 
 @dataclass(frozen=True, eq=False)
 class ProbedLayer:
-    """A layer whose attention is asked for.
-
-    Attributes:
-        layer: its number.
-        hidden: (B, L, D), its input.
-        tokens: what it runs on.
-        keys: (B, G, K, d) of all tokens, those of its cache first.
-        values: (B, G, K, d) likewise.
-        slots: (B, K) of the keys, -1 on padding.
-        positions: (B, S) or (3, B, S) position ids.
-    """
+    """A layer whose attention is asked for."""
 
     layer: int
-    hidden: Tensor
+    hidden: Tensor  # (B, L, D), its input
     tokens: LayerTokens
-    keys: Tensor
-    values: Tensor
-    slots: Tensor
-    positions: Tensor
+    keys: Tensor  # (B, G, K, d) of all tokens, those of its cache first
+    values: Tensor  # likewise
+    slots: Tensor  # (B, K) of the keys, -1 on padding
+    positions: Tensor  # (B, S) or (3, B, S) position ids
 
 
 class AttentionProbe:
     """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
 
-    Args:
-        decoder: the Hugging Face decoder.
-        query_mask: (B, S) bool, the instruction tokens; None, or a sample without one: its last text token.
-        state: where the tokens stand.
-
-    Attributes:
-        probed: the last layer that ran on visual tokens, which the executor sets after each; None before the first.
+    `query_mask` is as in run_decoder. The executor sets `probed` after each layer that ran on visual tokens.
     """
 
     def __init__(self, decoder: Any, query_mask: Tensor | None, state: SequenceState) -> None:
@@ -360,11 +310,7 @@ class AttentionProbe:
 
     @property
     def last(self) -> ProbedLayer:
-        """`probed`, which must be there.
-
-        Raises:
-            ValueError: no layer has run on visual tokens.
-        """
+        """The last layer that ran on visual tokens; ValueError before the first one."""
         if self.probed is None:
             raise ValueError("a schedule read attention before any layer ran on visual tokens")
         return self.probed
@@ -386,18 +332,18 @@ class AttentionProbe:
 
     @torch.no_grad()
     def next_layer_attention(
-        self, layer: int, hidden: Tensor, rows: LiveTokens, stored: StagedLayer | None, visual_keys: Tensor | None
+        self, layer: int, hidden: Tensor, rows: LiveTokens, stored: StagedLayer | None, visual_kv: VisualKV | None
     ) -> Tensor:
         """Returns (B, S): the attention that `layer` would pay if it ran now on `hidden` (B, L, D), at `rows`.
 
-        `stored` is its cache; `visual_keys` (B, G, L_v, d) are its keys of the probed layer's `kv` visual tokens.
+        `stored` is its cache; `visual_kv` is of the `kv` visual tokens of the probed layer.
         """
         past, module = self.last, self.decoder.layers[layer]
         at = self._rotary_at(layer, rows, hidden, past.positions)
         keys = _rotated(module.self_attn, "k", _attention_input(module, hidden), at)
-        tokens = LayerTokens(rows, past.tokens.kv_only if visual_keys is not None else None)
-        if visual_keys is not None:
-            keys = torch.cat([visual_keys, keys], dim=2)
+        tokens = LayerTokens(rows, past.tokens.kv_only)
+        if visual_kv is not None:
+            keys = torch.cat([visual_kv()[0], keys], dim=2)
         slots = tokens.key_slots
         if stored is not None and stored.slots is not None:
             keys, slots = torch.cat([stored.keys, keys], dim=2), torch.cat([stored.slots, slots], dim=1)
@@ -406,14 +352,13 @@ class AttentionProbe:
     @torch.no_grad()
     def last_query_attention(self) -> AttentionRow:
         """Returns the row of the last instruction token: see View.last_query_attention."""
-        probed = self.last
-        weights, queries = self._weights(probed), self.queries
+        weights, queries = self._weights(self.last), self.queries
         if weights.shape[2] > 1:
             last = (queries.valid.sum(dim=1) - 1).clamp(min=0)[:, None, None, None]
             weights = weights.gather(2, last.expand(-1, weights.shape[1], 1, weights.shape[3]))
         if queries.padded:  # a sample without text pays nothing
             weights = weights.masked_fill(~queries.valid[:, :1, None, None], 0.0)
-        return AttentionRow(probed.layer, weights[:, :, 0], probed.values, self._places(probed.slots))
+        return self._row(self.last, weights[:, :, 0])
 
     def _weights(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, H, Q, K) float32: the softmax of the instruction tokens' rows."""
@@ -444,17 +389,12 @@ class AttentionProbe:
 
     def _mean(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, S): the mean over heads and instruction tokens, at the places of the keys, 0 elsewhere."""
-        valid = self.queries.valid
-        mean = self._weights(probed).mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
+        weights, valid = self._weights(probed), self.queries.valid
+        mean = weights.mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
         mean = mean / valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return _spread(mean, self._places(probed.slots), self.state.size, 0.0)
+        return self._row(probed, weights[:, :, 0]).spread(mean, self.state.size, 0.0)
 
-    def _places(self, slots: Tensor) -> Tensor:
-        offset = self.state.offset
-        return torch.where(slots >= offset, slots - offset, -1) if offset > 0 else slots
-
-
-def _spread(per_key: Tensor, places: Tensor, size: int, fill: float) -> Tensor:
-    # keys without a place go to an extra column, cut off again
-    full = per_key.new_full((len(per_key), size + 1), fill)
-    return full.scatter(1, places.where(places >= 0, size), per_key)[:, :size]
+    def _row(self, probed: ProbedLayer, weights: Tensor) -> AttentionRow:
+        slots, offset = probed.slots, self.state.offset
+        places = torch.where(slots >= offset, slots - offset, -1) if offset > 0 else slots
+        return AttentionRow(probed.layer, weights, probed.values, places)

@@ -15,18 +15,12 @@ class StagedLayer(DynamicLayer):
 
     `get_seq_length` returns the length of the whole sequence seen, not the number of columns held: generate() asks
     for it, and layer 0 of a fused model holds no image.
-
-    Attributes:
-        slots: (B, C) int64, place in the whole sequence of each of the C columns held; -1 on padding.
-        seen: length of the sequence so far, dead tokens and padding included.
-        next_position: (B,) int64, the position id that follows the last token.
-        padded: some column is padding.
     """
 
-    slots: Tensor | None = None
-    seen = 0
-    next_position: Tensor | None = None
-    padded = False
+    slots: Tensor | None = None  # (B, C) int64, place in the whole sequence of each of the C columns; -1 on padding
+    seen = 0  # length of the sequence so far, dead tokens and padding included
+    next_position: Tensor | None = None  # (B,) int64, the position id that follows the last token
+    padded = False  # some column is padding
 
     def extend(self, slots: Tensor, padded: bool) -> tuple[Tensor, bool]:
         """Notes the slots of the columns that the layer is about to append, and whether some of them are padding.
@@ -73,18 +67,13 @@ class StagedLayer(DynamicLayer):
 
 
 def staged_cache(cache: Any, num_layers: int) -> DynamicCache:
-    """Returns `cache`, made ready in place to hold a different number of tokens in each layer.
-
-    Args:
-        cache: None, an empty DynamicCache (what generate() makes), or a cache that this function returned before.
-        num_layers: the decoder's depth.
+    """Returns `cache`, or a new one, made ready in place to hold a different number of tokens in each layer.
 
     Raises:
-        ValueError: the cache is of another kind, or already filled by another model.
+        ValueError: see require_own_cache.
     """
     require_own_cache(cache)
-    if cache is None:
-        cache = DynamicCache()
+    cache = DynamicCache() if cache is None else cache
     if not cache.layers or not all(isinstance(layer, StagedLayer) for layer in cache.layers):
         cache.layers = [StagedLayer() for _ in range(num_layers)]
     return cache

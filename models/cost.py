@@ -18,32 +18,19 @@ from .stage_plan import StagePlan
 
 @dataclass(frozen=True)
 class Cost:
-    """The decoder's cost of one forward pass over one sample.
+    """The decoder's cost of one forward pass over one sample."""
 
-    Attributes:
-        visual_token_layers: visual tokens that layers ran on, summed over layers.
-        token_layers: all tokens that layers ran on, summed over layers.
-        flops: decoder FLOPs, 2 per multiply-add.
-        vision_attention: share in 0..1 of the query-key pairs that have a visual token on either side.
-        cache_bytes: keys and values of all layers.
-    """
-
-    visual_token_layers: int
-    token_layers: int
-    flops: int
-    vision_attention: float
-    cache_bytes: int
+    visual_token_layers: int  # visual tokens that layers ran on, summed over layers
+    token_layers: int  # all tokens likewise
+    flops: int  # 2 per multiply-add
+    vision_attention: float  # share in 0..1 of the query-key pairs that have a visual token on either side
+    cache_bytes: int  # keys and values of all layers
 
 
 def plan_cost(text_config: Any, plan: StagePlan | None, *, visual: int, text: int, bytes_per_value: int = 2) -> Cost:
     """Returns the cost of a sample of `visual` and `text` tokens under a plan (None: dense), in closed form.
 
-    Args:
-        text_config: the decoder's Hugging Face config.
-        plan: the stage plan, or None.
-        visual: visual tokens of the sample.
-        text: text tokens of the sample.
-        bytes_per_value: of the KV cache; 2 for bfloat16.
+    `text_config` is the decoder's Hugging Face config; `bytes_per_value` is of the KV cache, 2 for bfloat16.
     """
     depth = text_config.num_hidden_layers
     counts = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
@@ -53,12 +40,8 @@ def plan_cost(text_config: Any, plan: StagePlan | None, *, visual: int, text: in
 def live_cost(text_config: Any, counts: Sequence[int], *, text: int, kv: bool = False, value: int = 2) -> Cost:
     """Returns the cost of a sample whose layer l ran on `counts[l]` visual and on `text` text tokens.
 
-    Args:
-        text_config: the decoder's Hugging Face config.
-        counts: live visual tokens of each layer, e.g. of a real run.
-        text: text tokens of the sample.
-        kv: visual tokens only gave keys and values (`kv` update).
-        value: bytes of one cached number.
+    `text_config` is the decoder's Hugging Face config. `kv`: visual tokens only gave keys and values (`kv` update).
+    `value`: bytes of one cached number.
     """
     width, heads = text_config.hidden_size, text_config.num_attention_heads
     head = getattr(text_config, "head_dim", None) or width // heads

@@ -6,7 +6,7 @@ A schedule decides that; this file does it, over an unmodified Hugging Face deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from .attention import (
     CacheShim,
     ProbedLayer,
     Rotary,
+    VisualKV,
     attention_mask,
     project_visual_kv,
     rotary,
@@ -36,18 +37,11 @@ from .value_remap import BoundValueRemap, ValueRemap
 
 @dataclass(frozen=True, eq=False)
 class DecoderOutput:
-    """What run_decoder returns.
+    """What run_decoder returns."""
 
-    Attributes:
-        last_hidden_state: (B, S, D), normed. Valid at text positions; zero or meaningless where the last layer ran on
-            no token.
-        past_key_values: the cache, where one was asked for.
-        layers: what each layer ran on.
-    """
-
-    last_hidden_state: Tensor
-    past_key_values: Any
-    layers: tuple[LayerTokens, ...]
+    last_hidden_state: Tensor  # (B, S, D), normed; zero or meaningless where the last layer ran on no token
+    past_key_values: Any  # the cache, where one was asked for
+    layers: tuple[LayerTokens, ...]  # what each layer ran on
 
     @property
     def live(self) -> list[list[Tensor]]:
@@ -114,8 +108,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
     state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
     run = _Run(decoder, schedule, cache, state, query_mask)
-    is_decode_step = state.offset > 0 and state.size == 1
-    if is_decode_step:
+    if state.offset > 0 and state.size == 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
     else:
         hidden = run.all_layers(inputs_embeds, visual, visual_embeds, deepstack)
@@ -234,9 +227,7 @@ class _Run:
         self.layers.append(tokens)
         return output
 
-    def _visual_kv(
-        self, number: int, tokens: LayerTokens, positions: Tensor
-    ) -> Callable[[], tuple[Tensor, Tensor]] | None:
+    def _visual_kv(self, number: int, tokens: LayerTokens, positions: Tensor) -> VisualKV | None:
         """Returns the function that makes a layer's keys and values of visual tokens that run no query, or None."""
         if tokens.kv_only is None or self.visual_rows is None:
             return None
@@ -251,8 +242,7 @@ class _Run:
     def _next_layer_attention(self, number: int, hidden: Tensor) -> Tensor:
         past = self.probe.last
         visual_kv = self._visual_kv(number, past.tokens, past.positions)
-        visual_keys = None if visual_kv is None else visual_kv()[0]
-        return self.probe.next_layer_attention(number, hidden, self.rows, self.stored[number], visual_keys)
+        return self.probe.next_layer_attention(number, hidden, self.rows, self.stored[number], visual_kv)
 
     def _add_deepstack(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Returns hidden states with DeepStack features (R, D) added to their visual tokens.

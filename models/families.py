@@ -1,6 +1,6 @@
-"""The supported families: a fused class and config for each, made with FusedMixin. Adding one is an entry in FAMILIES.
+"""The supported families: a fused class and config for each, made with FusedMixin, and FusedAutoModel, which chooses.
 
-docs/families.md says what is tested for each, and how to add one.
+Adding one is an entry in FAMILIES.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .fused import FusedMixin, settle_stages
 from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class UnsupportedModelError(ValueError):
@@ -46,9 +48,6 @@ class StagesConfigMixin:
                 f"{source}: config.json: got model_type {found}, expected {cls.base_model_type} or {cls.model_type}"
             )
         return {**fields, "model_type": cls.model_type}, kwargs
-
-
-# -- what differs between families ---------------------------------------------------------------------------------
 
 
 def _square(config: Any) -> dict[str, Tensor]:
@@ -99,10 +98,6 @@ def _molmo2(config: Any) -> dict[str, Tensor]:
     return {"pixel_values": patches, "image_token_pooling": torch.tensor([[0]]), "image_grids": grid}
 
 
-def _no_blocks(given: Mapping[str, Any]) -> Tensor | None:
-    return None
-
-
 def _gemma3_blocks(given: Mapping[str, Any]) -> Tensor | None:
     """A block for each image: its tokens see each other in both directions."""
     if given.get("token_type_ids") is None:
@@ -121,26 +116,13 @@ def _molmo2_blocks(given: Mapping[str, Any]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of VLMs.
+    """One family of VLMs. See FusedMixin for `blank` and `blocks`."""
 
-    Attributes:
-        model_type: of Hugging Face's config.
-        prefix: of the names of Hugging Face's classes: `Qwen3VL` for Qwen3VLForConditionalGeneration.
-        blank: returns, from the config, the inputs of get_image_features for a blank image.
-        blocks: returns, from the inputs of forward, the image blocks that attend in both directions.
-        bases: config and model class, where they are not those of transformers.
-    """
-
-    model_type: str
-    prefix: str
+    model_type: str  # of Hugging Face's config; the fused config's has `fused_` before it
+    prefix: str  # of the names of Hugging Face's classes: `Qwen3VL` for Qwen3VLForConditionalGeneration
     blank: Callable[[Any], dict[str, Tensor]] = _square
-    blocks: Callable[[Mapping[str, Any]], Tensor | None] = _no_blocks
-    bases: tuple[Any, Any] | None = None
-
-    @property
-    def fused_type(self) -> str:
-        """The model_type of the fused config."""
-        return f"fused_{self.model_type}"
+    blocks: Callable[[Mapping[str, Any]], Tensor | None] = lambda given: None
+    bases: tuple[Any, Any] | None = None  # config and model class, where they are not those of transformers
 
     @cached_property
     def config_class(self) -> Any:
@@ -150,7 +132,7 @@ class Family:
             "__module__": __name__,
             "__annotations__": {"stages": dict[str, Any] | None, "schedule": dict[str, Any] | str | None},
             "__doc__": f"Everything {base.__name__} takes, `stages` and `schedule`: see StagesConfigMixin.",
-            "model_type": self.fused_type,
+            "model_type": f"fused_{self.model_type}",
             "base_model_type": self.model_type,
             "stages": None,
             "schedule": None,
@@ -173,9 +155,9 @@ class Family:
 
     def register(self) -> None:
         """Makes the Auto classes, `transformers serve` and the rules for weight names know the fused class."""
-        AutoConfig.register(self.fused_type, self.config_class, exist_ok=True)
+        AutoConfig.register(self.config_class.model_type, self.config_class, exist_ok=True)
         AutoModelForImageTextToText.register(self.config_class, self.model_class, exist_ok=True)
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(self.fused_type, self.model_class.__name__)
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(self.config_class.model_type, self.model_class.__name__)
         # files name their weights as the family's do; these rules go by class name or model_type
         base = f"{self.prefix}ForConditionalGeneration"
         rules = get_checkpoint_conversion_mapping(base) or get_checkpoint_conversion_mapping(self.model_type)
@@ -197,26 +179,30 @@ def _forward_like(base: Any) -> Callable[..., Any]:
     return forward
 
 
-_ALL = (
-    Family("llava", "Llava", _llava),
-    Family("llava_next", "LlavaNext", _tiles),
-    Family("llava_onevision", "LlavaOnevision", _tiles),
-    Family("internvl", "InternVL"),
-    Family("qwen2_vl", "Qwen2VL", _patches),
-    Family("qwen2_5_vl", "Qwen2_5_VL", _patches),
-    Family("qwen3_vl", "Qwen3VL", _patches),
-    Family("glm4v", "Glm4v", _patches),
-    Family("smolvlm", "SmolVLM", _listed),
-    Family("idefics3", "Idefics3", _listed),
-    Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
-    Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
-    Family("ovis2", "Ovis2"),
-    Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
-    Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
-)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llava", "Llava", _llava),
+        Family("llava_next", "LlavaNext", _tiles),
+        Family("llava_onevision", "LlavaOnevision", _tiles),
+        Family("internvl", "InternVL"),
+        Family("qwen2_vl", "Qwen2VL", _patches),
+        Family("qwen2_5_vl", "Qwen2_5_VL", _patches),
+        Family("qwen3_vl", "Qwen3VL", _patches),
+        Family("glm4v", "Glm4v", _patches),
+        Family("smolvlm", "SmolVLM", _listed),
+        Family("idefics3", "Idefics3", _listed),
+        Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
+        Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
+        Family("ovis2", "Ovis2"),
+        Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
+        Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
+    )
+}
 for _family in FAMILIES.values():
     _family.register()
+    for _class in (_family.config_class, _family.model_class):  # a release's auto_map names them in this module
+        globals()[_class.__name__] = _class
 
 
 def family_of(model_type: str | None, source: Any = "config.json") -> Family:
@@ -231,10 +217,37 @@ def family_of(model_type: str | None, source: Any = "config.json") -> Family:
     return FAMILIES[name]
 
 
-def __getattr__(name: str) -> Any:
-    """Returns a fused class by name, e.g. FusedQwen3VLForConditionalGeneration: a release's auto_map names it so."""
-    for family in FAMILIES.values():
-        for kind in (family.model_class, family.config_class):
-            if kind.__name__ == name:
-                return kind
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class FusedAutoModel:
+    """Loads or builds the fused class of any supported checkpoint, as transformers' Auto classes do."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Returns the fused model of an ordinary or a fused checkpoint, in a folder or on the hub, of any family.
+
+        `stages` are the fields of StagePlan; None is what the checkpoint says: dense for an ordinary one. The rest is
+        as in Hugging Face's from_pretrained.
+
+        Raises:
+            UnsupportedModelError: the checkpoint is of another kind; names the supported ones.
+            ValueError: the plan does not fit the decoder.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+        if stages is not None:
+            kwargs["stages"] = stages
+        return family_of(fields.get("model_type"), source).model_class.from_pretrained(source, *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Returns a fused model with random weights; arguments and errors as of from_pretrained.
+
+        `config` is the one of Hugging Face's class or of the fused one.
+        """
+        family = family_of(config.model_type)
+        fields = config.to_dict()
+        fields.pop("model_type", None)
+        if stages is not None:
+            fields["stages"] = stages
+        if getattr(config, "_attn_implementation_internal", None) is not None:
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        return family.model_class._from_config(family.config_class(**fields), **kwargs)

@@ -36,23 +36,18 @@ Blank = Callable[[], tuple[Tensor, list[Tensor]]]  # features (R, D) of a blank 
 class FusedOutput(ModelOutput):
     """What the forward of a fused model returns.
 
-    Attributes:
-        loss: next-token loss, mean over labelled tokens; with labels alone.
-        logits: (B, S or kept, vocabulary), right at text positions; visual positions of a staged model mean nothing.
-        past_key_values: the KV cache.
-        image_hidden_states: the projected image features, from the families that return them.
-        visual: (B, S) bool, the visual tokens of the input. An attribute, not a field.
+    `logits` are right at text positions; visual positions of a staged model mean nothing.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
+    loss: Tensor | None = None  # next-token loss, mean over labelled tokens; with labels alone
+    logits: Tensor | None = None  # (B, S or kept, vocabulary)
     past_key_values: Any = None
-    image_hidden_states: Any = None
+    image_hidden_states: Any = None  # the projected image features, from the families that return them
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.decoder: DecoderOutput | None = None
-        self.visual: Tensor | None = None
+        self.visual: Tensor | None = None  # (B, S) bool, the visual tokens of the input
 
     @property
     def live(self) -> list[list[Tensor]]:
@@ -129,11 +124,7 @@ class FusedTextMixin:
 
 
 def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
-    """Returns the plan and the schedule of a config, in which `stages` then has every field of StagePlan.
-
-    Raises:
-        ValueError: one of them is wrong, or names a layer that the decoder lacks.
-    """
+    """Returns the plan and the schedule of a config, once checked; fills in the fields of its `stages`."""
     depth, plan = config.text_config.num_hidden_layers, None
     if config.stages is not None:
         plan = StagePlan.from_dict(config.stages)
@@ -146,17 +137,12 @@ class FusedMixin:
     """A VLM whose visual tokens are live only where its stage plan, or another schedule, says so.
 
     Any checkpoint of the family loads into it: `config.stages` is None then, and it computes what Hugging Face does.
-
-    Attributes:
-        plan: the stage plan of the config, or None.
-        family_blank: returns, from the config, the inputs of get_image_features for a blank image.
-        family_blocks: returns, from the inputs of forward, the image blocks (B, S) that attend in both directions, or
-            None.
     """
 
     accepts_loss_kwargs = True  # Trainer: num_items_in_batch is used, in every family
-    family_blank: Callable[[Any], dict[str, Any]]
-    family_blocks: Callable[[Mapping[str, Any]], Tensor | None]
+    plan: StagePlan | None  # of the config
+    family_blank: Callable[[Any], dict[str, Any]]  # of the config: inputs of get_image_features for a blank image
+    family_blocks: Callable[[Mapping[str, Any]], Tensor | None]  # of forward's inputs: `blocks` as in run_decoder
     config: Any
     model: Any
     lm_head: Any
@@ -193,11 +179,7 @@ class FusedMixin:
         self._schedule = self.resolve(choice)
 
     def resolve(self, choice: Schedule | str | Mapping[str, Any] | None) -> Schedule:
-        """Returns the schedule that a choice means for this checkpoint: see `schedule`.
-
-        Raises:
-            ScheduleError: an unknown name or setting, or one beyond the decoder.
-        """
+        """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
         return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
 
     def generate(
@@ -221,16 +203,14 @@ class FusedMixin:
     def forward(self, *args: Any, **kwargs: Any) -> FusedOutput:
         """Runs the model as Hugging Face's class of the family does, over the live tokens only.
 
-        Args:
-            args: as in the family's forward.
-            kwargs: as in the family's forward, with the differences below.
-            labels: (B, S), -100 where nothing is to be predicted. The head then runs on the labelled positions alone.
-            logits_to_keep: as in Hugging Face; None, the default, is all positions without labels, and no logits with
-                labels.
-            use_cache: None is the text config's value without labels, False with labels.
-            schedule: for this call alone; None is the model's.
-            visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
-            num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
+        Takes what the family's forward takes, with these differences:
+
+        - labels: (B, S), -100 where nothing is to be predicted. The head then runs on the labelled positions alone.
+        - logits_to_keep: None, the default, is all positions without labels, and no logits with labels.
+        - use_cache: None is the text config's value without labels, False with labels.
+        - schedule: for this call alone; None is the model's.
+        - visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
+        - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
             FusedOutput. A training batch without an image passes a blank one through tower and projector, so that
@@ -242,7 +222,8 @@ class FusedMixin:
                 model; a pruner is asked to train; merged embeddings come without `visual` under a staged schedule.
         """
         given = self._named(args, kwargs)
-        schedule = self._schedule_of_call(given.pop("schedule", None))
+        running, chosen = self._running(), given.pop("schedule", None)
+        schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
         items = given.pop("num_items_in_batch", None)
         call = self._call(given, schedule, given.pop("visual", None), labels)
@@ -286,11 +267,10 @@ class FusedMixin:
             raise ValueError("attention_mask: expected a (batch, sequence) tensor, 0 on padding")
         return {name: value for name, value in given.items() if value is not None}
 
-    def _schedule_of_call(self, choice: Any) -> Schedule:
+    def _running(self) -> _Generation | None:
+        """Returns the generate() that this model's forward runs in, or None."""
         running = _GENERATION.get()
-        if choice is None and running is not None and running.model is self:
-            return running.schedule
-        return self.schedule if choice is None else self.resolve(choice)
+        return running if running is not None and running.model is self else None
 
     def _call(self, given: dict[str, Any], schedule: Schedule, visual: Tensor | None, labels: Tensor | None) -> _Call:
         """Returns what the text model needs beside its inputs."""
@@ -351,10 +331,8 @@ class FusedMixin:
 
     def _prompt_end(self, given: dict[str, Any], visual: Tensor) -> Tensor | None:
         """Returns (B, S) bool: the last token of generate()'s prompt, where candidates of an assistant follow it."""
-        running, size = _GENERATION.get(), visual.shape[1]
-        if running is None or running.model is not self:
-            return None
-        column = running.prompt_length - 1 - _seen(given)
+        running, size = self._running(), visual.shape[1]
+        column = -1 if running is None else running.prompt_length - 1 - _seen(given)
         if not 0 <= column < size - 1:
             return None
         columns = torch.arange(size, device=visual.device)

@@ -18,20 +18,13 @@ class LiveTokens:
 
     A slot is a token's place in the whole sequence, dead tokens and padding included. Slots decide masks and caches;
     position ids decide rotary embeddings alone.
-
-    Attributes:
-        slots: (B, L) int64. No slot appears twice in a sample.
-        valid: (B, L) bool, False on padding rows, which are computed but ignored.
-        whole: the rows are the input itself, so nothing has to be gathered.
-        padded: some row is padding.
-        offset: slot of the input's first token: the length of the sequence that a cache holds already.
     """
 
-    slots: Tensor
-    valid: Tensor
-    whole: bool
-    padded: bool
-    offset: int = 0
+    slots: Tensor  # (B, L) int64, none twice in a sample
+    valid: Tensor  # (B, L) bool, False on padding rows, which are computed but ignored
+    whole: bool  # the rows are the input itself, so nothing has to be gathered
+    padded: bool  # some row is padding
+    offset: int = 0  # slot of the input's first token: the length of the sequence that a cache holds already
 
     @classmethod
     def of_mask(cls, mask: Tensor, offset: int = 0) -> LiveTokens:
@@ -75,22 +68,18 @@ class LiveTokens:
 class VisualRows:
     """The projected visual tokens of a batch, kept apart until a layer runs on them.
 
-    Attributes:
-        rows: (R, D), in the order of the visual positions. It may hold rows that no position uses: a training batch
-            without an image brings a blank one, so that every rank runs the same modules.
-        row_of: (B, S) int64, the row of each visual position; 0 elsewhere.
-        is_visual: (B, S) bool, the positions that have a row.
+    There may be rows that no position uses: a training batch without an image brings a blank one, so that every rank
+    runs the same modules.
     """
 
-    rows: Tensor
-    row_of: Tensor
-    is_visual: Tensor
+    rows: Tensor  # (R, D), in the order of the visual positions
+    row_of: Tensor  # (B, S) int64, the row of each visual position; any row elsewhere
+    is_visual: Tensor  # (B, S) bool, the positions that have a row
 
     @classmethod
     def of(cls, visual: Tensor, rows: Tensor) -> VisualRows:
         """Returns the rows (R, D) of the True positions of `visual` (B, S)."""
-        row_of = (visual.flatten().cumsum(0) - 1).clamp(min=0).view(visual.shape)
-        return cls(rows, row_of.masked_fill(~visual, 0), visual)
+        return cls(rows, (visual.flatten().cumsum(0) - 1).clamp(min=0).view(visual.shape), visual)
 
     def take(self, live: LiveTokens) -> Tensor:
         """Returns (B, L, D): the row of each of some visual tokens."""
@@ -126,12 +115,9 @@ class Selection:
     """A schedule's choice of visual tokens.
 
     Returning the same object for several layers says that nothing changed, so nothing is gathered anew.
-
-    Attributes:
-        mask: (B, S) bool, a subset of the visual tokens; None stands for none of them, without asking the device.
     """
 
-    mask: Tensor | None
+    mask: Tensor | None  # (B, S) bool, a subset of the visual tokens; None: none of them, without asking the device
 
 
 NO_VISUAL = Selection(None)
@@ -139,19 +125,14 @@ NO_VISUAL = Selection(None)
 
 @dataclass(frozen=True, eq=False)
 class LayerTokens:
-    """What one layer runs on.
+    """What one layer runs on."""
 
-    Attributes:
-        rows: the tokens that run through the layer.
-        kv_only: visual tokens that only give keys and values (`kv` update), or None. Their keys stand first.
-    """
-
-    rows: LiveTokens
-    kv_only: LiveTokens | None = None
+    rows: LiveTokens  # the tokens that run through the layer
+    kv_only: LiveTokens | None = None  # visual tokens that only give keys and values (`kv` update): the first keys
 
     @property
     def parts(self) -> tuple[LiveTokens, ...]:
-        """The groups of tokens whose keys and values the layer makes, in the order of its keys."""
+        """The tokens whose keys and values the layer makes, in the order of its keys."""
         return (self.rows,) if self.kv_only is None else (self.kv_only, self.rows)
 
     @cached_property
@@ -174,12 +155,8 @@ class SequenceState:
     """Where the tokens of one call of run_decoder stand, and the tokens of each selection, gathered once.
 
     Attributes:
-        offset: length of the sequence that the cache held before.
-        size: S.
-        length: both together.
-        valid: (B, S) bool, False on padding.
-        visual: (B, S) bool, the visual tokens.
-        text: (B, S) bool, the others, without padding.
+        offset: length of the sequence that the cache held before; `size` is S, `length` both together.
+        visual: (B, S) bool, the visual tokens; `text` the others. Neither has padding.
         all_visual: the selection of all visual tokens.
         positions: (B, S) int64 position ids, or (3, B, S) under M-RoPE.
         blocks: (B, offset + S) int64, the image block of each slot, whose tokens see each other in both directions;
@@ -192,14 +169,18 @@ class SequenceState:
         size = visual.shape[1]
         self.offset: int = cache.get_seq_length() if cache is not None else 0
         self.length, self.size = self.offset + size, size
-        self.valid = torch.ones_like(visual) if mask is None else mask[:, -size:].bool()
-        self.visual, self.text = visual & self.valid, self.valid & ~visual
+        valid = torch.ones_like(visual) if mask is None else mask[:, -size:].bool()
+        self.visual, self.text = visual & valid, valid & ~visual
         self.all_visual = Selection(self.visual)
-        self.positions = _positions(positions, mask, self.valid, cache, self.offset)
-        self.blocks = None if blocks is None else _whole_blocks(blocks, size, self.length)
+        self.positions = _positions(positions, mask, valid, cache, self.offset)
+        self.blocks = blocks
+        if blocks is not None:  # of this call's tokens, or of the sequence from its start
+            missing = self.length - blocks.shape[1]
+            sides = (missing, 0) if blocks.shape[1] == size else (0, missing)
+            self.blocks = torch.nn.functional.pad(blocks, sides, value=-1)
         slots = torch.arange(self.offset, self.length, device=visual.device).expand(len(visual), -1)
-        padded = mask is not None and not bool(self.valid.all())
-        everything = LiveTokens(slots, self.valid, True, padded, self.offset)
+        padded = mask is not None and not bool(valid.all())
+        everything = LiveTokens(slots, valid, True, padded, self.offset)
         self._rows: dict[tuple[Selection, bool], LiveTokens] = {(self.all_visual, True): everything}
         self._tokens: dict[tuple[Selection, bool], LayerTokens] = {}
 
@@ -239,10 +220,3 @@ def _positions(given: Tensor | None, mask: Tensor | None, valid: Tensor, cache: 
         return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -size:]
     counted = (valid.long().cumsum(dim=1) - 1).clamp(min=0)
     return counted if offset == 0 else counted + cache.layers[0].next_position[:, None]
-
-
-def _whole_blocks(blocks: Tensor, size: int, length: int) -> Tensor:
-    """Returns (B, length) block ids from those of this call's tokens, or of the sequence from its start."""
-    missing = length - blocks.shape[1]
-    of_this_call = blocks.shape[1] == size
-    return torch.nn.functional.pad(blocks, (missing, 0) if of_this_call else (0, missing), value=-1)

@@ -68,19 +68,12 @@ def mask_of(selection: Selection) -> Tensor:
 
 
 class Schedule:
-    """Decides, layer by layer, which visual tokens are live. Holds settings only: one object serves any run.
+    """Decides, layer by layer, which visual tokens are live. Holds settings only: one object serves any run."""
 
-    Attributes:
-        update: what a live visual token does in a layer: `full` or `kv` (see StagePlan).
-        reads_attention: the schedule reads attention, so the executor keeps what that needs.
-        renumbers: each layer numbers its live tokens anew; otherwise every token keeps its position id.
-        trainable: may be used with gradients.
-    """
-
-    update: str = "full"
-    reads_attention: bool = False
-    renumbers: bool = False
-    trainable: bool = False
+    update: str = "full"  # what a live visual token does in a layer: `full` or `kv` (see StagePlan)
+    reads_attention: bool = False  # the schedule reads attention, so the executor keeps what that needs
+    renumbers: bool = False  # each layer numbers its live tokens anew; otherwise every token keeps its position id
+    trainable: bool = False  # may be used with gradients
 
     def derive(self, **attributes: Any) -> None:
         """Sets attributes that follow from the settings; called by __post_init__ of a frozen dataclass."""
@@ -224,43 +217,6 @@ class Within(Schedule):
         self.inner.on_end(replace(view, state=view.state.pruner))
 
 
-class ScorePruner(Schedule):
-    """A pruner that keeps, from certain layers on, the visual tokens with the highest scores.
-
-    Attributes:
-        cuts: (layer, ratio of a sample's visual tokens that stay from it on), ascending.
-        rounding: makes a whole number of tokens of that.
-    """
-
-    reads_attention = True
-    cuts: Sequence[tuple[int, float]]
-    rounding: Callable[[float], int] = int
-
-    @abstractmethod
-    def score(self, view: View) -> Tensor:
-        """Returns (B, S), at least 0: tokens with higher scores stay."""
-
-    def check(self, num_layers: int) -> None:
-        """Raises ScheduleError where the decoder does not reach the last cut."""
-        name = "layer" if hasattr(self, "layer") else "layers"
-        last, expected = self.cuts[-1][0], f"at most {num_layers - 1}, because the decoder has {num_layers} layers"
-        if last >= num_layers:
-            raise ScheduleError(f"{type(self).__name__}.{name}: got {last}, expected {expected}")
-
-    def new_state(self) -> set[int]:
-        """Returns the layers of the cuts that the run has made."""
-        return set()
-
-    def live(self, view: View) -> Selection:
-        """Returns all visual tokens before the first cut, fewer after each one."""
-        due = [(layer, ratio) for layer, ratio in self.cuts if layer <= view.layer and layer not in view.state]
-        if not due or (self.reads_attention and view.last_visual_layer is None):
-            return view.live
-        view.state.update(layer for layer, _ in due)
-        ratio = due[-1][1]
-        return keep_highest(self.score(view), view.live, [self.rounding(n * ratio) for n in view.visual_counts])
-
-
 def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Selection:
     """Returns, of sample b's live tokens, the `counts[b]` with the highest scores (B, S >= 0); ties go to the first."""
     mask = mask_of(live)
@@ -268,9 +224,6 @@ def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Sele
     count = torch.tensor(counts, device=mask.device)[:, None]
     first = torch.arange(mask.shape[1], device=mask.device) < count
     return Selection(torch.zeros_like(mask).scatter(1, order, first) & mask)
-
-
-# -- settings --------------------------------------------------------------------------------------------------------
 
 
 class ScheduleError(ValueError):

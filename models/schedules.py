@@ -1,4 +1,4 @@
-"""Every schedule by name. Adding one is a file in this folder and an entry in SCHEDULES."""
+"""Every schedule by name. Adding one is a class and an entry in SCHEDULES."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .fastv import FastV
-from .pyramiddrop import PyramidDrop
-from .random_tokens import Random
-from .schedule_base import Dense, Fused, Schedule, ScheduleError, ScorePruner, View, Within
+from .pruners import VTW, FastV, PyramidDrop, Random, ScorePruner
+from .schedule_base import Dense, Fused, Schedule, ScheduleError, View, Within
 from .stage_plan import StagePlan
 from .visipruner import VisiPruner
-from .vtw import VTW
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "dense": Dense,
@@ -28,10 +25,7 @@ TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has
 def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     """Returns the named schedule with its published settings, layer numbers scaled to a decoder's depth.
 
-    Args:
-        name: a key of SCHEDULES.
-        num_layers: the decoder's depth.
-        settings: fields in place of the published ones, taken as they are.
+    `settings` are fields in place of the published ones, taken as they are.
 
     Raises:
         ScheduleError: an unknown name or setting, or a value that the schedule refuses.
@@ -54,12 +48,9 @@ def resolve_schedule(
 ) -> Schedule:
     """Returns the schedule that a choice means for a checkpoint.
 
-    Args:
-        choice: None or "trained" is the checkpoint's plan, dense without one; a name of SCHEDULES, with its published
-            settings; {"name": ..., setting: ...}; or a Schedule. A pruner on a checkpoint with a plan prunes inside
-            the plan's window.
-        plan: the checkpoint's stage plan, or None.
-        num_layers: the decoder's depth.
+    A choice is None or "trained" (the checkpoint's plan, dense without one); a name of SCHEDULES, with its published
+    settings; {"name": ..., setting: ...}; or a Schedule. A pruner on a checkpoint with a plan prunes inside the plan's
+    window.
 
     Raises:
         ScheduleError: an unknown name or setting, a class in place of an object, a setting beyond the decoder.

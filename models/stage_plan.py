@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-UPDATES = ("full", "kv")
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -41,14 +39,20 @@ class StagePlan:
     keep: Mapping[int, int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.update not in UPDATES:
+        if self.update not in ("full", "kv"):
             raise ValueError(f"stages.update: got {self.update!r}, expected full or kv")
         if self.layers is None:
             self._check_window()
         else:
             self._check_layers()
         object.__setattr__(self, "keep", _checked_keep(self.keep))
-        self._check_keep_layers()
+        first = self.layers[0] if self.layers is not None else self.enter
+        for layer in self.keep:
+            if layer == first or not self.sees(layer):
+                raise ValueError(
+                    f"stages.keep: got layer {layer}, expected layers that see vision, after the first "
+                    f"one ({first}), because the choice needs the attention of a layer before"
+                )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> StagePlan:
@@ -110,15 +114,6 @@ class StagePlan:
         if not layers or not good or list(layers) != sorted(set(layers)):
             raise ValueError(f"stages.layers: got {self.layers!r}, expected layer numbers, ascending, at least one")
         object.__setattr__(self, "layers", layers)
-
-    def _check_keep_layers(self) -> None:
-        first = self.layers[0] if self.layers is not None else self.enter
-        for layer in self.keep:
-            if layer == first or not self.sees(layer):
-                raise ValueError(
-                    f"stages.keep: got layer {layer}, expected layers that see vision, after the first "
-                    f"one ({first}), because the choice needs the attention of a layer before"
-                )
 
 
 def kept_count(amount: float, visual: int) -> int:

@@ -34,26 +34,19 @@ class ValueRemap:
 
 
 class BoundValueRemap:
-    """A ValueRemap, resolved to the columns that a layer's attention adds in this call.
-
-    Attributes:
-        copies: the visual columns that are there a second time, for text queries alone; or None.
-    """
+    """A ValueRemap, resolved to the columns that a layer's attention adds in this call."""
 
     def __init__(
         self, remap: ValueRemap, slots: Tensor, visual: Tensor, offset: int, copies: LiveTokens | None
     ) -> None:
         """Resolves which column's value each column brings.
 
-        Args:
-            remap: what the schedule wants.
-            slots: (B, C), slots of the columns, -1 on padding.
-            visual: (B, S) bool.
-            offset: slot of the input's first token.
-            copies: the visual tokens among the columns, where they run queries too; None where only text queries run.
-                None of them where the remap hides vision: text then has no copy to see.
+        `slots` (B, C) are those of the columns, -1 on padding; `visual` (B, S) marks the visual tokens; `offset` is the
+        slot of the input's first token. `copies` are the visual tokens among the columns, where they run queries too;
+        None where only text queries run; none of them where the remap hides vision, so that text has no copy to see.
         """
         self.visual = visual
+        # visual columns that are there a second time, for text queries alone
         self.copies = copies if remap.hides or (copies is not None and remap.text is not remap.visual) else None
         places = (slots - offset).clamp(min=0)
         self.is_visual = visual.gather(1, places) & (slots >= 0)  # (B, C)

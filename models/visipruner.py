@@ -30,7 +30,9 @@ class VisiPruner(Schedule):
     adds to it, s is `shallow_end`.
 
     - shallow, layers l < s of a prefill: text after the image loses its weights on visual keys, after the softmax,
-      nothing renormalised. Layer 0 follows `first_layer`. No token is dropped here.
+      nothing renormalised. Layer 0 follows `first_layer`: visual queries lose theirs; under `merge` (released for 7B)
+      text after the image gives the weight of all visual keys to the first of them, under `half` (13B) it loses its
+      weights on the first half of them. No token is dropped here.
     - middle, layers l > s until it fires once: where cos(o - c_j, o) < `layer_threshold` for any j, only the tokens
       with |c_j| > `token_threshold` stay from layer l + 1 on (it can be none). Layer s is never tested.
     - deep, later layers: one where cos(o - c_j, o) >= `exit_threshold` for every kept j is counted; when the count
@@ -43,35 +45,20 @@ class VisiPruner(Schedule):
     and refuses by name; without visual self-attention layers 1 ... s - 1 need neither. In families whose image blocks
     attend in both directions (Gemma 3, Molmo 2), text inside a block (Molmo 2's marks) loses its weights too.
 
-    Attributes:
-        shallow_end: s, in layers.
-        layer_threshold: cosine, 0 ... 1; lower fires later.
-        token_threshold: length of a contribution; higher keeps fewer tokens.
-        exit_threshold: cosine, 0 ... 1.
-        exit_patience: how many such layers, at least 1.
-        modes: the stages that are on. `deep` does nothing without `middle`, which it waits for.
-        first_layer: layer 0. In both rules visual queries lose their weights on visual keys; `merge` (released for
-            7B): text after the image gives the weight of all visual keys to the first of them; `half` (13B): it
-            loses its weights on the first half of them.
-        visual_self_attention: visual queries keep their weights on visual keys in layers 1 ... s - 1, as in the
-            released code. False is the paper's rule.
-        consecutive_exit: a layer that fails the exit test sets the count back to 0, as in the paper. False: never,
-            as in the released code.
-
     Source: arXiv 2510.17205 and github.com/EIT-NLP/VisiPruner at d778622, which takes one sample of one prompt length
     under eager attention. Differences: tests are in float32 whatever the model's type; with several images, "first"
     and "first half" are over all of a sample's visual tokens.
     """
 
-    shallow_end: int = published_setting(6)
-    layer_threshold: float = 0.995
-    token_threshold: float = 0.2
-    exit_threshold: float = 0.999
-    exit_patience: int = 2
-    modes: Sequence[str] = MODES
-    first_layer: str = "merge"
-    visual_self_attention: bool = True
-    consecutive_exit: bool = False
+    shallow_end: int = published_setting(6)  # s, in layers
+    layer_threshold: float = 0.995  # cosine, 0 ... 1; lower fires later
+    token_threshold: float = 0.2  # length of a contribution; higher keeps fewer tokens
+    exit_threshold: float = 0.999  # cosine, 0 ... 1
+    exit_patience: int = 2  # how many such layers, at least 1
+    modes: Sequence[str] = MODES  # the stages that are on; `deep` does nothing without `middle`, which it waits for
+    first_layer: str = "merge"  # or "half"
+    visual_self_attention: bool = True  # visual queries keep their weights in layers 1 ... s - 1; the paper: False
+    consecutive_exit: bool = False  # a layer that fails the exit test sets the count back to 0, as in the paper
 
     def __post_init__(self) -> None:
         self.require("shallow_end", is_int(self.shallow_end, 0), "a layer number (int >= 0)")
@@ -87,10 +74,7 @@ class VisiPruner(Schedule):
 
     @classmethod
     def from_released(cls, settings: Mapping[str, Any]) -> VisiPruner:
-        """Returns the schedule of a released VisiPruner JSON, read into a dict.
-
-        Args:
-            settings: any of `mode`, `shallow_mid_layer`, `layer_threshold`, `tokens_threshold`.
+        """Returns the schedule of a released VisiPruner JSON, read into a dict with any of the keys of RELEASED.
 
         Raises:
             ScheduleError: an unknown key, or a value outside its range.
@@ -117,7 +101,8 @@ class VisiPruner(Schedule):
             return view.live
         live, row, samples = mask_of(view.live), view.last_query_attention(), view.state.samples
         cosine, squared = row.influence()
-        lowest = cosine.where(row.at_keys(live), torch.inf).amin(dim=1).tolist()  # the layer's one sync
+        cosine = row.spread(cosine, live.shape[1], torch.inf).where(live, torch.inf)
+        lowest = cosine.amin(dim=1).tolist()  # the one sync of a layer that changes nothing
         samples.extend(_Sample() for _ in lowest[len(samples) :])
         limits = [self._limit(sample, low) for sample, low in zip(samples, lowest, strict=True)]
         if max(limits) < 0:
