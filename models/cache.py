@@ -70,12 +70,14 @@ def staged_cache(cache: Any, num_layers: int) -> DynamicCache:
     """Returns `cache`, or a new one, made ready in place to hold a different number of tokens in each layer.
 
     Raises:
-        ValueError: see require_own_cache.
+        ValueError: it is filled, and by another model or another number of layers.
     """
     require_own_cache(cache)
     cache = DynamicCache() if cache is None else cache
-    if not cache.layers or not all(isinstance(layer, StagedLayer) for layer in cache.layers):
+    if cache.get_seq_length() == 0:
         cache.layers = [StagedLayer() for _ in range(num_layers)]
+    if len(cache.layers) != num_layers:
+        raise ValueError(f"past_key_values: got a cache of {len(cache.layers)} layers, expected {num_layers} layers")
     return cache
 
 
