@@ -95,6 +95,7 @@ class PyramidDrop(ScorePruner):
         good = good and all(is_number(ratio, 0.0, 1.0) for ratio in ratios)
         good = good and list(ratios) == sorted(ratios, reverse=True)
         self.require("ratios", good, "a ratio, 0 to 1, for each of layers, not growing")
+        self.require("renumber", isinstance(self.renumber, bool), "true or false")
         cuts = tuple(zip(layers, ratios, strict=True))
         self.derive(layers=tuple(layers), ratios=tuple(ratios), cuts=cuts, renumbers=self.renumber)
 

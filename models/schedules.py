@@ -30,7 +30,7 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     Raises:
         ScheduleError: an unknown name or setting, or a value that the schedule refuses.
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ScheduleError(f"schedule: got {name!r}, expected one of {', '.join([TRAINED, *SCHEDULES])}")
     kind = SCHEDULES[name]
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()

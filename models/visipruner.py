@@ -69,6 +69,8 @@ class VisiPruner(Schedule):
         good = isinstance(self.modes, list | tuple) and bool(self.modes) and all(mode in MODES for mode in self.modes)
         self.require("modes", good, f"a list of {', '.join(MODES)}")
         self.require("first_layer", self.first_layer in ("merge", "half"), "merge or half")
+        for name in ("visual_self_attention", "consecutive_exit"):
+            self.require(name, isinstance(getattr(self, name), bool), "true or false")
         # only the middle's test, and the deep one after it, read attention
         self.derive(modes=tuple(self.modes), reads_attention="middle" in self.modes)
 
