@@ -150,7 +150,7 @@ class _Run:
         """
         tokens, hidden = self.state.tokens_of(self.state.all_visual, kv_only=False), embeds
         for number in range(self.depth):
-            hidden = self._layer(number, hidden, tokens)
+            hidden = self._layer(number, hidden, tokens, remap=None, is_probed=False)
         return hidden
 
     def all_layers(
@@ -200,13 +200,7 @@ class _Run:
         )
 
     def _layer(
-        self,
-        number: int,
-        hidden: Tensor,
-        tokens: LayerTokens,
-        remap: BoundValueRemap | None = None,
-        *,
-        is_probed: bool = False,
+        self, number: int, hidden: Tensor, tokens: LayerTokens, remap: BoundValueRemap | None, is_probed: bool
     ) -> Tensor:
         """Returns the output of one layer for hidden states (B, L, D) of its rows."""
         self.rows, stored = tokens.rows, self.stored[number]

@@ -23,13 +23,12 @@ from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .cache import require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .schedule_base import Dense, Schedule
-from .schedules import resolve_schedule
+from .schedules import Choice, resolve_schedule
 from .stage_plan import StagePlan
 
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
 VISION_INPUTS = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
 USED_KEYWORDS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
-Blank = Callable[[], tuple[Tensor, list[Tensor]]]  # features (R, D) of a blank image, and its DeepStack features
 
 
 @dataclass
@@ -66,7 +65,7 @@ class _Call:
     attention_mask: Tensor | None
     query_mask: Tensor | None
     blocks: Tensor | None
-    blank: Blank | None
+    blank: Callable[[], tuple[Tensor, list[Tensor]]] | None  # makes features (R, D) of a blank image, and DeepStack's
     embeddings_learn: bool
     output: DecoderOutput | None = None
 
@@ -175,20 +174,14 @@ class FusedMixin:
         return self._schedule
 
     @schedule.setter
-    def schedule(self, choice: Schedule | str | Mapping[str, Any] | None) -> None:
+    def schedule(self, choice: Choice) -> None:
         self._schedule = self.resolve(choice)
 
-    def resolve(self, choice: Schedule | str | Mapping[str, Any] | None) -> Schedule:
+    def resolve(self, choice: Choice) -> Schedule:
         """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
         return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        schedule: Schedule | str | Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, schedule: Choice = None, **kwargs: Any) -> Any:
         """Generates as Hugging Face does; `schedule` is for this call alone, None the model's."""
         prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
         length = 0 if prompt is None else prompt.shape[1]
@@ -389,10 +382,7 @@ class FusedMixin:
 
 @remembered
 def fused_text_class(kind: Any) -> Any:
-    """Returns a text model's class with FusedTextMixin.
-
-    It keeps name and module: some of transformers' rules for weight names go by class name.
-    """
+    """Returns a text model's class with FusedTextMixin, of the same name: rules for weight names go by it."""
     if issubclass(kind, FusedTextMixin):
         return kind
     return type(kind.__name__, (FusedTextMixin, kind), {"__module__": kind.__module__})

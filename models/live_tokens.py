@@ -28,10 +28,7 @@ class LiveTokens:
 
     @classmethod
     def of_mask(cls, mask: Tensor, offset: int = 0) -> LiveTokens:
-        """Returns the True positions of `mask` (B, S), packed to the left; a batch without any has a padding row.
-
-        `offset` is the slot of the first position.
-        """
+        """Returns the True positions of `mask` (B, S), packed to the left; a batch without any has a padding row."""
         counts = mask.sum(dim=1)
         smallest, largest = torch.stack([counts.min(), counts.max()]).tolist()
         size = max(largest, 1)

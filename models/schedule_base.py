@@ -110,6 +110,7 @@ class Schedule:
         """Called once after the last layer, with `view.layer` the decoder's depth. For measurements."""
 
 
+@dataclass(frozen=True)
 class Dense(Schedule):
     """Every visual token is live at every layer: the model as Hugging Face runs it. Source: arXiv 2304.08485."""
 
@@ -241,8 +242,5 @@ def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
 
 
 def published_setting(depth_bound: int | Sequence[int]) -> Any:
-    """Returns a dataclass field whose default is a layer number (or several) published for a 32-layer decoder.
-
-    `published` (models/schedules.py) scales exactly these fields to another depth.
-    """
+    """Returns a field with layers published for a 32-layer decoder, which `published` scales to another depth."""
     return field(default=depth_bound, metadata={"published_depth": 32})

@@ -21,6 +21,10 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has none
 
+# None or "trained": the checkpoint's plan, dense without one; a name of SCHEDULES, with its published settings;
+# {"name": ..., setting: ...}; or a Schedule
+Choice = Schedule | str | Mapping[str, Any] | None
+
 
 def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     """Returns the named schedule with its published settings, layer numbers scaled to a decoder's depth.
@@ -32,8 +36,8 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ScheduleError(f"schedule: got {name!r}, expected one of {', '.join([TRAINED, *SCHEDULES])}")
-    kind = SCHEDULES[name]
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    kind: Any = SCHEDULES[name]
+    fields = dataclasses.fields(kind)
     known = [field.name for field in fields]
     for key in settings:
         if key not in known:
@@ -43,14 +47,8 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     return kind(**{**scaled, **settings})
 
 
-def resolve_schedule(
-    choice: Schedule | str | Mapping[str, Any] | None, plan: StagePlan | None, num_layers: int
-) -> Schedule:
-    """Returns the schedule that a choice means for a checkpoint.
-
-    A choice is None or "trained" (the checkpoint's plan, dense without one); a name of SCHEDULES, with its published
-    settings; {"name": ..., setting: ...}; or a Schedule. A pruner on a checkpoint with a plan prunes inside the plan's
-    window.
+def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) -> Schedule:
+    """Returns the schedule that a choice means for a checkpoint. A pruner prunes inside the window of its plan.
 
     Raises:
         ScheduleError: an unknown name or setting, a class in place of an object, a setting beyond the decoder.
