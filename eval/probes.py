@@ -15,7 +15,6 @@ from torch import Tensor
 
 from eval.probe_samples import Batch
 from models.live_tokens import NO_VISUAL, Selection
-from models.schedule_base import WrappedSchedule
 from models.schedules import Dense, Fused, Schedule, View, Within, published
 from models.stage_plan import StagePlan
 from models.value_remap import ValueRemap
@@ -61,7 +60,7 @@ class Knockout(Schedule):
 
 
 @dataclass(frozen=True)
-class RecordingSchedule(WrappedSchedule):
+class RecordingSchedule(Schedule):
     """Another schedule, with a callback that gets the view before each layer and after the last.
 
     The callback may ask for the attention of many tokens; the inner schedule still chooses by the last one's alone.
@@ -70,15 +69,26 @@ class RecordingSchedule(WrappedSchedule):
     inner: Schedule
     callback: Callable[[View], None]
 
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """The callback may read."""
-        return True
+    def __post_init__(self) -> None:
+        inner = self.inner
+        self.derive(update=inner.update, reads_attention=True, renumbers=inner.renumbers, trainable=inner.trainable)
+
+    def check(self, num_layers: int) -> None:
+        """Raises what the inner schedule raises."""
+        self.inner.check(num_layers)
+
+    def new_state(self) -> Any:
+        """Returns the state of the inner schedule."""
+        return self.inner.new_state()
 
     def live(self, view: View) -> Selection:
         """Calls back, then returns what the inner schedule selects."""
         self.callback(view)
         return self.inner.live(replace(view, attention=lambda: _last_attention(view)))
+
+    def value_remap(self, view: View) -> ValueRemap | None:
+        """Returns what the inner schedule wants."""
+        return self.inner.value_remap(view)
 
     def on_end(self, view: View) -> None:
         """Calls back once more: with what the last layer did."""

@@ -1,7 +1,8 @@
 """The staged decoder and the VLMs around it.
 
-Letters in comments and docstrings: B batch, S sequence, L live rows, D width, H query heads, G key/value heads,
-d head width, K keys, R rows of visual tokens. This package imports nothing of the other folders.
+Letters in comments and docstrings: B batch, S sequence, L live rows (the largest count in the batch), R rows of visual
+tokens, Q instruction tokens, D width, H query heads, G key/value heads, d head width, K keys, C columns (keys of this
+call), V visual columns. This package imports nothing of the other folders.
 """
 
 from typing import Any

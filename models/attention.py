@@ -3,17 +3,15 @@
 Nothing is hooked or patched. A layer is called as transformers calls it. Where visual tokens only give keys and values,
 or a schedule reads the keys, an object in the place of the layer's KV cache does the work: attention hands its new keys
 and values to `cache.update` and continues with what that returns.
-
-Letters: B batch, S sequence, L live rows, Q instruction tokens, K keys, H query heads, G key/value heads, d head width,
-D width.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as remembered
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -36,8 +34,8 @@ SUPPORTED_DECODERS = {  # class name: model_type of its config
     "Gemma3TextModel": "gemma3_text",
     "Molmo2TextModel": "molmo2_text",
 }
-BACKENDS = "sdpa, eager or flash_attention_2"
 Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, L, d)
+VisualKV = Callable[[], tuple[Tensor, Tensor]]  # makes keys and values (B, G, L, d) of visual tokens
 
 
 class UnsupportedDecoderError(ValueError):
@@ -101,36 +99,22 @@ def window_of(decoder: Any, layer: int, length: int) -> int | None:
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
-def visible(
-    queries: LiveTokens, slots: Tensor, *, window: int | None = None, blocks: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Returns (B, L, K) bool: which keys, at `slots` (B, K, -1 on padding), each query sees.
+def visible(queries: LiveTokens, slots: Tensor, window: int | None, blocks: Tensor | None) -> Tensor:
+    """Returns (B, L, K) bool: which keys, at `slots` (B, K, -1 on padding), each query (B, L) sees.
 
-    A query sees the keys at or before its slot, and those of its image block, as far back as the window reaches. Dead
-    tokens between two live ones change nothing.
-
-    Args:
-        queries: (B, L) tokens; padding rows see every key that is not padding.
-        slots: (B, K) int64.
-        window: the sliding window in tokens, or None.
-        blocks: image blocks of the queries (B, L) and of the keys (B, K), -1: none; or None.
+    A query sees the keys at or before its slot, and those of its image block, as far back as the sliding window
+    reaches (in tokens). Dead tokens between two live ones change nothing. Padding rows see every key that is not
+    padding. `blocks` is as in SequenceState.
     """
     places = queries.slots.masked_fill(~queries.valid, torch.iinfo(torch.int64).max)
     seen = slots[:, None, :] <= places[:, :, None]
     if blocks is not None:
-        of_queries, of_keys = blocks[0][:, :, None], blocks[1][:, None, :]
-        seen |= (of_queries == of_keys) & (of_queries >= 0)
+        of_queries, of_keys = blocks.gather(1, queries.slots), blocks.gather(1, slots.clamp(min=0))
+        seen |= (of_queries[:, :, None] == of_keys[:, None, :]) & (of_queries >= 0)[:, :, None]
     if window is not None:
         near = queries.slots[:, :, None] - slots[:, None, :] < window
         seen &= near | ~queries.valid[:, :, None]
     return seen & (slots >= 0)[:, None, :]
-
-
-def blocks_at(state: SequenceState, queries: LiveTokens, slots: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns the image blocks of queries (B, L) and of keys (B, K) at `slots`, or None where there are none."""
-    if state.blocks is None:
-        return None
-    return state.blocks.gather(1, queries.slots), state.blocks.gather(1, slots.clamp(min=0))
 
 
 def attention_mask(
@@ -140,40 +124,39 @@ def attention_mask(
     *,
     padded: bool,
     window: int | None,
-    blocks: tuple[Tensor, Tensor] | None,
+    blocks: Tensor | None,
     hidden: Tensor | None = None,
 ) -> Any:
     """Returns the mask of `queries` (B, L) against keys at `slots` (B, K, -1 on padding), as the backend wants it.
 
-    Args:
-        decoder: the Hugging Face decoder.
-        queries: the rows that run.
-        slots: of all keys.
-        padded: some key is padding.
-        window: see `visible`.
-        blocks: see `visible`.
-        hidden: (B, L, K) bool, keys taken away from a query on top, or None.
-
-    Returns:
-        Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal
-        mask of the backend is already correct.
+    Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal mask
+    of the backend is already correct. `padded`: some key is padding. `hidden` (B, L, K) bool: keys taken away from a
+    query on top. The rest as in `visible`.
 
     Raises:
         ValueError: the backend cannot express the mask.
     """
-    backend = decoder.config._attn_implementation
+    backend, switch = decoder.config._attn_implementation, "model.set_attn_implementation('sdpa') switches"
     if "flash" in backend:
-        _refuse_under_flash(queries, window, blocks, hidden)
+        for refused, what in (
+            (
+                hidden is not None,
+                "keys hidden from text alone, as VisiPruner's shallow mode asks for",
+            ),
+            (blocks is not None, "image blocks that attend in both directions"),
+            (window is not None and not queries.whole, "a sliding window over live tokens"),
+        ):
+            if refused:
+                found = f"flash attention, which cannot express {what}"
+                raise ValueError(f"attn_implementation: got {found}; expected sdpa or eager; {switch}")
         return (slots >= 0) if padded else None
     if backend not in ("sdpa", "eager"):
-        raise ValueError(
-            f"attn_implementation: got {backend}, expected {BACKENDS}; model.set_attn_implementation('sdpa') switches"
-        )
+        raise ValueError(f"attn_implementation: got {backend}, expected sdpa, eager or flash_attention_2; {switch}")
     plain = not padded and window is None and blocks is None and hidden is None
     aligned = slots.shape[1] == queries.slots.shape[1]  # the keys are the rows themselves
     if backend == "sdpa" and plain and (aligned or queries.slots.shape[1] == 1):
         return None
-    seen = visible(queries, slots, window=window, blocks=blocks)
+    seen = visible(queries, slots, window, blocks)
     if hidden is not None:
         seen &= ~hidden
     if backend == "sdpa":
@@ -182,42 +165,18 @@ def attention_mask(
     return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen[:, None], torch.finfo(dtype).min)
 
 
-def _refuse_under_flash(queries: LiveTokens, window: int | None, blocks: Any, hidden: Tensor | None) -> None:
-    what = None
-    if window is not None and not queries.whole:
-        what = "a sliding window over live tokens"
-    if blocks is not None:
-        what = "image blocks that attend in both directions"
-    if hidden is not None:
-        what = "keys hidden from text alone, which the schedule asks for (VisiPruner's shallow mode)"
-    if what is not None:
-        raise ValueError(
-            f"attn_implementation: got flash attention, which cannot express {what}; expected sdpa or eager; "
-            "model.set_attn_implementation('sdpa') switches"
-        )
-
-
 # -- one layer -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class CacheShim:
-    """Stands where a layer's attention expects its cache, for one call.
+    """Stands where a layer's attention expects its cache, for one call."""
 
-    Attributes:
-        stored: the layer's real cache, or None.
-        visual_kv: returns keys and values (B, G, L_v, d) of `kv` visual tokens, put before those of the rows; or None.
-        value_remap: returns what the attention uses in place of all keys and values, or None. The cache stores the
-            originals.
-        keys: (B, G, K, d) of all tokens, as stored, after the call.
-        values: (B, G, K, d) likewise.
-    """
-
-    stored: StagedLayer | None = None
-    visual_kv: Callable[[], tuple[Tensor, Tensor]] | None = None
-    value_remap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    keys: Tensor = field(init=False)
-    values: Tensor = field(init=False)
+    stored: StagedLayer | None  # the layer's real cache
+    visual_kv: VisualKV | None  # of `kv` visual tokens, put before those of the rows
+    value_remap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # what the attention uses in their place
+    keys: Tensor = field(init=False)  # (B, G, K, d) of all tokens, unchanged, after the call
+    values: Tensor = field(init=False)  # likewise
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that the attention uses."""
@@ -294,19 +253,12 @@ def _heads(attention: Any, name: str, normed: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AttentionRow:
-    """The attention of one query token in one layer.
-
-    Attributes:
-        layer: the layer.
-        weights: (B, H, K) float32, after the softmax; 0 on keys that the query does not see.
-        values: (B, G, K, d), the value vectors of the keys; G divides H.
-        places: (B, K) int64, each key's place in the input, 0 ... S-1; -1 on padding and on keys of an earlier call.
-    """
+    """The attention of one query token in one layer."""
 
     layer: int
-    weights: Tensor
-    values: Tensor
-    places: Tensor
+    weights: Tensor  # (B, H, K) float32, after the softmax; 0 on keys that the query does not see
+    values: Tensor  # (B, G, K, d), the value vectors of the keys; G divides H
+    places: Tensor  # (B, K) int64, each key's place in the input, 0 ... S-1; -1 on padding, on keys of an earlier call
 
     def influence(self) -> tuple[Tensor, Tensor]:
         """Returns cos(o - c, o) and |c| squared for every key, each (B, K) float32.
@@ -325,168 +277,124 @@ class AttentionRow:
         rest = (whole - 2 * along + squared).clamp(min=0)  # |o - c| squared
         return (whole - along) / (rest * whole).sqrt().clamp(min=1e-8), squared
 
-    def at_keys(self, per_place: Tensor) -> Tensor:
-        """Returns (B, K) bool: a mask of the input's tokens (B, S) at the keys, False on keys without a place."""
-        return per_place.gather(1, self.places.clamp(min=0)) & (self.places >= 0)
-
     def spread(self, per_key: Tensor, size: int, fill: float) -> Tensor:
         """Returns (B, size): a value per key (B, K) at the places of the keys, `fill` where no key stands."""
-        return _spread(per_key, self.places, size, fill)
+        # keys without a place go to an extra column, cut off again
+        full = per_key.new_full((len(per_key), size + 1), fill)
+        return full.scatter(1, self.places.where(self.places >= 0, size), per_key)[:, :size]
 
 
 @dataclass(frozen=True, eq=False)
 class ProbedLayer:
-    """What is kept of a layer that ran on visual tokens, until the next such layer.
-
-    Attributes:
-        layer: its number.
-        hidden: (B, L, D), its input.
-        tokens: what it ran on.
-        shim: the keys and values that its attention used.
-        slots: (B, K) their slots, -1 on padding.
-        positions: (B, S) or (3, B, S), the position ids that it ran with.
-    """
+    """A layer whose attention is asked for."""
 
     layer: int
-    hidden: Tensor
+    hidden: Tensor  # (B, L, D), its input
     tokens: LayerTokens
-    shim: CacheShim
-    slots: Tensor
-    positions: Tensor
+    keys: Tensor  # (B, G, K, d) of all tokens, those of its cache first
+    values: Tensor  # likewise
+    slots: Tensor  # (B, K) of the keys, -1 on padding
+    positions: Tensor  # (B, S) or (3, B, S) position ids
 
 
 class AttentionProbe:
     """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
 
-    The executor makes one for a run and sets `probed` after every layer that ran on visual tokens.
-
-    Attributes:
-        probed: the last such layer, or None.
+    `query_mask` is as in run_decoder. The executor sets `probed` after each layer that ran on visual tokens.
     """
 
     def __init__(self, decoder: Any, query_mask: Tensor | None, state: SequenceState) -> None:
-        """Keeps what a run never changes.
-
-        Args:
-            decoder: the Hugging Face decoder.
-            query_mask: (B, S) bool, the instruction tokens; None, or a sample without one: its last text token.
-            state: where the tokens stand.
-        """
         self.decoder, self.query_mask, self.state = decoder, query_mask, state
         self.probed: ProbedLayer | None = None
-        self._queries: LiveTokens | None = None
-        self._sight: tuple[Any, Tensor, Tensor] | None = None
+        self._seen: dict[tuple[LiveTokens, Tensor, int | None], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def last(self) -> ProbedLayer:
+        """The last layer that ran on visual tokens; ValueError before the first one."""
+        if self.probed is None:
+            raise ValueError("a schedule read attention before any layer ran on visual tokens")
+        return self.probed
+
+    @cached_property
+    def queries(self) -> LiveTokens:
+        """The instruction tokens."""
+        text, places = self.state.text, torch.arange(self.state.size, device=self.state.text.device)
+        mask = last = places == places.where(text, -1).amax(dim=1, keepdim=True)
+        if self.query_mask is not None:
+            mask = self.query_mask & text
+            mask = mask.where(mask.any(dim=1, keepdim=True), last)
+        return LiveTokens.of_mask(mask, self.state.offset)
 
     @torch.no_grad()
     def attention(self) -> Tensor:
         """Returns (B, S): see View.attention."""
-        probed = self._last()
-        return self._mean(self._weights(probed, probed.shim.keys), probed.slots)
+        return self._mean(self.last)
 
     @torch.no_grad()
     def next_layer_attention(
-        self, layer: int, hidden: Tensor, rows: LiveTokens, stored: StagedLayer | None, visual_keys: Tensor | None
+        self, layer: int, hidden: Tensor, rows: LiveTokens, stored: StagedLayer | None, visual_kv: VisualKV | None
     ) -> Tensor:
-        """Returns (B, S): the attention that `layer` would pay, with its norm and projections.
+        """Returns (B, S): the attention that `layer` would pay if it ran now on `hidden` (B, L, D), at `rows`.
 
-        Args:
-            layer: the layer that is about to run.
-            hidden: (B, L, D), what it would run on.
-            rows: the tokens of `hidden`.
-            stored: the layer's cache, or None.
-            visual_keys: (B, G, L_v, d), its keys of the `kv` visual tokens of the probed layer, or None.
+        `stored` is its cache; `visual_kv` is of the `kv` visual tokens of the probed layer.
         """
-        past = self._last()
-        module = self.decoder.layers[layer]
+        past, module = self.last, self.decoder.layers[layer]
         at = self._rotary_at(layer, rows, hidden, past.positions)
         keys = _rotated(module.self_attn, "k", _attention_input(module, hidden), at)
-        tokens = LayerTokens(rows, past.tokens.kv_only if visual_keys is not None else None)
-        if visual_keys is not None:
-            keys = torch.cat([visual_keys, keys], dim=2)
+        tokens = LayerTokens(rows, past.tokens.kv_only)
+        if visual_kv is not None:
+            keys = torch.cat([visual_kv()[0], keys], dim=2)
         slots = tokens.key_slots
         if stored is not None and stored.slots is not None:
             keys, slots = torch.cat([stored.keys, keys], dim=2), torch.cat([stored.slots, slots], dim=1)
-        now = ProbedLayer(layer, hidden, tokens, past.shim, slots, past.positions)
-        return self._mean(self._weights(now, keys), slots)
+        return self._mean(replace(past, layer=layer, hidden=hidden, tokens=tokens, keys=keys, slots=slots))
 
     @torch.no_grad()
     def last_query_attention(self) -> AttentionRow:
         """Returns the row of the last instruction token: see View.last_query_attention."""
-        probed = self._last()
-        weights, queries = self._weights(probed, probed.shim.keys), self.queries
+        weights, queries = self._weights(self.last), self.queries
         if weights.shape[2] > 1:
             last = (queries.valid.sum(dim=1) - 1).clamp(min=0)[:, None, None, None]
             weights = weights.gather(2, last.expand(-1, weights.shape[1], 1, weights.shape[3]))
         if queries.padded:  # a sample without text pays nothing
             weights = weights.masked_fill(~queries.valid[:, :1, None, None], 0.0)
-        return AttentionRow(probed.layer, weights[:, :, 0], probed.shim.values, self._places(probed.slots))
+        return self._row(self.last, weights[:, :, 0])
 
-    @property
-    def queries(self) -> LiveTokens:
-        """The instruction tokens, at least one row a sample."""
-        if self._queries is None:
-            mask = last = self.state.last_text_token()
-            if self.query_mask is not None:
-                mask = self.query_mask & self.state.valid & ~self.state.visual
-                mask = mask.where(mask.any(dim=1, keepdim=True), last)
-            self._queries = LiveTokens.of_mask(mask, self.state.offset, at_least=1)
-        return self._queries
-
-    def _last(self) -> ProbedLayer:
-        if self.probed is None:
-            raise ValueError("a schedule read attention before any layer ran on visual tokens")
-        return self.probed
-
-    def _weights(self, probed: ProbedLayer, keys: Tensor) -> Tensor:
+    def _weights(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, H, Q, K) float32: the softmax of the instruction tokens' rows."""
         hidden, layer = probed.hidden, self.decoder.layers[probed.layer]
-        index, seen = self._seen(probed)
-        asking = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        rows, seen = self._rows_and_keys(probed)
+        asking = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
         at = self._rotary_at(probed.layer, self.queries, hidden, probed.positions)
         queries = _rotated(layer.self_attn, "q", _attention_input(layer, asking), at)
+        keys = probed.keys.float()
         grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, G, H / G, Q, d): heads that share a key
-        scores = (grouped @ keys.float().transpose(2, 3)[:, :, None]).flatten(1, 2) * layer.self_attn.scaling
+        scores = (grouped @ keys.transpose(2, 3)[:, :, None]).flatten(1, 2) * layer.self_attn.scaling
         return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
 
-    def _seen(self, probed: ProbedLayer) -> tuple[Tensor, Tensor]:
-        """Returns where the instruction tokens stand among the rows (B, Q), and the keys that they see (B, Q, K)."""
+    def _rows_and_keys(self, probed: ProbedLayer) -> tuple[Tensor, Tensor]:
+        """Returns the rows of the instruction tokens (B, Q), and which keys they see (B, Q, K)."""
         window = window_of(self.decoder, probed.layer, self.state.length)
-        key = (probed.tokens.rows, probed.slots, window)
-        if self._sight is None or any(one is not other for one, other in zip(self._sight[0], key, strict=True)):
-            rows, queries = probed.tokens.rows, self.queries
-            columns = torch.arange(rows.slots.shape[1], device=rows.slots.device).expand(len(rows.slots), -1)
-            index = rows.spread(columns, self.state.size, 0).gather(1, queries.places)
+        key = probed.tokens.rows, probed.slots, window
+        if key not in self._seen:
+            queries = self.queries
+            rows = probed.tokens.rows.columns(self.state.size).gather(1, queries.places).clamp(min=0)
             # padding queries too look back from their slot alone, so that every row has a key
-            asking = LiveTokens(queries.slots, torch.ones_like(queries.valid), False, False, queries.offset)
-            blocks = blocks_at(self.state, queries, probed.slots)
-            self._sight = key, index, visible(asking, probed.slots, window=window, blocks=blocks)
-        return self._sight[1:]
+            asking = replace(queries, valid=torch.ones_like(queries.valid), padded=False)
+            self._seen[key] = rows, visible(asking, probed.slots, window, self.state.blocks)
+        return self._seen[key]
 
     def _rotary_at(self, layer: int, tokens: LiveTokens, like: Tensor, positions: Tensor) -> Rotary:
-        at = positions if tokens.whole else of_tokens(positions, tokens)
-        return rotary(self.decoder, rotary_kind(self.decoder, layer), like, at)
+        return rotary(self.decoder, rotary_kind(self.decoder, layer), like, tokens.positions_from(positions))
 
-    def _mean(self, weights: Tensor, slots: Tensor) -> Tensor:
+    def _mean(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, S): the mean over heads and instruction tokens, at the places of the keys, 0 elsewhere."""
-        valid = self.queries.valid
+        weights, valid = self._weights(probed), self.queries.valid
         mean = weights.mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
         mean = mean / valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return _spread(mean, self._places(slots), self.state.size, 0.0)
+        return self._row(probed, weights[:, :, 0]).spread(mean, self.state.size, 0.0)
 
-    def _places(self, slots: Tensor) -> Tensor:
-        offset = self.state.offset
-        return torch.where(slots >= offset, slots - offset, -1) if offset > 0 else slots
-
-
-def of_tokens(positions: Tensor, tokens: LiveTokens) -> Tensor:
-    """Returns (B, L) or (3, B, L): the position ids, of (B, S) or (3, B, S), of some tokens."""
-    if tokens.whole:
-        return positions
-    places = tokens.places
-    return positions.gather(-1, places.expand(*positions.shape[:-1], -1))
-
-
-def _spread(per_key: Tensor, places: Tensor, size: int, fill: float) -> Tensor:
-    # keys without a place go to an extra column, cut off again
-    full = per_key.new_full((len(per_key), size + 1), fill)
-    return full.scatter(1, places.where(places >= 0, size), per_key)[:, :size]
+    def _row(self, probed: ProbedLayer, weights: Tensor) -> AttentionRow:
+        slots, offset = probed.slots, self.state.offset
+        places = torch.where(slots >= offset, slots - offset, -1) if offset > 0 else slots
+        return AttentionRow(probed.layer, weights, probed.values, places)

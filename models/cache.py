@@ -16,29 +16,22 @@ class StagedLayer(DynamicLayer):
 
     `get_seq_length` returns the length of the whole sequence seen, not the number of columns held: generate() asks
     for it, and layer 0 of a fused model holds no image.
-
-    Attributes:
-        slots: (B, C) int64, place in the whole sequence of each of the C columns held; -1 on padding.
-        seen: length of the sequence so far, dead tokens and padding included.
-        next_position: (B,) int64, the position id that follows the last token.
-        padded: some column is padding.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.slots: Tensor | None = None
-        self.seen = 0
-        self.next_position: Tensor | None = None
-        self.padded = False
+    slots: Tensor | None = None  # (B, C) int64, place in the whole sequence of each of the C columns; -1 on padding
+    seen = 0  # length of the sequence so far, dead tokens and padding included
+    next_position: Tensor | None = None  # (B,) int64, the position id that follows the last token
+    padded = False  # some column is padding
 
-    def extend(self, slots: Tensor, padded: bool) -> None:
-        """Notes the slots (B, C) of the columns that the layer is about to append; `padded`: some of them are -1."""
+    def extend(self, slots: Tensor, padded: bool) -> tuple[Tensor, bool]:
+        """Notes the slots of the columns that the layer is about to append, and whether some of them are padding.
+
+        Returns:
+            `slots` (B, C) and `padded` of all columns that it then holds.
+        """
         self.slots = slots if self.slots is None else torch.cat([self.slots, slots], dim=1)
         self.padded = self.padded or padded
-
-    def end_call(self, seen: int, next_position: Tensor) -> None:
-        """Notes, after a call, the length of the sequence so far and the position id (B,) that follows it."""
-        self.seen, self.next_position = seen, next_position
+        return self.slots, self.padded
 
     def get_seq_length(self) -> int:
         """Returns the length of the sequence seen so far."""
@@ -63,10 +56,9 @@ class StagedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sample `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        if self.slots is not None and self.next_position is not None:
-            self.slots = self.slots.repeat_interleave(repeats, dim=0)
-            self.next_position = self.next_position.repeat_interleave(repeats, dim=0)
+        if self.slots is not None:
+            samples = torch.arange(len(self.slots), device=self.slots.device)
+            self.batch_select_indices(samples.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the samples `indices`, in that order."""
@@ -80,20 +72,17 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 def staged_cache(cache: Any, num_layers: int) -> DynamicCache:
-    """Returns `cache`, made ready in place to hold a different number of tokens in each layer.
-
-    Args:
-        cache: None, an empty DynamicCache (what generate() makes), or a cache that this function returned before.
-        num_layers: the decoder's depth.
+    """Returns `cache`, or a new one, made ready in place to hold a different number of tokens in each layer.
 
     Raises:
-        ValueError: the cache is of another kind, or already filled by another model.
+        ValueError: it is filled, and by another model or another number of layers.
     """
     require_own_cache(cache)
-    if cache is None:
-        cache = DynamicCache()
-    if not cache.layers or not all(isinstance(layer, StagedLayer) for layer in cache.layers):
+    cache = DynamicCache() if cache is None else cache
+    if cache.get_seq_length() == 0:
         cache.layers = [StagedLayer() for _ in range(num_layers)]
+    if len(cache.layers) != num_layers:
+        raise ValueError(f"past_key_values: got a cache of {len(cache.layers)} layers, expected {num_layers} layers")
     return cache
 
 

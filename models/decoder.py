@@ -2,14 +2,12 @@
 
 Everything that differs between a dense model, a fused one and a pruner is which visual tokens are live at which layer.
 A schedule decides that; this file does it, over an unmodified Hugging Face decoder.
-
-Letters: B batch, S sequence, L live rows, D width, R rows of visual tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +19,8 @@ from .attention import (
     CacheShim,
     ProbedLayer,
     Rotary,
+    VisualKV,
     attention_mask,
-    blocks_at,
-    of_tokens,
     project_visual_kv,
     rotary,
     rotary_kind,
@@ -33,25 +30,18 @@ from .attention import (
     window_of,
 )
 from .cache import StagedLayer, staged_cache
-from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, key_slots, move
+from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move
 from .schedule_base import Dense, Schedule, View
 from .value_remap import BoundValueRemap, ValueRemap
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderOutput:
-    """What run_decoder returns.
+    """What run_decoder returns."""
 
-    Attributes:
-        last_hidden_state: (B, S, D), normed. Valid at text positions; at a position that was not live in the last
-            layer it is zero or means nothing.
-        past_key_values: the cache, where one was asked for.
-        layers: one entry a layer: what it ran on.
-    """
-
-    last_hidden_state: Tensor
-    past_key_values: Any
-    layers: tuple[LayerTokens, ...]
+    last_hidden_state: Tensor  # (B, S, D), normed; zero or meaningless where the last layer ran on no token
+    past_key_values: Any  # the cache, where one was asked for
+    layers: tuple[LayerTokens, ...]  # what each layer ran on
 
     @property
     def live(self) -> list[list[Tensor]]:
@@ -101,9 +91,6 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         deepstack: features (R, D) that are added to the visual tokens after the first layers that see vision, one
             after each.
 
-    Returns:
-        DecoderOutput.
-
     Raises:
         UnsupportedDecoderError: another kind of decoder.
         ValueError: the schedule does not fit the decoder; a cache of another model.
@@ -121,31 +108,35 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
     state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
     run = _Run(decoder, schedule, cache, state, query_mask)
-    is_decode_step = state.offset > 0 and state.size == 1
-    if is_decode_step:
+    if state.offset > 0 and state.size == 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
     else:
         hidden = run.all_layers(inputs_embeds, visual, visual_embeds, deepstack)
     if cache is not None:
         following = state.positions.amax(dim=-1) + 1
         for layer in cache.layers:
-            layer.end_call(state.length, following if following.ndim == 1 else following.amax(dim=0))
+            layer.seen = state.length
+            layer.next_position = following if following.ndim == 1 else following.amax(dim=0)
     hidden = run.rows.put(decoder.norm(hidden), state.size)
     return DecoderOutput(hidden, cache, tuple(run.layers))
 
 
 class _Run:
-    """One call of run_decoder: hidden states, moved from layer to layer."""
+    """One call of run_decoder: hidden states, moved from layer to layer.
+
+    What layers are called with is made once for each set of tokens.
+    """
 
     def __init__(
         self, decoder: Any, schedule: Schedule, cache: Any, state: SequenceState, query_mask: Tensor | None
     ) -> None:
-        self.decoder, self.schedule, self.cache, self.state = decoder, schedule, cache, state
+        self.decoder, self.schedule, self.state = decoder, schedule, state
         self.depth = len(decoder.layers)
+        self.stored: list[StagedLayer | None] = [None] * self.depth if cache is None else cache.layers
         self.probe = AttentionProbe(decoder, query_mask, state)
         self.mrope = uses_mrope(decoder)
         self.layers: list[LayerTokens] = []
-        self.rows = state.everything  # the tokens that the current hidden states belong to
+        self.rows = state.rows_of(state.all_visual)  # the tokens that the current hidden states belong to
         self.visual_rows: VisualRows | None = None
         self._masks: dict[tuple[Any, ...], Any] = {}
         self._rotary: dict[tuple[LiveTokens, str | None], Rotary] = {}
@@ -159,29 +150,36 @@ class _Run:
         """
         tokens, hidden = self.state.tokens_of(self.state.all_visual, kv_only=False), embeds
         for number in range(self.depth):
-            hidden = self._layer(number, hidden, tokens, visual_kv=None, remap=None)
+            hidden = self._layer(number, hidden, tokens, remap=None, is_probed=False)
         return hidden
 
     def all_layers(
         self, embeds: Tensor, visual: Tensor, visual_embeds: Tensor | None, deepstack: Sequence[Tensor]
     ) -> Tensor:
         """Returns the hidden states after the last layer, at `self.rows`."""
-        schedule, separate = self.schedule, visual_embeds is not None
+        schedule, state, separate = self.schedule, self.state, visual_embeds is not None
         if visual_embeds is None and (deepstack or not isinstance(schedule, Dense)):
             visual_embeds = embeds[visual]
         if visual_embeds is not None and len(visual_embeds) > 0:
             self.visual_rows = VisualRows.of(visual, visual_embeds)
         elif not isinstance(schedule, Dense):
             return self.text_alone(embeds)
-        memory, live, hidden, due = schedule.new_state(), self.state.all_visual, embeds, list(deepstack)
+        memory, live, hidden, due = schedule.new_state(), state.all_visual, embeds, list(deepstack)
         for number in range(self.depth):
             view = self._view(number, live, hidden, memory)
             live = schedule.live(view)
-            if number == 0 and separate and live is not NO_VISUAL and schedule.update == "full":
+            sees_vision = live is not NO_VISUAL
+            kv_only = sees_vision and schedule.update == "kv"
+            if number == 0 and separate and sees_vision and not kv_only:
                 hidden = embeds.masked_scatter(visual[..., None], visual_embeds.to(embeds.dtype))  # type: ignore[union-attr]
-            remap = None if live is NO_VISUAL else schedule.value_remap(view)
-            hidden = self._staged_layer(number, hidden, live, remap)
-            if due and live is not NO_VISUAL:
+            tokens = state.tokens_of(live, kv_only)
+            if tokens.rows is not self.rows:
+                entering = self.visual_rows if sees_vision and not kv_only else None
+                hidden = move(hidden, self.rows, tokens.rows, entering, state.size)
+            remap = schedule.value_remap(view) if sees_vision else None
+            bound = None if remap is None else self._bound(remap, tokens, live)
+            hidden = self._layer(number, hidden, tokens, bound, is_probed=sees_vision and schedule.reads_attention)
+            if due and sees_vision:
                 hidden = self._add_deepstack(hidden, due.pop(0))
         schedule.on_end(self._view(self.depth, live, hidden, memory))
         return hidden
@@ -201,56 +199,29 @@ class _Run:
             hidden_states=partial(self.rows.put, hidden, self.state.size),
         )
 
-    def _staged_layer(self, number: int, hidden: Tensor, live: Selection, remap: ValueRemap | None) -> Tensor:
-        """Returns the output of one layer, after moving to the tokens that it runs on."""
-        state = self.state
-        kv_only = self.schedule.update == "kv" and live is not NO_VISUAL and self.visual_rows is not None
-        tokens = state.tokens_of(live, kv_only)
-        if tokens.rows is not self.rows:
-            entering = None if tokens.rows is state.rows_of(NO_VISUAL) else self.visual_rows
-            hidden = move(hidden, self.rows, tokens.rows, entering, state.size)
-        visual_kv = self._visual_kv(number, tokens, self._positions(tokens, self._stored(number))) if kv_only else None
-        bound = None if remap is None else self._bound(remap, tokens, live)
-        return self._layer(number, hidden, tokens, visual_kv, bound)
-
     def _layer(
-        self,
-        number: int,
-        hidden: Tensor,
-        tokens: LayerTokens,
-        visual_kv: Callable[[], tuple[Tensor, Tensor]] | None,
-        remap: BoundValueRemap | None,
+        self, number: int, hidden: Tensor, tokens: LayerTokens, remap: BoundValueRemap | None, is_probed: bool
     ) -> Tensor:
         """Returns the output of one layer for hidden states (B, L, D) of its rows."""
-        self.rows = tokens.rows
-        stored = self._stored(number)
-        positions = self._positions(tokens, stored)
-        if stored is not None:
-            stored.extend(tokens.key_slots, tokens.padded)
+        self.rows, stored = tokens.rows, self.stored[number]
+        positions = self.state.renumbered(tokens, stored) if self.schedule.renumbers else self.state.positions
+        visual_kv = self._visual_kv(number, tokens, positions)
         slots, padded = tokens.key_slots, tokens.padded
-        if stored is not None and stored.slots is not None:
-            slots, padded = stored.slots, stored.padded
+        if stored is not None:
+            slots, padded = stored.extend(slots, padded)
         mask = self._mask(number, tokens, slots, padded, remap)
         shim = None
-        if stored is not None or visual_kv is not None or remap is not None or self.schedule.reads_attention:
+        if stored is not None or visual_kv is not None or remap is not None or is_probed:
             shim = CacheShim(stored, visual_kv, remap)
         at = self._rotary_at(number, tokens.rows, hidden, positions)
-        ids = None if self.mrope else of_tokens(positions, tokens.rows)
+        ids = None if self.mrope else tokens.rows.positions_from(positions)
         output = run_layer(self.decoder.layers[number], hidden, mask, ids, shim, at)
-        if shim is not None and self.schedule.reads_attention and self._sees_vision(tokens):
-            self.probe.probed = ProbedLayer(number, hidden.detach(), tokens, shim, slots, positions)
+        if shim is not None and is_probed:
+            self.probe.probed = ProbedLayer(number, hidden.detach(), tokens, shim.keys, shim.values, slots, positions)
         self.layers.append(tokens)
         return output
 
-    def _sees_vision(self, tokens: LayerTokens) -> bool:
-        return tokens.kv_only is not None or tokens.rows is not self.state.rows_of(NO_VISUAL)
-
-    def _stored(self, number: int) -> StagedLayer | None:
-        return self.cache.layers[number] if self.cache is not None else None
-
-    def _visual_kv(
-        self, number: int, tokens: LayerTokens, positions: Tensor
-    ) -> Callable[[], tuple[Tensor, Tensor]] | None:
+    def _visual_kv(self, number: int, tokens: LayerTokens, positions: Tensor) -> VisualKV | None:
         """Returns the function that makes a layer's keys and values of visual tokens that run no query, or None."""
         if tokens.kv_only is None or self.visual_rows is None:
             return None
@@ -263,11 +234,9 @@ class _Run:
         return partial(project_visual_kv, self.decoder.layers[number], rows, at)
 
     def _next_layer_attention(self, number: int, hidden: Tensor) -> Tensor:
-        past, visual_keys = self.probe.probed, None
-        visual_kv = None if past is None else self._visual_kv(number, past.tokens, past.positions)
-        if visual_kv is not None:
-            visual_keys = visual_kv()[0]
-        return self.probe.next_layer_attention(number, hidden, self.rows, self._stored(number), visual_keys)
+        past = self.probe.last
+        visual_kv = self._visual_kv(number, past.tokens, past.positions)
+        return self.probe.next_layer_attention(number, hidden, self.rows, self.stored[number], visual_kv)
 
     def _add_deepstack(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Returns hidden states with DeepStack features (R, D) added to their visual tokens.
@@ -278,49 +247,36 @@ class _Run:
             return hidden
         features = features.to(self.visual_rows.rows.dtype)
         if self.schedule.update == "full":
-            return self.visual_rows.with_rows(features).added_to(hidden, self.rows)
-        self.visual_rows = self.visual_rows.with_rows(self.visual_rows.rows + features)
+            return replace(self.visual_rows, rows=features).added_to(hidden, self.rows)
+        self.visual_rows = replace(self.visual_rows, rows=self.visual_rows.rows + features)
         return hidden
 
-    # -- what a layer is called with; made once for each set of tokens ---------------------------------------------
-
-    def _positions(self, tokens: LayerTokens, stored: StagedLayer | None) -> Tensor:
-        return self.state.renumbered(tokens, stored) if self.schedule.renumbers else self.state.positions
-
     def _rotary_at(self, number: int, tokens: LiveTokens, like: Tensor, positions: Tensor) -> Rotary:
-        kind = rotary_kind(self.decoder, number)
-        if self.schedule.renumbers:  # positions differ from layer to layer
-            return rotary(self.decoder, kind, like, of_tokens(positions, tokens))
-        if (tokens, kind) not in self._rotary:
-            self._rotary[tokens, kind] = rotary(self.decoder, kind, like, of_tokens(positions, tokens))
-        return self._rotary[tokens, kind]
+        key = tokens, rotary_kind(self.decoder, number)
+        if self.schedule.renumbers or key not in self._rotary:  # renumbered positions differ from layer to layer
+            self._rotary[key] = rotary(self.decoder, key[1], like, tokens.positions_from(positions))
+        return self._rotary[key]
 
     def _bound(self, remap: ValueRemap, tokens: LayerTokens, live: Selection) -> BoundValueRemap:
         if (remap, tokens) not in self._remaps:
-            copies = self.state.visual_rows_of(live) if tokens.kv_only is None else None
-            if remap.hides:
-                copies = self.state.visual_rows_of(NO_VISUAL)
-            visual, offset = self.state.visual, self.state.offset
-            self._remaps[remap, tokens] = BoundValueRemap(remap, tokens.key_slots, visual, offset, copies)
+            state, copies = self.state, None
+            if remap.hides or tokens.kv_only is None:
+                copies = state.rows_of(NO_VISUAL if remap.hides else live, text=False)
+            self._remaps[remap, tokens] = BoundValueRemap(remap, tokens.key_slots, state.visual, state.offset, copies)
         return self._remaps[remap, tokens]
 
     def _mask(
         self, number: int, tokens: LayerTokens, slots: Tensor, padded: bool, remap: BoundValueRemap | None
     ) -> Any:
-        window = window_of(self.decoder, number, self.state.length)
-        if self.state.offset > 0:  # caches differ from layer to layer
-            return self._new_mask(tokens.rows, slots, padded, window, remap)
-        key = tokens, window, remap and remap.copies, remap and remap.hides
-        if key not in self._masks:
-            self._masks[key] = self._new_mask(tokens.rows, slots, padded, window, remap)
+        state, window = self.state, window_of(self.decoder, number, self.state.length)
+        copies = None if remap is None else remap.copies
+        key = tokens, window, copies
+        if state.offset > 0 or key not in self._masks:  # the slots of filled caches differ from layer to layer
+            hidden = None
+            if remap is not None and copies is not None:
+                hidden = remap.hidden_from(tokens.rows, slots.shape[1])
+                slots = torch.cat([slots, LayerTokens(copies).key_slots], dim=1)
+            self._masks[key] = attention_mask(
+                self.decoder, tokens.rows, slots, padded=padded, window=window, blocks=state.blocks, hidden=hidden
+            )
         return self._masks[key]
-
-    def _new_mask(
-        self, rows: LiveTokens, slots: Tensor, padded: bool, window: int | None, remap: BoundValueRemap | None
-    ) -> Any:
-        hidden = None
-        if remap is not None and remap.copies is not None:
-            hidden = remap.hidden_from(rows, slots.shape[1])
-            slots = torch.cat([slots, key_slots(remap.copies)], dim=1)
-        blocks = blocks_at(self.state, rows, slots)
-        return attention_mask(self.decoder, rows, slots, padded=padded, window=window, blocks=blocks, hidden=hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
@@ -17,11 +18,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
-from .fused import FusedMixin, fused_signature
+from .fused import FusedMixin, settle_stages
 from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
-from .schedules import resolve_schedule
-from .stage_plan import StagePlan
 
 
 class UnsupportedModelError(ValueError):
@@ -29,31 +27,14 @@ class UnsupportedModelError(ValueError):
 
 
 class StagesConfigMixin:
-    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with.
-
-    Raises:
-        UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
-        ValueError: the plan or the schedule is wrong, or names a layer that the decoder lacks.
-    """
+    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with."""
 
     base_model_type: str
     model_type: str
-    stages: Any
-    schedule: Any
-    text_config: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # PreTrainedConfig's
-        kind = self.text_config.model_type
-        if kind not in SUPPORTED_DECODERS.values():
-            expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
-            raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
-        depth, plan = self.text_config.num_hidden_layers, None
-        if self.stages is not None:
-            plan = StagePlan.from_dict(self.stages)
-            plan.check(depth)
-            self.stages = plan.to_dict()
-        resolve_schedule(self.schedule, plan, depth)
+        settle_stages(self)
 
     @classmethod
     def get_config_dict(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,18 +47,15 @@ class StagesConfigMixin:
             )
         if is_original(fields):
             raise UnsupportedModelError(
-                f"{source}: config.json: got LLaVA's original format, expected Hugging Face's; "
+                f"{source}: config.json: got the original format of LLaVA, expected Hugging Face's; "
                 "FusedAutoModel.from_pretrained loads both"
             )
         return {**fields, "model_type": cls.model_type}, kwargs
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:
-    """Returns whether the fields of a config.json are those of LLaVA's own code: see original_checkpoints.py."""
+    """Returns whether the fields of a config.json are those of LLaVA's code: see original_checkpoints.py."""
     return "text_config" not in fields and ("mm_vision_tower" in fields or "mm_projector_type" in fields)
-
-
-# -- what differs between families ---------------------------------------------------------------------------------
 
 
 def _square(config: Any) -> dict[str, Tensor]:
@@ -128,10 +106,6 @@ def _molmo2(config: Any) -> dict[str, Tensor]:
     return {"pixel_values": patches, "image_token_pooling": torch.tensor([[0]]), "image_grids": grid}
 
 
-def _no_blocks(given: Mapping[str, Any]) -> Tensor | None:
-    return None
-
-
 def _gemma3_blocks(given: Mapping[str, Any]) -> Tensor | None:
     """A block for each image: its tokens see each other in both directions."""
     if given.get("token_type_ids") is None:
@@ -150,26 +124,13 @@ def _molmo2_blocks(given: Mapping[str, Any]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of VLMs.
+    """One family of VLMs. See FusedMixin for `blank` and `blocks`."""
 
-    Attributes:
-        model_type: of Hugging Face's config.
-        prefix: of the names of Hugging Face's classes: `Qwen3VL` for Qwen3VLForConditionalGeneration.
-        blank: returns, from the config, the inputs of get_image_features for a blank image.
-        blocks: returns, from the inputs of forward, the image blocks that attend in both directions.
-        bases: config and model class, where they are not those of transformers.
-    """
-
-    model_type: str
-    prefix: str
+    model_type: str  # of Hugging Face's config; the fused config's has `fused_` before it
+    prefix: str  # of the names of Hugging Face's classes: `Qwen3VL` for Qwen3VLForConditionalGeneration
     blank: Callable[[Any], dict[str, Tensor]] = _square
-    blocks: Callable[[Mapping[str, Any]], Tensor | None] = _no_blocks
-    bases: tuple[Any, Any] | None = None
-
-    @property
-    def fused_type(self) -> str:
-        """The model_type of the fused config."""
-        return f"fused_{self.model_type}"
+    blocks: Callable[[Mapping[str, Any]], Tensor | None] = lambda given: None
+    bases: tuple[Any, Any] | None = None  # config and model class, where they are not those of transformers
 
     @cached_property
     def config_class(self) -> Any:
@@ -179,7 +140,7 @@ class Family:
             "__module__": __name__,
             "__annotations__": {"stages": dict[str, Any] | None, "schedule": dict[str, Any] | str | None},
             "__doc__": f"Everything {base.__name__} takes, `stages` and `schedule`: see StagesConfigMixin.",
-            "model_type": self.fused_type,
+            "model_type": f"fused_{self.model_type}",
             "base_model_type": self.model_type,
             "stages": None,
             "schedule": None,
@@ -203,9 +164,9 @@ class Family:
     def register(self) -> None:
         """Makes the Auto classes, `transformers serve` and the rules for weight names know the fused class."""
         if not __name__.startswith("transformers_modules."):  # a release's auto_map says it, for that release alone
-            AutoConfig.register(self.fused_type, self.config_class, exist_ok=True)
+            AutoConfig.register(self.config_class.model_type, self.config_class, exist_ok=True)
             AutoModelForImageTextToText.register(self.config_class, self.model_class, exist_ok=True)
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(self.fused_type, self.model_class.__name__)
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(self.config_class.model_type, self.model_class.__name__)
         # files name their weights as the family's do; these rules go by class name or model_type
         base = f"{self.prefix}ForConditionalGeneration"
         rules = get_checkpoint_conversion_mapping(base) or get_checkpoint_conversion_mapping(self.model_type)
@@ -214,34 +175,43 @@ class Family:
 
 
 def _forward_like(base: Any) -> Callable[..., Any]:
+    """Returns FusedMixin.forward with the arguments of the family's and those that FusedMixin adds."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return FusedMixin.forward(self, *args, **kwargs)
 
+    parameters = dict(signature(base.forward).parameters)
+    variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
+    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in ("schedule", "visual")]
     forward.__doc__ = FusedMixin.forward.__doc__
-    forward.__signature__ = fused_signature(base)  # type: ignore[attr-defined]  # what generate() reads
+    forward.__signature__ = Signature([*parameters.values(), *added, variable])  # type: ignore[attr-defined]  # generate() reads it
     return forward
 
 
-_ALL = (
-    Family("llava", "Llava", _llava),
-    Family("llava_next", "LlavaNext", _tiles),
-    Family("llava_onevision", "LlavaOnevision", _tiles),
-    Family("internvl", "InternVL"),
-    Family("qwen2_vl", "Qwen2VL", _patches),
-    Family("qwen2_5_vl", "Qwen2_5_VL", _patches),
-    Family("qwen3_vl", "Qwen3VL", _patches),
-    Family("glm4v", "Glm4v", _patches),
-    Family("smolvlm", "SmolVLM", _listed),
-    Family("idefics3", "Idefics3", _listed),
-    Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
-    Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
-    Family("ovis2", "Ovis2"),
-    Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
-    Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
-)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llava", "Llava", _llava),
+        Family("llava_next", "LlavaNext", _tiles),
+        Family("llava_onevision", "LlavaOnevision", _tiles),
+        Family("internvl", "InternVL"),
+        Family("qwen2_vl", "Qwen2VL", _patches),
+        Family("qwen2_5_vl", "Qwen2_5_VL", _patches),
+        Family("qwen3_vl", "Qwen3VL", _patches),
+        Family("glm4v", "Glm4v", _patches),
+        Family("smolvlm", "SmolVLM", _listed),
+        Family("idefics3", "Idefics3", _listed),
+        Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
+        Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
+        Family("ovis2", "Ovis2"),
+        Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
+        Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
+    )
+}
 for _family in FAMILIES.values():
     _family.register()
+    for _class in (_family.config_class, _family.model_class):  # a release's auto_map names them in this module
+        globals()[_class.__name__] = _class
 
 
 def family_of(model_type: str | None, source: Any = "config.json") -> Family:
@@ -254,12 +224,3 @@ def family_of(model_type: str | None, source: Any = "config.json") -> Family:
     if name not in FAMILIES:
         raise UnsupportedModelError(f"{source}: got model_type {model_type}, expected one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
-
-
-def __getattr__(name: str) -> Any:
-    """Returns a fused class by name, e.g. FusedQwen3VLForConditionalGeneration: a release's auto_map names it so."""
-    for family in FAMILIES.values():
-        for kind in (family.model_class, family.config_class):
-            if kind.__name__ == name:
-                return kind
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -17,30 +16,18 @@ class FastV(ScorePruner):
     The score of a token is the attention that the last token of the prompt pays it in layer `layer` - 1, mean over
     heads.
 
-    Attributes:
-        layer: K, at least 1.
-        drop: R, the ratio that goes, 0 ... 1.
-
     Source: arXiv 2403.06764 (K=2, R=0.5 for LLaVA-1.5). The official code takes one sample, a fixed image span, and
     runs layer K - 1 under eager attention; here the row is computed apart. Kept tokens keep their position ids, as
     there.
     """
 
-    layer: int = published_setting(2)
-    drop: float = 0.5
+    layer: int = published_setting(2)  # K, at least 1
+    drop: float = 0.5  # R, the ratio that goes, 0 ... 1
 
     def __post_init__(self) -> None:
-        require(is_int(self.layer, 1), "FastV.layer", self.layer, "a layer number (int >= 1)")
-        require(is_number(self.drop, 0.0, 1.0), "FastV.drop", self.drop, "a ratio, 0 to 1")
-
-    @property
-    def cuts(self) -> Sequence[int]:
-        """The one layer."""
-        return (self.layer,)
-
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns what is not dropped."""
-        return round(visual * (1 - self.drop))
+        self.require("layer", is_int(self.layer, 1), "a layer number (int >= 1)")
+        self.require("drop", is_number(self.drop, 0.0, 1.0), "a ratio, 0 to 1")
+        self.derive(cuts=((self.layer, 1 - self.drop),), rounding=round)
 
     def score(self, view: View) -> Tensor:
         """Returns the attention of the layer before."""

@@ -3,8 +3,6 @@
 A VLM of transformers ends in one call of its text model with the image features merged into the embeddings. The outer
 forward marks the visual tokens and names the schedule; the text model then runs through run_decoder. Tiles, position
 indices, DeepStack features, processors and generate() stay Hugging Face's. No parameter is added or renamed.
-
-Letters: B batch, S sequence, D width, R rows of visual tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache as remembered
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -21,44 +19,39 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
+from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .schedule_base import Dense, Schedule
-from .schedules import resolve_schedule
+from .schedules import Choice, resolve_schedule
 from .stage_plan import StagePlan
 
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
-VISION_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
-ADDED_ARGUMENTS = ("schedule", "visual")
+VISION_INPUTS = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
 UNUSED_KEYWORDS = ("tokenizer", "assistant_tokenizer")  # generate() hands them to every forward
 CACHE_NAMES = dict.fromkeys(("cache", "past_key_values"), CACHE)
 USED_KEYWORDS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
-Blank = Callable[[], tuple[Tensor, list[Tensor]]]  # features (R, D) of a blank image, and its DeepStack features
 
 
 @dataclass
 class FusedOutput(CausalLMOutputWithPast):
     """What the forward of a fused model returns.
 
-    Beside the fields: `live`, the tokens of each layer, and `visual` (B, S) bool, the visual tokens of the input.
-
-    Attributes:
-        loss: next-token loss, mean over labelled tokens; with labels alone.
-        logits: (B, S or kept, vocabulary), right at text positions; visual positions of a staged model mean nothing.
-        past_key_values: the KV cache; transformers calls the field `cache` from 5.24 on.
-        image_hidden_states: the projected image features, from the families that return them.
+    `loss` is the next-token loss, the mean over labelled tokens, with labels alone. `logits` (B, S or kept, vocabulary)
+    are right at text positions; visual positions of a staged model mean nothing. transformers calls the KV cache
+    `past_key_values`, and `cache` from 5.24 on.
     """
 
-    image_hidden_states: Any = None
+    image_hidden_states: Any = None  # the projected image features, from the families that return them
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.decoder: DecoderOutput | None = None
-        self.visual: Tensor | None = None
+        self.visual: Tensor | None = None  # (B, S) bool, the visual tokens of the input
 
     @property
     def live(self) -> list[list[Tensor]]:
-        """One entry a layer, each one int64 tensor a sample: the slots of the tokens that the layer ran on."""
+        """As DecoderOutput.live."""
         if self.decoder is None:
             raise ValueError("live: this output was not made by a forward of a fused model")
         return self.decoder.live
@@ -73,7 +66,7 @@ class _Call:
     attention_mask: Tensor | None
     query_mask: Tensor | None
     blocks: Tensor | None
-    blank: Blank | None
+    blank: Callable[[], tuple[Tensor, list[Tensor]]] | None  # makes features (R, D) of a blank image, and DeepStack's
     embeddings_learn: bool
     output: DecoderOutput | None = None
 
@@ -95,52 +88,31 @@ _GENERATION: ContextVar[_Generation | None] = ContextVar("generation", default=N
 class FusedTextMixin:
     """A text model that runs through run_decoder while a fused model's forward is running; else as it always did."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        deepstack_visual_embeds: list[Tensor] | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Takes what the text model takes; the attention mask is the 2-D one of the outer forward."""
-        past_key_values = kwargs.pop("cache", past_key_values)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Takes and returns what the text model does; the masks come from the outer forward."""
         call = _CALL.get()
         if call is None:
-            if deepstack_visual_embeds is not None:
-                kwargs["deepstack_visual_embeds"] = deepstack_visual_embeds
-            return super().forward(  # type: ignore[misc]  # the text model's
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
-        if inputs_embeds is None:
-            raise ValueError("inputs_embeds: got None, expected the embeddings with the image merged in")
-        deepstack = list(deepstack_visual_embeds or ())
-        visual_embeds = None
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # the text model's
+        embeds, cache, use_cache = kwargs["inputs_embeds"], kwargs.get(CACHE), kwargs.get("use_cache")
+        positions = kwargs.get("position_ids")
+        if positions is None:  # counted from 0, padding too, as Hugging Face does
+            seen = _seen(kwargs)
+            positions = torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
+        deepstack, visual_embeds = list(kwargs.get("deepstack_visual_embeds") or ()), None
         if call.blank is not None:
             visual_embeds, deepstack = call.blank()
         elif not isinstance(call.schedule, Dense) and not call.embeddings_learn:
             # The gradient reaches the projector through these rows alone, so layers before `enter` keep no graph.
-            visual_embeds, inputs_embeds = inputs_embeds[call.visual], inputs_embeds.detach()
-        if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", True))  # type: ignore[attr-defined]
+            visual_embeds, embeds = embeds[call.visual], embeds.detach()
         call.output = run_decoder(
             self,  # type: ignore[arg-type]  # a mixin of nn.Module
-            inputs_embeds,
+            embeds,
             call.visual,
             attention_mask=call.attention_mask,
-            position_ids=_counted_positions(position_ids, inputs_embeds, past_key_values),
+            position_ids=positions,
             schedule=call.schedule,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+            past_key_values=cache,
+            use_cache=bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache),  # type: ignore[attr-defined]
             visual_embeds=visual_embeds,
             query_mask=call.query_mask,
             blocks=call.blocks,
@@ -149,42 +121,45 @@ class FusedTextMixin:
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
 
+def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
+    """Returns the plan and the schedule of a config, once checked; fills in the fields of its `stages`.
+
+    Raises:
+        UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
+        ValueError: the plan or the schedule is wrong, or names a layer that the decoder lacks.
+    """
+    kind = config.text_config.model_type
+    if kind not in SUPPORTED_DECODERS.values():
+        expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
+        raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
+    depth, plan = config.text_config.num_hidden_layers, None
+    if config.stages is not None:
+        plan = StagePlan.from_dict(config.stages)
+        plan.check(depth)
+        config.stages = plan.to_dict()
+    return plan, resolve_schedule(config.schedule, plan, depth)
+
+
 class FusedMixin:
     """A VLM whose visual tokens are live only where its stage plan, or another schedule, says so.
 
     Any checkpoint of the family loads into it: `config.stages` is None then, and it computes what Hugging Face does.
-
-    Attributes:
-        plan: the stage plan of the config, or None.
-        family_blank: returns, from the config, the inputs of get_image_features for a blank image.
-        family_blocks: returns, from the inputs of forward, the image blocks (B, S) that attend in both directions, or
-            None.
     """
 
     accepts_loss_kwargs = True  # Trainer: num_items_in_batch is used, in every family
-    family_blank: Callable[[Any], dict[str, Any]]
-    family_blocks: Callable[[Mapping[str, Any]], Tensor | None]
+    plan: StagePlan | None  # of the config
+    family_blank: Callable[[Any], dict[str, Any]]  # of the config: inputs of get_image_features for a blank image
+    family_blocks: Callable[[Mapping[str, Any]], Tensor | None]  # of forward's inputs: `blocks` as in run_decoder
     config: Any
     model: Any
     lm_head: Any
     training: bool
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Builds the family's model.
-
-        Raises:
-            ValueError: the plan or the schedule of the config is wrong, or names a layer that the decoder lacks.
-        """
-        depth = config.text_config.num_hidden_layers
-        plan: StagePlan | None = None
-        if config.stages is not None:
-            plan = StagePlan.from_dict(config.stages)
-            plan.check(depth)
-            config.stages = plan.to_dict()
-        schedule = resolve_schedule(config.schedule, plan, depth)
+        """Builds the family's model; errors as settle_stages."""
+        plan, schedule = settle_stages(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the family's
-        self.plan = plan
-        self._schedule = schedule
+        self.plan, self._schedule = plan, schedule
         text = self.model.get_decoder()
         text.__class__ = fused_text_class(type(text))  # type: ignore[arg-type]  # mypy: a class is no Hashable
 
@@ -198,24 +173,14 @@ class FusedMixin:
         return self._schedule
 
     @schedule.setter
-    def schedule(self, choice: Schedule | str | Mapping[str, Any] | None) -> None:
+    def schedule(self, choice: Choice) -> None:
         self._schedule = self.resolve(choice)
 
-    def resolve(self, choice: Schedule | str | Mapping[str, Any] | None) -> Schedule:
-        """Returns the schedule that a choice means for this checkpoint: see `schedule`.
-
-        Raises:
-            ScheduleError: an unknown name or setting, or one beyond the decoder.
-        """
+    def resolve(self, choice: Choice) -> Schedule:
+        """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
         return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        schedule: Schedule | str | Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, schedule: Choice = None, **kwargs: Any) -> Any:
         """Generates as Hugging Face does; `schedule` is for this call alone, None the model's."""
         prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
         length = 0 if prompt is None else prompt.shape[1]
@@ -230,16 +195,14 @@ class FusedMixin:
     def forward(self, *args: Any, **kwargs: Any) -> FusedOutput:
         """Runs the model as Hugging Face's class of the family does, over the live tokens only.
 
-        Args:
-            args: as in the family's forward.
-            kwargs: as in the family's forward, with the differences below.
-            labels: (B, S), -100 where nothing is to be predicted. The head then runs on the labelled positions alone.
-            logits_to_keep: as in Hugging Face; None, the default, is all positions without labels, and no logits with
-                labels.
-            use_cache: None is the text config's value without labels, False with labels.
-            schedule: for this call alone; None is the model's.
-            visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
-            num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
+        Takes what the family's forward takes, with these differences:
+
+        - labels: (B, S), -100 where nothing is to be predicted. The head then runs on the labelled positions alone.
+        - logits_to_keep: None, the default, is all positions without labels, and no logits with labels.
+        - use_cache: None is the text config's value without labels, False with labels.
+        - schedule: for this call alone; None is the model's.
+        - visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
+        - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
             FusedOutput. A training batch without an image passes a blank one through tower and projector, so that
@@ -251,7 +214,8 @@ class FusedMixin:
                 model; a pruner is asked to train; merged embeddings come without `visual` under a staged schedule.
         """
         given = self._named(args, kwargs)
-        schedule = self._schedule_of_call(given.pop("schedule", None))
+        running, chosen = self._running(), given.pop("schedule", None)
+        schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
         items = given.pop("num_items_in_batch", None)
         call = self._call(given, schedule, given.pop("visual", None), labels)
@@ -297,83 +261,77 @@ class FusedMixin:
             raise ValueError("attention_mask: expected a (batch, sequence) tensor, 0 on padding")
         return {name: value for name, value in given.items() if value is not None}
 
-    def _schedule_of_call(self, choice: Any) -> Schedule:
+    def _running(self) -> _Generation | None:
+        """Returns the generate() that this model's forward runs in, or None."""
         running = _GENERATION.get()
-        if choice is None and running is not None and running.model is self:
-            return running.schedule
-        return self.schedule if choice is None else self.resolve(choice)
+        return running if running is not None and running.model is self else None
 
     def _call(self, given: dict[str, Any], schedule: Schedule, visual: Tensor | None, labels: Tensor | None) -> _Call:
         """Returns what the text model needs beside its inputs."""
-        has_vision = any(name in given for name in VISION_INPUTS)
+        vision_tokens = self._vision_tokens(given)
+        visual = self._visual(given, vision_tokens, schedule, visual)
         if labels is not None and self.training:
             self._refuse_training(schedule)
         query_mask = None
         if schedule.reads_attention:
-            query_mask = self._prompt_end(given) if labels is None else _instruction_ends(labels)
+            query_mask = self._prompt_end(given, visual) if labels is None else _instruction_ends(labels)
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
         hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
         is_leaf_input = hooked or "inputs_embeds" in given
         return _Call(
             schedule=schedule,
-            visual=self._visual(given, has_vision, schedule, visual),
+            visual=visual,
             attention_mask=given.get("attention_mask"),
             query_mask=query_mask,
             blocks=type(self).family_blocks(given),
-            blank=self._blank if self.training and not has_vision else None,
+            blank=self._blank if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
         )
 
-    def _visual(self, given: dict[str, Any], has_vision: bool, schedule: Schedule, visual: Tensor | None) -> Tensor:
+    def _vision_tokens(self, given: dict[str, Any]) -> list[int]:
+        """Returns the ids of the tokens that this call's vision inputs replace; none without such inputs."""
+        encoded = given.get("mm_encoder_outputs") or {}
+        return [
+            getattr(self.config, f"{kind}_token_id")
+            for kind, names in VISION_INPUTS.items()
+            if encoded.get(kind) is not None or any(name in given for name in names)
+        ]
+
+    def _visual(
+        self, given: dict[str, Any], vision_tokens: list[int], schedule: Schedule, visual: Tensor | None
+    ) -> Tensor:
         """Returns (B, S) bool: the visual tokens of this call's input."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        shape = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]  # one of them is there
-        device = (ids if ids is not None else embeds).device  # type: ignore[union-attr]
-        past = given.get(CACHE)
-        seen = 0 if past is None else past.get_seq_length()
+        tokens = given["input_ids" if embeds is None else "inputs_embeds"]
+        size, device, seen = tokens.shape[1], tokens.device, _seen(given)
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
-            if visual.shape[1] != shape[1]:  # given once for the whole prompt
-                visual = torch.nn.functional.pad(visual, (0, max(0, seen + shape[1] - visual.shape[1])))
-                visual = visual[:, seen : seen + shape[1]]
+            if visual.shape[1] != size:  # given once for the whole prompt
+                visual = torch.nn.functional.pad(visual, (0, max(0, seen + size - visual.shape[1])))
+                visual = visual[:, seen : seen + size]
             return visual
-        if not has_vision:
-            is_decode_step = seen > 0 and shape[1] == 1
-            if embeds is not None and not is_decode_step and not isinstance(schedule, Dense):
-                raise ValueError(
-                    f"visual: got inputs_embeds without it under {type(schedule).__name__}, expected the (batch, "
-                    "sequence) mask of the visual tokens merged into them (all False: none)"
-                )
-            return torch.zeros(shape, dtype=torch.bool, device=device)
-        found = torch.zeros(shape, dtype=torch.bool, device=device)
-        for token in self._visual_tokens(given):
+        is_decode_step = seen > 0 and size == 1
+        if ids is None and not vision_tokens and not is_decode_step and not isinstance(schedule, Dense):
+            raise ValueError(
+                f"visual: got inputs_embeds without it under {type(schedule).__name__}, expected the (batch, "
+                "sequence) mask of the visual tokens merged into them (all False: none)"
+            )
+        found = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
+        for token in vision_tokens:
             if ids is not None:
                 found |= ids == token
             else:
                 found |= (embeds == self.get_input_embeddings()(torch.tensor(token, device=device))).all(dim=-1)  # type: ignore[attr-defined]
         return found
 
-    def _visual_tokens(self, given: dict[str, Any]) -> list[int]:
-        """Returns the ids of the tokens that this call's vision inputs replace."""
-        encoded = given.get("mm_encoder_outputs") or {}
-        has_video = "pixel_values_videos" in given or encoded.get("video") is not None
-        has_image = "pixel_values" in given or "image_hidden_states" in given or encoded.get("image") is not None
-        tokens = [self.config.image_token_id] if has_image or not hasattr(self.config, "video_token_id") else []
-        if has_video and getattr(self.config, "video_token_id", None) is not None:
-            tokens.append(self.config.video_token_id)
-        return tokens
-
-    def _prompt_end(self, given: dict[str, Any]) -> Tensor | None:
+    def _prompt_end(self, given: dict[str, Any], visual: Tensor) -> Tensor | None:
         """Returns (B, S) bool: the last token of generate()'s prompt, where candidates of an assistant follow it."""
-        running, ids = _GENERATION.get(), given.get("input_ids")
-        if running is None or running.model is not self or ids is None:
+        running, size = self._running(), visual.shape[1]
+        column = -1 if running is None else running.prompt_length - 1 - _seen(given)
+        if not 0 <= column < size - 1:
             return None
-        past = given.get(CACHE)
-        column = running.prompt_length - 1 - (0 if past is None else past.get_seq_length())
-        if not 0 <= column < ids.shape[1] - 1:
-            return None
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        text = (columns <= column) & (ids != self.config.image_token_id)
+        columns = torch.arange(size, device=visual.device)
+        text = (columns <= column) & ~visual
         return columns == columns.where(text, -1).amax(dim=1, keepdim=True)
 
     def _blank(self) -> tuple[Tensor, list[Tensor]]:
@@ -384,9 +342,8 @@ class FusedMixin:
             for name, value in type(self).family_blank(self.config).items()
         }
         features = self.model.get_image_features(**inputs, return_dict=True)
-        return _flat(features.pooler_output), [
-            _flat(one) for one in getattr(features, "deepstack_features", None) or ()
-        ]
+        levels = getattr(features, "deepstack_features", None) or ()
+        return _flat(features.pooler_output), [_flat(level) for level in levels]
 
     def _refuse_training(self, schedule: Schedule) -> None:
         if not schedule.trainable:
@@ -427,10 +384,7 @@ class FusedMixin:
 
 @remembered
 def fused_text_class(kind: Any) -> Any:
-    """Returns a text model's class with FusedTextMixin.
-
-    It keeps name and module: some of transformers' rules for weight names go by class name.
-    """
+    """Returns a text model's class with FusedTextMixin, of the same name: rules for weight names go by it."""
     if issubclass(kind, FusedTextMixin):
         return kind
     return type(kind.__name__, (FusedTextMixin, kind), {"__module__": kind.__module__})
@@ -441,31 +395,14 @@ def _arguments_of(forward: Callable[..., Any], inner: Callable[..., Any]) -> tup
     """Returns the names of forward's positional arguments, and all keywords that it or the inner model's knows."""
     parameters = signature(forward).parameters
     names = [name for name, one in parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
-    known = {
-        *names,
-        "use_cache",
-        *ADDED_ARGUMENTS,
-        *signature(inner).parameters,
-        *TransformersKwargs.__annotations__,
-    }
+    known = {*parameters, "use_cache", *signature(inner).parameters, *TransformersKwargs.__annotations__}
     return tuple(names), frozenset(known - {"self", "kwargs"})
 
 
-def fused_signature(kind: Any) -> Signature:
-    """Returns the signature of a family's forward with the arguments that FusedMixin adds: generate() reads it."""
-    parameters = dict(signature(kind.forward).parameters)
-    variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
-    for name in ADDED_ARGUMENTS:
-        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=None)
-    return Signature([*parameters.values(), variable])
-
-
-def _counted_positions(position_ids: Tensor | None, embeds: Tensor, cache: Any) -> Tensor:
-    """Returns the given position ids, or every position counted from 0, padding too, as Hugging Face does."""
-    if position_ids is not None:
-        return position_ids
-    seen = cache.get_seq_length() if cache is not None else 0
-    return torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
+def _seen(given: Mapping[str, Any]) -> int:
+    """Returns the length of the sequence that the given cache holds."""
+    cache = given.get(CACHE)
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def _instruction_ends(labels: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -18,46 +17,27 @@ class PyramidDrop(ScorePruner):
     The score of a token is the attention that the last token of the prompt would pay it in the layer that is about to
     run: its norm, q and k on the hidden states as they are, softmax over all live keys, mean over heads.
 
-    Attributes:
-        layers: where tokens go, ascending, from 1 on.
-        ratios: how many of the sample's visual tokens stay from there on, 0 ... 1, not growing.
-        renumber: number the position ids of the live tokens anew in every layer, 0 ... n - 1, as the official code
-            does after each drop. False: every token keeps its position id.
-
-    Source: arXiv 2410.17247 (the defaults are LLaVA-1.5-7B's). Differences: the official code renumbers; with
-    `renumber`, decode steps go on counting that way, layer by layer, so that a decode step equals a longer prefill.
-    This class is the inference path alone.
+    Source: arXiv 2410.17247 (the defaults are LLaVA-1.5-7B's). Differences: the official code renumbers after each
+    drop; with `renumber`, decode steps go on counting that way, layer by layer, so that a decode step equals a longer
+    prefill. This class is the inference path alone.
     """
 
-    layers: Sequence[int] = published_setting((8, 16, 24))
-    ratios: Sequence[float] = (0.5, 0.25, 0.125)
-    renumber: bool = False
+    layers: Sequence[int] = published_setting((8, 16, 24))  # where tokens go, ascending, from 1 on
+    ratios: Sequence[float] = (0.5, 0.25, 0.125)  # how many stay from there on, 0 ... 1, not growing
+    renumber: bool = False  # position ids count the live tokens of each layer; False: every token keeps its id
 
     def __post_init__(self) -> None:
         layers, ratios = self.layers, self.ratios
         good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, 1) for layer in layers)
-        good = good and all(one < other for one, other in itertools.pairwise(layers))
-        require(good, "PyramidDrop.layers", layers, "layer numbers (int >= 1), ascending")
+        good = good and list(layers) == sorted(set(layers))
+        self.require("layers", good, "layer numbers (int >= 1), ascending")
         good = isinstance(ratios, list | tuple) and len(ratios) == len(layers)
         good = good and all(is_number(ratio, 0.0, 1.0) for ratio in ratios)
-        good = good and all(one >= other for one, other in itertools.pairwise(ratios))
-        require(good, "PyramidDrop.ratios", ratios, "a ratio, 0 to 1, for each of layers, not growing")
-        object.__setattr__(self, "layers", tuple(layers))
-        object.__setattr__(self, "ratios", tuple(ratios))
-
-    @property
-    def renumbers(self) -> bool:  # type: ignore[override]
-        """The setting."""
-        return self.renumber
-
-    @property
-    def cuts(self) -> Sequence[int]:
-        """The layers."""
-        return self.layers
-
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns the ratio of that cut."""
-        return int(visual * self.ratios[cut])
+        good = good and list(ratios) == sorted(ratios, reverse=True)
+        self.require("ratios", good, "a ratio, 0 to 1, for each of layers, not growing")
+        self.require("renumber", isinstance(self.renumber, bool), "true or false")
+        cuts = tuple(zip(layers, ratios, strict=True))
+        self.derive(layers=tuple(layers), ratios=tuple(ratios), cuts=cuts, renumbers=self.renumber)
 
     def score(self, view: View) -> Tensor:
         """Returns the attention that the layer about to run would pay."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting, require
+from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -17,36 +16,20 @@ class Random(ScorePruner):
 
     The draw depends on the seed and on N alone, so a sample keeps the same tokens in any batch.
 
-    Attributes:
-        layer: the first layer that runs without the others.
-        ratio: how many stay, 0 ... 1.
-        seed: of the draw.
-
     Source: ours.
     """
 
-    layer: int = published_setting(2)
-    ratio: float = 0.5
-    seed: int = 0
+    layer: int = published_setting(2)  # the first layer that runs without the others
+    ratio: float = 0.5  # how many stay, 0 ... 1
+    seed: int = 0  # of the draw
 
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """The draw looks at nothing."""
-        return False
+    reads_attention = False
 
     def __post_init__(self) -> None:
-        require(is_int(self.layer, 0), "Random.layer", self.layer, "a layer number (int >= 0)")
-        require(is_number(self.ratio, 0.0, 1.0), "Random.ratio", self.ratio, "a ratio, 0 to 1")
-        require(is_int(self.seed, 0), "Random.seed", self.seed, "an int >= 0")
-
-    @property
-    def cuts(self) -> Sequence[int]:
-        """The one layer."""
-        return (self.layer,)
-
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns the ratio."""
-        return int(visual * self.ratio)
+        self.require("layer", is_int(self.layer, 0), "a layer number (int >= 0)")
+        self.require("ratio", is_number(self.ratio, 0.0, 1.0), "a ratio, 0 to 1")
+        self.require("seed", is_int(self.seed, 0), "an int >= 0")
+        self.derive(cuts=((self.layer, self.ratio),))
 
     def score(self, view: View) -> Tensor:
         """Returns the rank of each visual token in the sample's draw, the first drawn highest."""

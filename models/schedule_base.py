@@ -27,18 +27,15 @@ class View:
         live: what the schedule selected for the layer before; at first all visual tokens.
         last_visual_layer: the last layer that ran on visual tokens; None before the first one.
         state: what `Schedule.new_state` returned for this run.
-        attention: returns (B, S), the attention that the last instruction token pays each position in layer
-            `last_visual_layer`, mean over heads (and over instruction tokens, where there are several), 0 on dead
-            positions.
+        attention: returns (B, S), the attention that the instruction tokens pay each position in layer
+            `last_visual_layer`, mean over them and over heads, 0 on dead positions.
         next_layer_attention: the same for the layer that is about to run, with its norm and projections on the hidden
             states as they are now. Only after a layer ran on visual tokens.
-        last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`,
-            head by head.
-        hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0), 0 on dead
-            positions. A copy of all of them: for measurements.
+        last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
+        hidden_states: returns (B, S, D), a copy of the output of the layer before (the embeddings, before layer 0), 0
+            on dead positions. For measurements.
 
-    `last_visual_layer` and the three that read attention need `reads_attention`. Each of the three costs O(S), never a
-    whole matrix.
+    `last_visual_layer` and the three that read attention need `reads_attention`. Each of the three costs O(S).
     """
 
     num_layers: int
@@ -71,20 +68,22 @@ def mask_of(selection: Selection) -> Tensor:
 
 
 class Schedule:
-    """Decides, layer by layer, which visual tokens are live. Holds settings only: one object serves any run.
+    """Decides, layer by layer, which visual tokens are live. Holds settings only: one object serves any run."""
 
-    Attributes:
-        update: what a live visual token does in a layer: `full` or `kv` (see StagePlan).
-        reads_attention: the schedule reads attention, so the executor keeps what that needs.
-        renumbers: each layer numbers its live tokens anew for its position ids, instead of every token keeping its
-            position id throughout.
-        trainable: may be used with gradients.
-    """
+    update: str = "full"  # what a live visual token does in a layer: `full` or `kv` (see StagePlan)
+    reads_attention: bool = False  # the schedule reads attention, so the executor keeps what that needs
+    renumbers: bool = False  # each layer numbers its live tokens anew; otherwise every token keeps its position id
+    trainable: bool = False  # may be used with gradients
 
-    update: str = "full"
-    reads_attention: bool = False
-    renumbers: bool = False
-    trainable: bool = False
+    def derive(self, **attributes: Any) -> None:
+        """Sets attributes that follow from the settings; called by __post_init__ of a frozen dataclass."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def require(self, name: str, good: bool, expected: str) -> None:
+        """Raises ScheduleError, naming the setting `name` and its value, unless `good`."""
+        if not good:
+            raise ScheduleError(f"{type(self).__name__}.{name}: got {getattr(self, name)!r}, expected {expected}")
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the schedule does not fit a decoder of `num_layers` layers."""
@@ -111,52 +110,7 @@ class Schedule:
         """Called once after the last layer, with `view.layer` the decoder's depth. For measurements."""
 
 
-class WrappedSchedule(Schedule):
-    """A schedule around another: everything is the inner one's until a subclass says otherwise."""
-
-    inner: Schedule
-
-    @property
-    def update(self) -> str:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.update
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.reads_attention
-
-    @property
-    def renumbers(self) -> bool:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.renumbers
-
-    @property
-    def trainable(self) -> bool:  # type: ignore[override]
-        """As the inner schedule."""
-        return self.inner.trainable
-
-    def check(self, num_layers: int) -> None:
-        """Raises what the inner schedule raises."""
-        self.inner.check(num_layers)
-
-    def new_state(self) -> Any:
-        """Returns the state of the inner schedule."""
-        return self.inner.new_state()
-
-    def live(self, view: View) -> Selection:
-        """Returns what the inner schedule selects."""
-        return self.inner.live(view)
-
-    def value_remap(self, view: View) -> ValueRemap | None:
-        """Returns what the inner schedule wants."""
-        return self.inner.value_remap(view)
-
-    def on_end(self, view: View) -> None:
-        """Calls the inner schedule."""
-        self.inner.on_end(view)
-
-
+@dataclass(frozen=True)
 class Dense(Schedule):
     """Every visual token is live at every layer: the model as Hugging Face runs it. Source: arXiv 2304.08485."""
 
@@ -181,20 +135,10 @@ class Fused(Schedule):
 
     plan: StagePlan
 
-    @property
-    def trainable(self) -> bool:  # type: ignore[override]
-        """A plan is made to be trained with."""
-        return True
+    trainable = True
 
-    @property
-    def update(self) -> str:  # type: ignore[override]
-        """The plan's visual update."""
-        return self.plan.update
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """Only a plan that keeps some of the tokens reads attention, to choose them."""
-        return bool(self.plan.keep)
+    def __post_init__(self) -> None:
+        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep))
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer beyond the decoder."""
@@ -221,11 +165,11 @@ class _WithinState:
     plan: Any
     pruner: Any
     pruned: Selection | None = None
-    both: tuple[Selection, Selection, Selection] | None = None
+    both: dict[tuple[Selection, Selection], Selection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Within(WrappedSchedule):
+class Within(Schedule):
     """A pruner on a fused checkpoint: live is what the trained plan lets in and the pruner keeps.
 
     Layers keep the decoder's numbers. The pruner is asked only at layers that the plan lets see vision; a cut that it
@@ -237,15 +181,10 @@ class Within(WrappedSchedule):
     plan: StagePlan
     inner: Schedule
 
-    @property
-    def update(self) -> str:  # type: ignore[override]
-        """The plan's visual update."""
-        return self.plan.update
-
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """Either may read."""
-        return bool(self.plan.keep) or self.inner.reads_attention
+    def __post_init__(self) -> None:
+        trained, inner = Fused(self.plan), self.inner
+        reads = trained.reads_attention or inner.reads_attention
+        self.derive(update=trained.update, reads_attention=reads, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when either names a layer beyond the decoder."""
@@ -266,11 +205,9 @@ class Within(WrappedSchedule):
         state.pruned = pruned
         if pruned is NO_VISUAL or trained is view.visual:
             return pruned
-        if pruned is view.visual:
-            return trained
-        if state.both is None or state.both[0] is not trained or state.both[1] is not pruned:
-            state.both = trained, pruned, Selection(mask_of(trained) & mask_of(pruned))
-        return state.both[2]
+        if (trained, pruned) not in state.both:
+            state.both[trained, pruned] = Selection(mask_of(trained) & mask_of(pruned))
+        return state.both[trained, pruned]
 
     def value_remap(self, view: View) -> ValueRemap | None:
         """Returns what the pruner wants."""
@@ -281,28 +218,12 @@ class Within(WrappedSchedule):
         self.inner.on_end(replace(view, state=view.state.pruner))
 
 
-@dataclass
-class _CutsMade:
-    number: int = 0
-
-
 class ScorePruner(Schedule):
-    """A pruner that keeps, from certain layers on, the visual tokens with the highest scores.
-
-    A subclass says at which layers (`cuts`), how many of a sample's visual tokens stay (`keeps`), and what a token's
-    score is (`score`).
-    """
+    """A pruner that keeps, from certain layers on, the visual tokens with the highest scores."""
 
     reads_attention = True
-
-    @property
-    @abstractmethod
-    def cuts(self) -> Sequence[int]:
-        """The layers from which on fewer tokens are live, ascending."""
-
-    @abstractmethod
-    def keeps(self, cut: int, visual: int) -> int:
-        """Returns how many of a sample's `visual` tokens stay after the cut number `cut`."""
+    cuts: Sequence[tuple[int, float]]  # (layer, ratio of a sample's visual tokens that stay from it on), ascending
+    rounding: Callable[[float], int] = int  # makes a whole number of tokens of that
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -310,32 +231,27 @@ class ScorePruner(Schedule):
 
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the decoder does not reach the last cut."""
-        name = f"{type(self).__name__}.{'layer' if hasattr(self, 'layer') else 'layers'}"
-        require_depth(name, self.cuts[-1], num_layers - 1, num_layers)
+        name = "layer" if hasattr(self, "layer") else "layers"
+        last, expected = self.cuts[-1][0], f"at most {num_layers - 1}, because the decoder has {num_layers} layers"
+        if last >= num_layers:
+            raise ScheduleError(f"{type(self).__name__}.{name}: got {last}, expected {expected}")
 
-    def new_state(self) -> _CutsMade:
-        """Returns how many cuts the run has made."""
-        return _CutsMade()
+    def new_state(self) -> set[int]:
+        """Returns the layers of the cuts that the run has made."""
+        return set()
 
     def live(self, view: View) -> Selection:
         """Returns all visual tokens before the first cut, fewer after each one."""
-        state: _CutsMade = view.state
-        due = sum(layer <= view.layer for layer in self.cuts)
-        if due == state.number or (self.reads_attention and view.last_visual_layer is None):
+        due = [(layer, ratio) for layer, ratio in self.cuts if layer <= view.layer and layer not in view.state]
+        if not due or (self.reads_attention and view.last_visual_layer is None):
             return view.live
-        state.number = due
-        counts = [self.keeps(due - 1, number) for number in view.visual_counts]
-        return keep_highest(self.score(view), view.live, counts)
+        view.state.update(layer for layer, _ in due)
+        ratio = due[-1][1]
+        return keep_highest(self.score(view), view.live, [self.rounding(n * ratio) for n in view.visual_counts])
 
 
 def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Selection:
-    """Returns, of each sample's live tokens, the `counts[b]` with the highest score; ties go to the first.
-
-    Args:
-        scores: (B, S), at least 0; higher stays.
-        live: the tokens to choose from.
-        counts: how many stay, a number for each sample.
-    """
+    """Returns, of sample b's live tokens, the `counts[b]` with the highest scores (B, S >= 0); ties go to the first."""
     mask = mask_of(live)
     order = scores.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
     count = torch.tensor(counts, device=mask.device)[:, None]
@@ -343,22 +259,8 @@ def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Sele
     return Selection(torch.zeros_like(mask).scatter(1, order, first) & mask)
 
 
-# -- settings --------------------------------------------------------------------------------------------------------
-
-
 class ScheduleError(ValueError):
     """A schedule's setting is wrong, or does not fit the decoder."""
-
-
-def require(good: bool, name: str, value: Any, expected: str) -> None:
-    """Raises ScheduleError, naming the setting and its value, unless `good`."""
-    if not good:
-        raise ScheduleError(f"{name}: got {value!r}, expected {expected}")
-
-
-def require_depth(name: str, layer: int, last: int, num_layers: int) -> None:
-    """Raises ScheduleError where a layer number is beyond `last`, in a decoder of `num_layers` layers."""
-    require(layer <= last, name, layer, f"at most {last}, because the decoder has {num_layers} layers")
 
 
 def is_int(value: Any, low: int) -> bool:
@@ -372,8 +274,5 @@ def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
 
 
 def published_setting(depth_bound: int | Sequence[int]) -> Any:
-    """Returns a dataclass field whose default is a layer number (or several) published for a 32-layer decoder.
-
-    `published` (models/schedules.py) scales exactly these fields to another depth.
-    """
+    """Returns a field with layers published for a 32-layer decoder, which `published` scales to another depth."""
     return field(default=depth_bound, metadata={"published_depth": 32})

@@ -1,4 +1,4 @@
-"""Every schedule by name. Adding one is a file in this folder and a line here."""
+"""Every schedule by name. Adding one is a file in this folder and an entry in SCHEDULES."""
 
 from __future__ import annotations
 
@@ -24,45 +24,34 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has none
 
+# None or "trained": the checkpoint's plan, dense without one; a name of SCHEDULES, with its published settings;
+# {"name": ..., setting: ...}; or a Schedule
+Choice = Schedule | str | Mapping[str, Any] | None
+
 
 def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     """Returns the named schedule with its published settings, layer numbers scaled to a decoder's depth.
 
-    Args:
-        name: a key of SCHEDULES.
-        num_layers: the decoder's depth.
-        settings: fields in place of the published ones, taken as they are.
+    `settings` are fields in place of the published ones, taken as they are.
 
     Raises:
         ScheduleError: an unknown name or setting, or a value that the schedule refuses.
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ScheduleError(f"schedule: got {name!r}, expected one of {', '.join([TRAINED, *SCHEDULES])}")
-    kind = SCHEDULES[name]
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    kind: Any = SCHEDULES[name]
+    fields = dataclasses.fields(kind)
     known = [field.name for field in fields]
     for key in settings:
         if key not in known:
             raise ScheduleError(f"schedule {name}: got setting {key!r}, expected {', '.join(known) or 'none'}")
-    scaled = {
-        field.name: _scaled(field.default, field.metadata["published_depth"], num_layers)
-        for field in fields
-        if "published_depth" in field.metadata
-    }
+    bounds = [field for field in fields if "published_depth" in field.metadata]
+    scaled = {one.name: _scaled(one.default, num_layers / one.metadata["published_depth"]) for one in bounds}
     return kind(**{**scaled, **settings})
 
 
-def resolve_schedule(
-    choice: Schedule | str | Mapping[str, Any] | None, plan: StagePlan | None, num_layers: int
-) -> Schedule:
-    """Returns the schedule that a choice means for a checkpoint: a pure function of its arguments.
-
-    Args:
-        choice: None or "trained" is the checkpoint's plan, dense without one; a name of SCHEDULES, with its published
-            settings; {"name": ..., setting: ...}; or a Schedule. A pruner on a checkpoint with a plan prunes inside
-            the plan's window.
-        plan: the checkpoint's stage plan, or None.
-        num_layers: the decoder's depth.
+def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) -> Schedule:
+    """Returns the schedule that a choice means for a checkpoint. A pruner prunes inside the window of its plan.
 
     Raises:
         ScheduleError: an unknown name or setting, a class in place of an object, a setting beyond the decoder.
@@ -85,10 +74,8 @@ def resolve_schedule(
     return choice
 
 
-def _scaled(value: Any, published_depth: int, num_layers: int) -> Any:
-    if isinstance(value, int):
-        return max(1, round(value * num_layers / published_depth))
-    return tuple(_scaled(layer, published_depth, num_layers) for layer in value)
+def _scaled(value: Any, ratio: float) -> Any:
+    return max(1, round(value * ratio)) if isinstance(value, int) else tuple(_scaled(layer, ratio) for layer in value)
 
 
 __all__ = [

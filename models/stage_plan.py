@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-UPDATES = ("full", "kv")
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -41,14 +39,20 @@ class StagePlan:
     keep: Mapping[int, int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.update not in UPDATES:
+        if self.update not in ("full", "kv"):
             raise ValueError(f"stages.update: got {self.update!r}, expected full or kv")
         if self.layers is None:
             self._check_window()
         else:
             self._check_layers()
         object.__setattr__(self, "keep", _checked_keep(self.keep))
-        self._check_keep_layers()
+        first = self.layers[0] if self.layers is not None else self.enter
+        for layer in self.keep:
+            if layer == first or not self.sees(layer):
+                raise ValueError(
+                    f"stages.keep: got layer {layer}, expected layers that see vision, after the first "
+                    f"one ({first}), because the choice needs the attention of a layer before"
+                )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> StagePlan:
@@ -61,24 +65,18 @@ class StagePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON-ready values (keys of `keep` become strings, as JSON wants them)."""
-        return {
-            "enter": self.enter,
-            "exit": self.exit,
-            "update": self.update,
-            "layers": None if self.layers is None else list(self.layers),
-            "keep": {str(layer): amount for layer, amount in self.keep.items()},
-        }
+        layers = None if self.layers is None else list(self.layers)
+        return {**vars(self), "layers": layers, "keep": {str(layer): amount for layer, amount in self.keep.items()}}
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer that a decoder of `num_layers` layers does not have."""
-        last = self.layers[-1] + 1 if self.layers is not None else self.exit
-        if last is not None and last > num_layers:
-            name = "layers" if self.layers is not None else "exit"
-            got = list(self.layers) if self.layers is not None else self.exit
-            raise ValueError(
-                f"stages.{name}: got {got}, beyond the decoder's {num_layers} layers "
-                f"(expected {'layers below' if self.layers is not None else 'at most'} {num_layers})"
-            )
+        if self.layers is not None and self.layers[-1] >= num_layers:
+            found, most = f"layers: got {list(self.layers)}", "layers below"
+        elif self.exit is not None and self.exit > num_layers:
+            found, most = f"exit: got {self.exit}", "at most"
+        else:
+            return
+        raise ValueError(f"stages.{found}, beyond the decoder's {num_layers} layers (expected {most} {num_layers})")
 
     def sees(self, layer: int) -> bool:
         """Returns whether visual tokens are live at `layer`."""
@@ -116,15 +114,6 @@ class StagePlan:
         if not layers or not good or list(layers) != sorted(set(layers)):
             raise ValueError(f"stages.layers: got {self.layers!r}, expected layer numbers, ascending, at least one")
         object.__setattr__(self, "layers", layers)
-
-    def _check_keep_layers(self) -> None:
-        first = self.layers[0] if self.layers is not None else self.enter
-        for layer in self.keep:
-            if layer == first or not self.sees(layer):
-                raise ValueError(
-                    f"stages.keep: got layer {layer}, expected layers that see vision, after the first "
-                    f"one ({first}), because the choice needs the attention of a layer before"
-                )
 
 
 def kept_count(amount: float, visual: int) -> int:

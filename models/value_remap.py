@@ -4,8 +4,6 @@ A weight set to 0 after the softmax, nothing renormalised, is a weight on a valu
 another token is a weight on that token's value vector. So the layer's attention runs unchanged on changed values, under
 any backend. Where text and visual queries want different values of the same visual keys, those keys are there twice,
 and a mask shows each query its copy: as many more keys as there are visual tokens, and no matrix of weights.
-
-Letters: B batch, S sequence, L live rows, C columns (keys of this call), V visual columns, G heads, d head width.
 """
 
 from __future__ import annotations
@@ -36,27 +34,19 @@ class ValueRemap:
 
 
 class BoundValueRemap:
-    """A ValueRemap, resolved to the columns that a layer's attention adds in this call.
-
-    Attributes:
-        copies: the visual columns that are there a second time, for text queries alone; or None.
-    """
+    """A ValueRemap, resolved to the columns that a layer's attention adds in this call."""
 
     def __init__(
         self, remap: ValueRemap, slots: Tensor, visual: Tensor, offset: int, copies: LiveTokens | None
     ) -> None:
         """Resolves which column's value each column brings.
 
-        Args:
-            remap: what the schedule wants.
-            slots: (B, C), slots of the columns, -1 on padding.
-            visual: (B, S) bool.
-            offset: slot of the input's first token.
-            copies: the visual tokens among the columns, where they run queries too; None where only text queries run.
-                None of them where the remap hides vision: text then has no copy to see.
+        `slots` (B, C) are those of the columns, -1 on padding; `visual` (B, S) marks the visual tokens; `offset` is the
+        slot of the input's first token. `copies` are the visual tokens among the columns, where they run queries too;
+        None where only text queries run; none of them where the remap hides vision, so that text has no copy to see.
         """
-        self.visual, self.offset = visual, offset
-        self.hides = remap.hides
+        self.visual = visual
+        # visual columns that are there a second time, for text queries alone
         self.copies = copies if remap.hides or (copies is not None and remap.text is not remap.visual) else None
         places = (slots - offset).clamp(min=0)
         self.is_visual = visual.gather(1, places) & (slots >= 0)  # (B, C)
@@ -91,8 +81,7 @@ class BoundValueRemap:
         asks = self.visual.gather(1, rows.places)[..., None]  # (B, L, 1): a visual query
         shown = torch.nn.functional.pad(self.is_visual, (keys - self.is_visual.shape[1], 0))
         originals = ~asks & shown[:, None]
-        size = 0 if self.copies is None else self.copies.slots.shape[1]
-        return torch.cat([originals, asks.expand(-1, -1, size)], dim=2)
+        return torch.cat([originals, asks.expand(-1, -1, self.copied.shape[1])], dim=2)
 
     def _brought(self, wanted: Tensor, places: Tensor) -> Tensor:
         """Returns the column whose value the key at each of `places` brings, or -1."""

@@ -9,22 +9,11 @@ from typing import Any
 import torch
 
 from .live_tokens import NO_VISUAL, Selection
-from .schedule_base import (
-    Schedule,
-    ScheduleError,
-    View,
-    is_int,
-    is_number,
-    mask_of,
-    published_setting,
-    require,
-    require_depth,
-)
+from .schedule_base import Schedule, ScheduleError, View, is_int, is_number, mask_of, published_setting
 from .value_remap import ValueRemap
 
 ALL_STAY, NONE_STAYS = -1.0, float("inf")  # lengths of a contribution that all, and none, are above
 MODES = ("shallow", "middle", "deep")
-FIRST_LAYERS = ("merge", "half")
 RELEASED = {  # the released code's key: our field
     "mode": "modes",
     "shallow_mid_layer": "shallow_end",
@@ -41,7 +30,9 @@ class VisiPruner(Schedule):
     adds to it, s is `shallow_end`.
 
     - shallow, layers l < s of a prefill: text after the image loses its weights on visual keys, after the softmax,
-      nothing renormalised. Layer 0 follows `first_layer`. No token is dropped here.
+      nothing renormalised. Layer 0 follows `first_layer`: visual queries lose theirs; under `merge` (released for 7B)
+      text after the image gives the weight of all visual keys to the first of them, under `half` (13B) it loses its
+      weights on the first half of them. No token is dropped here.
     - middle, layers l > s until it fires once: where cos(o - c_j, o) < `layer_threshold` for any j, only the tokens
       with |c_j| > `token_threshold` stay from layer l + 1 on (it can be none). Layer s is never tested.
     - deep, later layers: one where cos(o - c_j, o) >= `exit_threshold` for every kept j is counted; when the count
@@ -54,57 +45,38 @@ class VisiPruner(Schedule):
     and refuses by name; without visual self-attention layers 1 ... s - 1 need neither. In families whose image blocks
     attend in both directions (Gemma 3, Molmo 2), text inside a block (Molmo 2's marks) loses its weights too.
 
-    Attributes:
-        shallow_end: s, in layers.
-        layer_threshold: cosine, 0 ... 1; lower fires later.
-        token_threshold: length of a contribution; higher keeps fewer tokens.
-        exit_threshold: cosine, 0 ... 1.
-        exit_patience: how many such layers, at least 1.
-        modes: the stages that are on. `deep` does nothing without `middle`, which it waits for.
-        first_layer: layer 0. In both rules visual queries lose their weights on visual keys; `merge` (released for
-            7B): text after the image gives the weight of all visual keys to the first of them; `half` (13B): it
-            loses its weights on the first half of them.
-        visual_self_attention: visual queries keep their weights on visual keys in layers 1 ... s - 1, as in the
-            released code. False is the paper's rule.
-        consecutive_exit: a layer that fails the exit test sets the count back to 0, as in the paper. False: never,
-            as in the released code.
-
     Source: arXiv 2510.17205 and github.com/EIT-NLP/VisiPruner at d778622, which takes one sample of one prompt length
     under eager attention. Differences: tests are in float32 whatever the model's type; with several images, "first"
     and "first half" are over all of a sample's visual tokens.
     """
 
-    shallow_end: int = published_setting(6)
-    layer_threshold: float = 0.995
-    token_threshold: float = 0.2
-    exit_threshold: float = 0.999
-    exit_patience: int = 2
-    modes: Sequence[str] = MODES
-    first_layer: str = "merge"
-    visual_self_attention: bool = True
-    consecutive_exit: bool = False
+    shallow_end: int = published_setting(6)  # s, in layers
+    layer_threshold: float = 0.995  # cosine, 0 ... 1; lower fires later
+    token_threshold: float = 0.2  # length of a contribution; higher keeps fewer tokens
+    exit_threshold: float = 0.999  # cosine, 0 ... 1
+    exit_patience: int = 2  # how many such layers, at least 1
+    modes: Sequence[str] = MODES  # the stages that are on; `deep` does nothing without `middle`, which it waits for
+    first_layer: str = "merge"  # or "half"
+    visual_self_attention: bool = True  # visual queries keep their weights in layers 1 ... s - 1; the paper: False
+    consecutive_exit: bool = False  # a layer that fails the exit test sets the count back to 0, as in the paper
 
     def __post_init__(self) -> None:
-        require(is_int(self.shallow_end, 0), "VisiPruner.shallow_end", self.shallow_end, "a layer number (int >= 0)")
-        for name in ("layer_threshold", "exit_threshold"):
-            value = getattr(self, name)
-            require(is_number(value, 0.0, 1.0), f"VisiPruner.{name}", value, "a cosine, 0 to 1")
-        good = is_number(self.token_threshold, 0.0)
-        require(good, "VisiPruner.token_threshold", self.token_threshold, "a length, at least 0")
-        require(is_int(self.exit_patience, 1), "VisiPruner.exit_patience", self.exit_patience, "an int >= 1")
-        listed = isinstance(self.modes, list | tuple) and len(self.modes) > 0
-        good = listed and all(mode in MODES for mode in self.modes)
-        require(good, "VisiPruner.modes", self.modes, f"a list of {', '.join(MODES)}")
-        good = self.first_layer in FIRST_LAYERS
-        require(good, "VisiPruner.first_layer", self.first_layer, " or ".join(FIRST_LAYERS))
-        object.__setattr__(self, "modes", tuple(self.modes))
+        self.require("shallow_end", is_int(self.shallow_end, 0), "a layer number (int >= 0)")
+        self.require("layer_threshold", is_number(self.layer_threshold, 0.0, 1.0), "a cosine, 0 to 1")
+        self.require("token_threshold", is_number(self.token_threshold, 0.0), "a length, at least 0")
+        self.require("exit_threshold", is_number(self.exit_threshold, 0.0, 1.0), "a cosine, 0 to 1")
+        self.require("exit_patience", is_int(self.exit_patience, 1), "an int >= 1")
+        good = isinstance(self.modes, list | tuple) and bool(self.modes) and all(mode in MODES for mode in self.modes)
+        self.require("modes", good, f"a list of {', '.join(MODES)}")
+        self.require("first_layer", self.first_layer in ("merge", "half"), "merge or half")
+        for name in ("visual_self_attention", "consecutive_exit"):
+            self.require(name, isinstance(getattr(self, name), bool), "true or false")
+        # only the middle's test, and the deep one after it, read attention
+        self.derive(modes=tuple(self.modes), reads_attention="middle" in self.modes)
 
     @classmethod
     def from_released(cls, settings: Mapping[str, Any]) -> VisiPruner:
-        """Returns the schedule of a released VisiPruner JSON, read into a dict.
-
-        Args:
-            settings: any of `mode`, `shallow_mid_layer`, `layer_threshold`, `tokens_threshold`.
+        """Returns the schedule of a released VisiPruner JSON, read into a dict with any of the keys of RELEASED.
 
         Raises:
             ScheduleError: an unknown key, or a value outside its range.
@@ -114,14 +86,10 @@ class VisiPruner(Schedule):
                 raise ScheduleError(f"VisiPruner settings: got key {key!r}, expected one of {', '.join(RELEASED)}")
         return cls(**{RELEASED[key]: value for key, value in settings.items()})
 
-    @property
-    def reads_attention(self) -> bool:  # type: ignore[override]
-        """Only the middle's test, and the deep one after it, read."""
-        return "middle" in self.modes
-
     def check(self, num_layers: int) -> None:
         """Raises ScheduleError where the shallow part is deeper than the decoder."""
-        require_depth("VisiPruner.shallow_end", self.shallow_end, num_layers, num_layers)
+        expected = f"at most {num_layers}, because the decoder has {num_layers} layers"
+        self.require("shallow_end", self.shallow_end <= num_layers, expected)
 
     def new_state(self) -> _State:
         """Returns what is known of a run so far."""
@@ -135,7 +103,8 @@ class VisiPruner(Schedule):
             return view.live
         live, row, samples = mask_of(view.live), view.last_query_attention(), view.state.samples
         cosine, squared = row.influence()
-        lowest = cosine.where(row.at_keys(live), torch.inf).amin(dim=1).tolist()  # the layer's one sync
+        cosine = row.spread(cosine, live.shape[1], torch.inf).where(live, torch.inf)
+        lowest = cosine.amin(dim=1).tolist()  # the one sync of a layer that changes nothing
         samples.extend(_Sample() for _ in lowest[len(samples) :])
         limits = [self._limit(sample, low) for sample, low in zip(samples, lowest, strict=True)]
         if max(limits) < 0:

@@ -128,6 +128,10 @@ def test_a_foreign_filled_cache_is_refused(make_model, make_batch):
     cache = hugging_face(model)(**batch, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values"):
         model(**batch, past_key_values=cache)
+    cache = model(**batch, use_cache=True).past_key_values
+    cache.layers.pop()
+    with pytest.raises(ValueError, match="past_key_values: got a cache of 5 layers, expected 6 layers"):
+        model(**batch, past_key_values=cache)
 
 
 # -- schedules ----------------------------------------------------------------------------------------------------

@@ -281,6 +281,8 @@ def test_a_pruner_does_not_train(make_model, make_batch, pruner):
         (lambda: PyramidDrop((), ()), r"PyramidDrop.layers: got \(\)"),
         (lambda: PyramidDrop((2, 4), (0.5,)), r"PyramidDrop.ratios: got \(0.5,\), expected .*each of layers"),
         (lambda: PyramidDrop((2, 4), (0.25, 0.5)), r"PyramidDrop.ratios: .*not growing"),
+        (lambda: PyramidDrop(renumber="no"), "PyramidDrop.renumber: got 'no', expected true or false"),
+        (lambda: published(["vtw"], 6), r"schedule: got \['vtw'\], expected one of trained, dense"),
     ],
 )
 def test_a_wrong_setting_is_named(make, message):

@@ -263,6 +263,8 @@ def test_released_settings_are_read():
         ({"modes": "middle"}, "VisiPruner.modes: got 'middle'"),
         ({"modes": 3}, "VisiPruner.modes: got 3"),
         ({"modes": None}, "VisiPruner.modes: got None"),
+        ({"visual_self_attention": "no"}, "VisiPruner.visual_self_attention: got 'no', expected true or false"),
+        ({"consecutive_exit": 1}, "VisiPruner.consecutive_exit: got 1, expected true or false"),
         ({"first_layer": "7b"}, "VisiPruner.first_layer: got '7b', expected merge or half"),
     ],
 )

@@ -44,7 +44,7 @@ def test_changed_values_equal_changed_weights(for_text, for_visual, earlier):
     rule = ValueRemap(text, text if for_visual == "same" else for_visual and mapped(visual, for_visual))
     rows = LiveTokens.of_mask(live, earlier)
     slots = rows.slots.masked_fill(~rows.valid, -1)
-    copies = LiveTokens.of_mask(visual & live, earlier, at_least=1)
+    copies = LiveTokens.of_mask(visual & live, earlier)
     rewritten = BoundValueRemap(rule, slots, visual & live, earlier, copies)
     size = earlier + slots.shape[1]
     keys, values, queries = (torch.randn(3, GROUPS, n, WIDTH, generator=random) for n in (size, size, size - earlier))
