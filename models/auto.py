@@ -18,20 +18,14 @@ class FusedAutoModel:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Returns the fused model of a checkpoint of any supported family: ordinary, fused, or in LLaVA's own format.
+        """Returns the fused model of a checkpoint of any family: ordinary, fused, or in LLaVA's original format.
 
-        The kind of the checkpoint and the plan are checked by config.json, before weights are downloaded.
+        `source` is a folder or a hub name; `stages` are the fields of StagePlan, None is what the checkpoint says:
+        dense for an ordinary one. The rest is as in Hugging Face's from_pretrained.
 
-        Args:
-            source: a folder or a hub name.
-            args: as in Hugging Face's from_pretrained.
-            stages: the fields of StagePlan; None is what the checkpoint says: dense for an ordinary one.
-            kwargs: as in Hugging Face's from_pretrained.
-
-        Raises:
-            UnsupportedModelError: the checkpoint is of another kind; names the supported ones.
-            UnsupportedDecoderError: its text model is of another kind; names the supported ones.
-            OSError: config.json or the weights cannot be read.
+        Raises before weights are downloaded:
+            UnsupportedModelError, UnsupportedDecoderError: the checkpoint or its text model is of another kind.
+            OSError: config.json cannot be read.
             ValueError: the plan does not fit the decoder.
         """
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -50,17 +44,9 @@ class FusedAutoModel:
 
     @classmethod
     def from_config(cls, config: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Returns a fused model with random weights.
+        """Returns a fused model with random weights, of the config of Hugging Face's class or of the fused one.
 
-        Args:
-            config: the config of Hugging Face's class or of the fused one.
-            stages: the fields of StagePlan; None is what the config says.
-            kwargs: as in Hugging Face's from_config (`dtype`, `attn_implementation`).
-
-        Raises:
-            UnsupportedModelError: the config is of another kind.
-            UnsupportedDecoderError: its text model is of another kind.
-            ValueError: the plan does not fit the decoder.
+        The rest is as in Hugging Face's from_config (`dtype`, `attn_implementation`); errors as from_pretrained.
         """
         fused = _fused_config(config, stages)
         return family_of(config.model_type).model_class._from_config(fused, **kwargs)

@@ -104,6 +104,9 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             "has three position ids a token"
         )
     checkpointing = decoder.training and getattr(decoder.layers[0], "gradient_checkpointing", False)
+    options = getattr(getattr(decoder.layers[0], "_gradient_checkpointing_func", None), "keywords", {})
+    if checkpointing and schedule.update == "kv" and options.get("use_reentrant"):
+        raise ValueError("gradient checkpointing: got use_reentrant=True, expected False under the `kv` update")
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
     state = SequenceState(visual, attention_mask, position_ids, cache, blocks)

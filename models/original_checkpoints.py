@@ -1,4 +1,4 @@
-"""Loads checkpoints in the format of LLaVA's and MobileVLM's own code, by rules for the names of their weights.
+"""Loads checkpoints in the format of LLaVA's and MobileVLM's code, by rules for the names of their weights.
 
 Their config.json is that of the language model, with fields that start with `mm_`. The result is what llava-hf
 publishes of the same checkpoint: its config fields, its names of weights, `<image>` and `<pad>` as the next two ids.
@@ -120,10 +120,8 @@ def _config_fields(fields: Mapping[str, Any], family: Any, tower: Any) -> dict[s
     """Returns the fields of the config, as llava-hf has them."""
     text_class = CONFIG_MAPPING[_DECODERS[fields["model_type"]]]
     named = (*text_class.__annotations__, "rope_theta", "rope_scaling")  # the last two are old names that it reads
-    is_clip, takes_class = (
-        tower.model_type == "clip_vision_model",
-        fields.get("mm_vision_select_feature") == "cls_patch",
-    )
+    is_clip = tower.model_type == "clip_vision_model"
+    takes_class = fields.get("mm_vision_select_feature") == "cls_patch"
     tokens = (tower.image_size // tower.patch_size) ** 2 + (is_clip and takes_class)
     tiles = {"image_grid_pinpoints": fields["image_grid_pinpoints"]} if family.model_type == "llava_next" else {}
     return {
@@ -159,11 +157,7 @@ def _name_rules(source: Any, fields: Mapping[str, Any], names: Sequence[str]) ->
     }
     for old, new in _PROJECTORS[fields["mm_projector_type"]].items():
         rules[rf"^model\.mm_projector\.{re.escape(old)}\."] = f"model.multi_modal_projector.{new}."
-    kept = (
-        ["lm_head.weight", "model.image_newline"]
-        if fields.get("image_aspect_ratio") == "anyres"
-        else ["lm_head.weight"]
-    )
+    kept = ["lm_head.weight", *(["model.image_newline"] if fields.get("image_aspect_ratio") == "anyres" else [])]
     unknown = [name for name in names if name not in kept and not any(re.search(rule, name) for rule in rules)]
     if unknown:
         raise UnsupportedModelError(f"{source}: got a weight {min(unknown)}, expected those of {_either(_PARTS)}")

@@ -323,6 +323,16 @@ def test_checkpointing_changes_no_gradient(name):
             torch.testing.assert_close(grads[1][key], grad, rtol=1e-4, atol=1e-6)
 
 
+def test_reentrant_checkpointing_is_refused_where_vision_only_gives_keys_and_values(name):
+    batch, model = TINY[name].batch("ttItttt"), fresh(name).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.schedule = Fused(StagePlan.from_dict(PLANS["kv_layers"]))
+    with pytest.raises(ValueError, match=r"got use_reentrant=True, expected False under the .kv. update"):
+        model(**batch, labels=answers(batch))
+    model.schedule = Fused(StagePlan.from_dict(PLANS["window"]))
+    model(**batch, labels=answers(batch)).loss.backward()
+
+
 def test_a_plan_narrower_than_its_deepstack_features_does_not_train():
     model, batch = fresh("qwen3_vl").train(), TINY["qwen3_vl"].batch("ttItttt")
     model.schedule = Fused(StagePlan(2, 4))
