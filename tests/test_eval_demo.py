@@ -158,7 +158,7 @@ def test_the_page_in_a_browser(served, loaded, asked, tmp_path):
         page = opened.page
         upload(page, tmp_path / "broken.png", asked[1])
         page.click("#ask")
-        page.wait_for_selector("text=broken.png cannot be read as an image: it is")
+        page.wait_for_selector("text=broken.png cannot be read as an image. Expected one of PNG")
         page.reload()
         upload(page, questions("test")[0].image, asked[1])
         page.click("#schedule input")

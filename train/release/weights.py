@@ -97,7 +97,6 @@ def write_model(model: Any, folder: Path, *, max_shard_size: str) -> None:
     family = family_of(model.config.model_type)
     if is_plain(model):
         if family.model_type == "llava":  # under the names of llava-hf's checkpoints, which other engines know too
-            vars(model.config).pop("schedule", None)
             save_model(model, folder, max_shard_size=max_shard_size)
         else:
             _plain(model).save_pretrained(folder, max_shard_size=max_shard_size)
