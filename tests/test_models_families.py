@@ -160,22 +160,19 @@ def test_a_schedule_equals_the_slow_reference(name, schedule, layout):
 
 
 def test_a_sample_in_a_padded_batch_is_itself_alone(name, schedule):
-    tiny = TINY[name]
-    for side in ("left", "right"):
-        batch = tiny.batch(*BATCH, side=side)
-        with torch.no_grad():
-            together = ours(name)(**batch, schedule=schedule)
-        for sample in range(len(BATCH)):
-            single = alone(batch, BATCH, sample)
-            with torch.no_grad():
-                expected = ours(name)(**single, schedule=schedule)
+    batches = {side: TINY[name].batch(*BATCH, side=side) for side in ("left", "right")}
+    singles = [alone(batches["left"], BATCH, sample) for sample in range(len(BATCH))]
+    with torch.no_grad():
+        together = {side: ours(name)(**batch, schedule=schedule) for side, batch in batches.items()}
+        outputs = [ours(name)(**single, schedule=schedule) for single in singles]
+    for side, batch in batches.items():
+        for sample, (single, expected) in enumerate(zip(singles, outputs, strict=True)):
             valid = batch["attention_mask"][sample] == 1
             text = text_of(single)[0]
-            torch.testing.assert_close(
-                together.logits[sample][valid][text], expected.logits[0][text], rtol=1e-4, atol=2e-4
-            )
+            logits_of_sample = together[side].logits[sample][valid][text]
+            torch.testing.assert_close(logits_of_sample, expected.logits[0][text], rtol=1e-4, atol=2e-4)
             padding = int((~valid).sum()) if side == "left" else 0
-            slots = [(live[sample] - padding).tolist() for live in together.live]
+            slots = [(live[sample] - padding).tolist() for live in together[side].live]
             assert slots == [live[0].tolist() for live in expected.live]
 
 
