@@ -1,7 +1,7 @@
 """Chat formats: turns -> one text -> one tokenisation -> token ids and labels.
 
 The supervised text is known as character spans of the one rendered text, and the one tokenisation reports each
-token's characters, so there are no two token counts that could differ. (LLaVA's own code compares two, and drops
+token's characters, so there are no two token counts that could differ. (LLaVA's code compares two, and drops
 a sample's labels in silence where they do.)
 """
 
@@ -198,7 +198,7 @@ class Writer:
         """Writes an answer.
 
         Args:
-            text: the answer's own text.
+            text: the answer's text.
             prefix: what stands between the prompt and it: a model has to generate that too.
             end_mark: what ends it.
             is_trained: whether it is to be learnt.

@@ -22,7 +22,7 @@ from torch import Tensor
 from data.config import shorten
 from data.rows import EmbeddedImage, RowError
 
-MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
+MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's limit against decompression bombs
 MAX_RATIO: Final = 1_000  # a longer side of more shorter ones is no picture, and costs its square to pad
 _END_MARKS: Final = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _TAIL: Final = 1 << 10  # bytes at a file's end that are read for its end mark

@@ -270,7 +270,7 @@ def _check_images(rows: datasets.Dataset, config: DataConfig, *, anew: bool) -> 
 
 
 def _is_stale(rows: datasets.Dataset, found: datasets.Dataset, config: DataConfig) -> bool:
-    """Returns whether any image fault is no longer what the cache says: somebody mended it."""
+    """Returns whether any image fault is no longer what the cache says: it was mended."""
     given = rows.select_columns(["source", "file", "row", "fault", "notes", "images"])
     for number, reason in enumerate(found["fault"][:]):
         if reason and not (row := given[number])["fault"] and _inspect(row, config)["fault"] != reason:

@@ -109,7 +109,7 @@ class _Clock(BaseStreamer):
 def respond(
     model: Any, prompter: Prompter, image: Image.Image | None, question: str, schedule: str, max_new_tokens: int
 ) -> Response:
-    """Returns the greedy answer to a question under a schedule; the model's own schedule does not matter.
+    """Returns the greedy answer to a question under a schedule; the model's schedule does not matter.
 
     Args:
         model: a fused model, ready for inference.

@@ -108,7 +108,7 @@ def own_schedule(plan: StagePlan | None) -> Schedule:
 
 
 def knocked_out(plan: StagePlan | None, layers: Sequence[int]) -> Schedule:
-    """Returns a checkpoint's own schedule with vision masked in `layers`."""
+    """Returns a checkpoint's schedule with vision masked in `layers`."""
     knockout = Knockout(frozenset(layers))
     return knockout if plan is None else Within(plan, knockout)
 
@@ -165,7 +165,7 @@ class Insight:
         self.found: dict[str, Tensor] = {name: torch.empty(0, self.depth) for name in MEASURES}
 
     def add(self, batch: Batch) -> None:
-        """Runs a batch under the checkpoint's own schedule and notes what its layers show."""
+        """Runs a batch under the checkpoint's schedule and notes what its layers show."""
         size = len(batch.ids)
         noted = {name: torch.full((size, self.depth), torch.nan) for name in MEASURES}
         before: list[Tensor] = []

@@ -58,7 +58,7 @@ def setup_env() -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())
         threads = max(1, len(os.sched_getaffinity(0)) // local)
         torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate warns, and takes its own number
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate warns, and chooses a number
     # DeepSpeed compiles with the ninja of this environment, active or not.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     disable_progress_bar()  # of reading and writing weights: the one bar is the training's
@@ -126,7 +126,7 @@ def print_rank0(text: str) -> None:
 
 
 def exit_with(text: str, *, code: int) -> int:
-    """Writes one line, once for the whole run, and tells the other ranks; returns the exit code.
+    """Writes one line, once for the whole run, and informs the other ranks; returns the exit code.
 
     Where several ranks end alike, rank 0 speaks, at once; the others only where it is silent.
     """

@@ -1,4 +1,4 @@
-"""Whether a model still learns: a dead one trains to the end without a sign, unless somebody looks."""
+"""Whether a model still learns: a dead one trains to the end without a sign, unless it is looked for."""
 
 from __future__ import annotations
 
