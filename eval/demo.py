@@ -32,7 +32,7 @@ from data.images import read_image as read_upload
 from data.rows import IMAGE_MARK, RowError
 from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint
-from eval.live import live_visual
+from eval.live import live_mask
 from eval.overlay import draw_overlay
 from eval.prompts import Asked, Prompter
 from models.schedules import SCHEDULES, TRAINED
@@ -132,11 +132,11 @@ def respond(
         raise QuestionError(str(error)) from error
     _check_length(model, batch["input_ids"].shape[1], max_new_tokens)
     inputs = {name: part.to(model.device) for name, part in batch.items()}
-    clock = _Clock()
+    clock, prefills = _Clock(), list[Any]()
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
     with torch.inference_mode():
-        tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock)
-    live = live_visual(model, inputs, chosen)[:, 0]
+        tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock, on_prefill=prefills.append)
+    live = live_mask(prefills[0])[:, 0]
     ids, overlay = inputs["input_ids"][0], None
     if images:
         picture = prompter.picture(inputs["pixel_values"][0])

@@ -42,7 +42,11 @@ def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) ->
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():
-        output = model(**inputs, schedule=schedule, use_cache=False, logits_to_keep=1)
+        return live_mask(model(**inputs, schedule=schedule, use_cache=False, logits_to_keep=1))
+
+
+def live_mask(output: Any) -> Tensor:
+    """Returns (layers, B, S) bool: the visual tokens that each layer ran on in a FusedOutput of a prefill."""
     live = torch.zeros(len(output.live), *output.visual.shape, dtype=torch.bool, device=output.visual.device)
     for layer, samples in zip(live, output.live, strict=True):
         for row, slots in zip(layer, samples, strict=True):

@@ -71,13 +71,14 @@ class _Call:
     output: DecoderOutput | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Generation:
     """A running generate() of one model: the length of its prompt and the schedule that it was started with."""
 
     model: Any
     prompt_length: int
     schedule: Schedule
+    on_prefill: Callable[[FusedOutput], Any] | None  # None once it was called
 
 
 # Context variables, so that two threads that run one model do not see each other's call.
@@ -180,12 +181,22 @@ class FusedMixin:
         """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
         return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, schedule: Choice = None, **kwargs: Any) -> Any:
-        """Generates as Hugging Face does; `schedule` is for this call alone, None the model's."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        schedule: Choice = None,
+        on_prefill: Callable[[FusedOutput], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates as Hugging Face does.
+
+        `schedule` is for this call alone, None the model's; `on_prefill` is called once, with the prompt's FusedOutput.
+        """
         prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
         length = 0 if prompt is None else prompt.shape[1]
         chosen = self.schedule if schedule is None else self.resolve(schedule)
-        token = _GENERATION.set(_Generation(self, length, chosen))
+        token = _GENERATION.set(_Generation(self, length, chosen, on_prefill))
         try:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
         finally:
@@ -235,6 +246,9 @@ class FusedMixin:
         features = getattr(outputs, "image_hidden_states", None) if images is None else images.pooler_output
         output = FusedOutput(loss, logits, call.output and call.output.past_key_values, image_hidden_states=features)
         output.decoder, output.visual = call.output, call.visual
+        if running is not None and running.on_prefill is not None:
+            callback, running.on_prefill = running.on_prefill, None
+            callback(output)
         return output
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -445,6 +445,17 @@ def test_a_schedule_can_be_named_given_for_one_call_and_assigned_again(name):
         model.schedule = {"name": "fastv", "layers": 3}
 
 
+def test_generate_hands_over_what_was_live_in_the_prompt(name):
+    batch, found = TINY[name].batch("ttItttt", "tttt", side="left"), []
+    for schedule in (None, "vtw", Fused(StagePlan(2, 4))):
+        generate(ours(name), batch, schedule=schedule, on_prefill=found.append)
+        with torch.no_grad():
+            expected = ours(name)(**batch, schedule=schedule)
+        live = [[row.tolist() for row in layer] for layer in found.pop().live]
+        assert live == [[row.tolist() for row in layer] for layer in expected.live]
+        assert not found
+
+
 def test_the_config_may_name_the_schedule_to_start_with(tmp_path):
     config = TINY["llava"].config()
     model = FusedAutoModel.from_config(config, stages=PLANS["late"])
