@@ -1,12 +1,13 @@
 """The benchmarks measure what they say: the same weights and text in every row. Nothing here is timed."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from eval import bench_prefill, bench_train, measure
 from eval.live import live_visual
 from eval.measure import Shape
-from models.schedules import VisiPruner
 
 SHAPE = Shape(4, 64, 16, 24)
 DEEP = Shape(8, 64, 64, 24)
@@ -85,7 +86,7 @@ def test_visipruner_fires_keeps_a_tenth_and_lets_go(prompt):
 def test_the_given_choice_computes_what_visipruner_computes(prompt, modes):
     model, batch = prompt
     fired = bench_prefill.firing_visipruner(model, batch)
-    pruner = VisiPruner(**{**vars(fired), "modes": modes})
+    pruner = dataclasses.replace(fired, modes=modes)
     twin = bench_prefill.replay(model, batch, pruner)
     assert torch.equal(live_visual(model, batch, twin), live_visual(model, batch, pruner))
     ours, theirs = (bench_prefill.prefill(model, batch, schedule) for schedule in (twin, pruner))

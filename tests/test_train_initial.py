@@ -75,6 +75,29 @@ def test_a_llava_is_assembled_from_pretrained_parts_and_its_vocabulary_extended(
     assert processor.tokenizer.pad_token == "<pad>"
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("text", [True, False])
+def test_tied_embeddings_are_those_of_the_decoder_whatever_the_configs_flags_say(
+    parts, make_recipe, is_tied, top, text
+):
+    torch.manual_seed(1)
+    shape = LlamaConfig(**NARROW, num_hidden_layers=2, vocab_size=WORDS, tie_word_embeddings=is_tied)
+    LlamaForCausalLM(shape).save_pretrained(parts / "decoder")
+    config = json.loads((parts / "config/config.json").read_text())
+    config["tie_word_embeddings"] = top
+    config["text_config"]["tie_word_embeddings"] = text
+    (parts / "config/config.json").write_text(json.dumps(config))
+    recipe = make_recipe(language_model=str(parts / "decoder"), stages=None)
+    decoder = LlamaForCausalLM.from_pretrained(parts / "decoder").eval()
+    build_initial(recipe, parts / "init")
+    model = load_checkpoint(parts / "init", dtype=torch.float32).eval()
+    ids = torch.tensor([[3, 5, 7]])
+    assert model.config.text_config.tie_word_embeddings is is_tied
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits[..., :WORDS], decoder(input_ids=ids).logits)
+
+
 def test_the_seed_decides_the_random_weights(parts, make_recipe):
     recipe = make_recipe(language_model=str(parts / "decoder"))
     for name in ("a", "b"):

@@ -180,12 +180,13 @@ def check_tokens(config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
 
 def _assemble(config: FusedLlavaConfig, parts: ModelSection, dtype: torch.dtype) -> FusedLlavaForConditionalGeneration:
     """Returns a LLaVA of pretrained parts; a part that the recipe does not name, and the projector, are random."""
+    decoder = _decoder(config, parts.language_model, dtype)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = decoder.config.tie_word_embeddings
     with torch.device("meta"):
         model = FusedLlavaForConditionalGeneration(config)
     expected = {name: weight.shape for name, weight in model.state_dict().items()}
     projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     projector.apply(model._init_weights)
-    decoder = _decoder(config, parts.language_model, dtype)
     model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
     model.model.vision_tower = _tower(model.model.vision_tower, config, parts.vision_tower, dtype)
     found = {name: weight.shape for name, weight in model.state_dict().items()}
