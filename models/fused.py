@@ -57,6 +57,30 @@ class FusedOutput(CausalLMOutputWithPast):
         return self.decoder.live
 
 
+class BlankImage(dict[str, Any]):
+    """Stands for the encoded images of a training batch without any: encodes a blank one where images are looked up.
+
+    So every rank runs the same modules in the same order, containers too, which ZeRO-3 relies on.
+    """
+
+    def __init__(self, encode: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
+        super().__init__()
+        self._encode = encode
+        self._features: tuple[Tensor, list[Tensor]] | None = None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the default: the batch has no image."""
+        if key == "image":
+            self.features()
+        return default
+
+    def features(self) -> tuple[Tensor, list[Tensor]]:
+        """Returns the features (R, D) of the blank image, and its DeepStack features."""
+        if self._features is None:
+            self._features = self._encode()
+        return self._features
+
+
 @dataclass
 class _Call:
     """What the outer forward hands to the text model, and the text model back."""
@@ -66,7 +90,7 @@ class _Call:
     attention_mask: Tensor | None
     query_mask: Tensor | None
     blocks: Tensor | None
-    blank: Callable[[], tuple[Tensor, list[Tensor]]] | None  # makes features (R, D) of a blank image, and DeepStack's
+    blank: BlankImage | None
     embeddings_learn: bool
     output: DecoderOutput | None = None
 
@@ -101,7 +125,7 @@ class FusedTextMixin:
             positions = torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
         deepstack, visual_embeds = list(kwargs.get("deepstack_visual_embeds") or ()), None
         if call.blank is not None:
-            visual_embeds, deepstack = call.blank()
+            visual_embeds, deepstack = call.blank.features()
         elif not isinstance(call.schedule, Dense) and not call.embeddings_learn:
             # The gradient reaches the projector through these rows alone, so layers before `enter` keep no graph.
             visual_embeds, embeds = embeds[call.visual], embeds.detach()
@@ -232,6 +256,8 @@ class FusedMixin:
         call = self._call(given, schedule, given.pop("visual", None), labels)
         if labels is not None and given.get("use_cache") is None:
             given["use_cache"] = False
+        if call.blank is not None:
+            given["mm_encoder_outputs"] = call.blank
         token = _CALL.set(call)
         try:
             outputs = self.model(**given)
@@ -298,7 +324,7 @@ class FusedMixin:
             attention_mask=given.get("attention_mask"),
             query_mask=query_mask,
             blocks=type(self).family_blocks(given),
-            blank=self._blank if self.training and not vision_tokens else None,
+            blank=BlankImage(self._blank) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
         )
 

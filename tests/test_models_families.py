@@ -288,9 +288,8 @@ def test_gradients_reach_the_projector_and_no_layer_before_vision_keeps_a_graph(
 def test_a_batch_without_image_runs_the_same_modules_and_changes_no_loss(name, plan):
     orders, model = [], fresh(name).train()
     model.schedule = None if plan is None else Fused(StagePlan.from_dict(PLANS[plan]))
-    for module_name, module in model.named_modules():
-        if not list(module.children()) and list(module.parameters()):
-            module.register_forward_hook(lambda *_, key=module_name: orders[-1].append(key))
+    for module_name, module in model.named_modules():  # containers too: ZeRO-3 follows their order on every rank
+        module.register_forward_pre_hook(lambda *_, key=module_name: orders[-1].append(key))
     for layout in ("ttItttt", "tttttt"):
         orders.append([])
         batch = TINY[name].batch(layout)

@@ -180,7 +180,7 @@ def check_tokens(config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
 
 def _assemble(config: FusedLlavaConfig, parts: ModelSection, dtype: torch.dtype) -> FusedLlavaForConditionalGeneration:
     """Returns a LLaVA of pretrained parts; a part that the recipe does not name, and the projector, are random."""
-    decoder = _decoder(config, parts.language_model, dtype)
+    decoder: Any = _decoder(config, parts.language_model, dtype)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = decoder.config.tie_word_embeddings
     with torch.device("meta"):
         model = FusedLlavaForConditionalGeneration(config)
