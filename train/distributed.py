@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipes.errors import RecipeError
 from train.errors import PeerError, one_line
 from train.extensions import build_communication
-from train.stop import STOP_SIGNALS
+from train.stop import STOP_SIGNALS, ignore_signals
 
 _TIMEOUT: Final = timedelta(hours=2)  # rank 0 may read a 7B checkpoint from the hub while the others wait
 _MEET_TIMEOUT: Final = timedelta(minutes=10)
@@ -130,6 +130,7 @@ def exit_with(text: str, *, code: int) -> int:
 
     Where several ranks end alike, rank 0 speaks, at once; the others only where it is silent.
     """
+    ignore_signals()  # the launcher sends them once one rank has ended, while this one may wait to speak
     line, store = one_line(text), _Group.store
     stream = sys.stderr if code else sys.stdout
     if store is None or count() == 1:

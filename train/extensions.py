@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
 _PATIENCE_SECONDS: Final = 20.0  # before a wait is announced
 
@@ -109,6 +108,9 @@ def _holder(lock: Path) -> int | None:
 
 
 def _root() -> Path:
+    # imported late: a CUDA build of torch warns there on a machine with nvcc and no GPU, until setup_env() silences it
+    from torch.utils.cpp_extension import get_default_build_root
+
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 

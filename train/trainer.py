@@ -172,7 +172,7 @@ class FusedTrainer(Trainer):
         self.last_step = self.metrics.end_step(sums)
         if not math.isfinite(self.last_step["loss"]):
             raise self.failure("the loss is nan or infinite", step=self.state.global_step + 1)
-        if reason := self.watch.excess(int(bad_rows)):
+        if reason := self.watch.excess([bad_rows]):
             self._save_now()
             raise self.failure(reason, step=self.state.global_step + 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ class DataWatch:
         self._sources = inputs.pop("sources", None)
         self._labelled = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
-    def excess(self, found: int) -> str:
+    def excess(self, counts: Sequence[float]) -> str:
         """Returns what to say when all ranks together passed over more rows than the recipe allows; else nothing."""
-        allowed = max(0, self._allowed)
+        found, allowed = int(sum(counts)), max(0, self._allowed)
         if found <= allowed:
             return ""
         first = f", such as {self.faults[-1]}" if self.faults else ", named above"
