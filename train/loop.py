@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from data.dataset import Collator
 from data.rows import DataError
@@ -155,7 +155,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
         dataset.skip = progress.step * arguments.gradient_accumulation_steps
-    model, vocabulary = _load_model(phase, initial)
+    model, vocabulary = _load_model(phase, initial, seed=recipe.seed)
     _announce(phase, model, resumed)
     processor = dataset.processor
     trainer = FusedTrainer(
@@ -203,11 +203,12 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     return True
 
 
-def _load_model(phase: Phase, initial: Path) -> tuple[Any, int]:
+def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
     """Returns the model with what the recipe lets learn, and its vocabulary's size."""
     model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train))
     vocabulary = model.config.text_config.vocab_size
     if phase.train.lora is not None:
+        set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)
     freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
     return model, vocabulary
