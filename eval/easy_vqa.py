@@ -8,44 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
-from lmms_eval.api.task import ConfigurableTask
-from PIL import Image, ImageFile
+from PIL import Image
 
 from data.easy_vqa import VERSION, Question, answers_by_words, questions
+from eval.built_in_task import BuiltInTask, is_right
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 KINDS = {"yes/no": "yes_no", "shape": "shape", "colour": "colour"}  # kind of question: metric
 
 
-class EasyVQATask(ConfigurableTask):
-    """easy-VQA's 9,673 test questions.
+class EasyVQATask(BuiltInTask):
+    """easy-VQA's 9,673 test questions."""
 
-    Args:
-        config: the task's YAML.
-        options: whatever else lmms-eval hands to a task.
-    """
-
-    def __init__(self, config: Mapping[str, Any], **options: Any) -> None:
-        given = dict(config)
-        given.pop("class", None)
-        super().__init__(config=given, **options)
-
-    def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Reads the questions from the package."""
-        asked = questions("test")
-        rows = datasets.Dataset.from_dict(
-            {
-                "question_id": list(range(len(asked))),
-                "image_id": [int(question.image.stem) for question in asked],
-                "image_file": [str(question.image) for question in asked],
-                "question": [question.text for question in asked],
-                "answer": [question.answer for question in asked],
-                "kind": [question.kind for question in asked],
-            }
-        )
-        self.dataset = datasets.DatasetDict({self.config.test_split: rows})
-        self.dataset_no_image = self.dataset
+    def questions(self) -> list[Question]:
+        """Returns the test questions, from the package."""
+        return questions("test")
 
 
 def version() -> str:
@@ -67,7 +43,7 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns 1 for an answer that equals the truth, but for case and a full stop, as `accuracy` and as its kind."""
-    right = float(results[0].strip().lower().rstrip(".") == doc["answer"])
+    right = is_right(doc, results)
     return {"accuracy": right, KINDS[doc["kind"]]: right}
 
 
