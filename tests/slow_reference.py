@@ -34,6 +34,23 @@ ATTENTION = _Attention()
 ALL_ATTENTION_FUNCTIONS.register(NAME, ATTENTION)
 
 
+def mask_shallow(weights, visual, number, rule):
+    """Masks weights (H, S, S) in place, as VisiPruner's shallow rule does at a layer."""
+    images = visual.nonzero().flatten().tolist()
+    for row in range(images[0] if images else len(visual), len(visual)):
+        if visual[row]:
+            if number == 0 or not rule.visual_self_attention:
+                weights[:, row, images] = 0
+        elif number > 0:
+            weights[:, row, images] = 0
+        elif rule.first_layer == "half":
+            weights[:, row, images[: len(images) // 2]] = 0
+        else:
+            mass = weights[:, row, images].sum(dim=-1)
+            weights[:, row, images] = 0
+            weights[:, row, images[0]] = mass
+
+
 class SlowDecoder:
     """The text model of a Hugging Face VLM, at one sample without padding.
 
@@ -155,24 +172,7 @@ class _Rule:
         rule = self.schedule
         if not isinstance(rule, VisiPruner) or "shallow" not in rule.modes or number >= rule.shallow_end:
             return None
-        return lambda weights: self._mask_shallow(weights, number)
-
-    def _mask_shallow(self, weights, number):
-        """Changes weights (H, S, S) in place."""
-        visual, rule = self.decoder.visual, self.schedule
-        images = visual.nonzero().flatten().tolist()
-        for row in range(len(visual)):
-            if visual[row]:
-                if number == 0 or not rule.visual_self_attention:
-                    weights[:, row, images] = 0
-            elif number > 0:
-                weights[:, row, images] = 0
-            elif rule.first_layer == "half":
-                weights[:, row, images[: len(images) // 2]] = 0
-            elif images:
-                mass = weights[:, row, images].sum(dim=-1)
-                weights[:, row, images] = 0
-                weights[:, row, images[0]] = mass
+        return lambda weights: mask_shallow(weights, self.decoder.visual, number, rule)
 
     def after(self, number, live, last):
         if live.any():

@@ -12,6 +12,7 @@ from models.live_tokens import NO_VISUAL, Selection
 from models.schedule_base import View
 from models.schedules import VisiPruner
 from tests.conftest import merged_inputs
+from tests.slow_reference import mask_shallow
 
 ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles"
 RULES = {
@@ -106,23 +107,6 @@ def weights_and_values(decoder, layer, number, hidden, alive, rotary):
     _, weights = layer.self_attn(normed, rotary, mask)
     values = layer.self_attn.v_proj(normed)[0].unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(0, 1)
     return weights[0].clone(), values.repeat_interleave(weights.shape[1] // len(values), dim=0)
-
-
-def mask_shallow(weights, visual, number, rule):
-    """Changes weights (H, S, S) in place."""
-    images = visual.nonzero().flatten().tolist()
-    for row in range(images[0] if images else len(visual), len(visual)):
-        if visual[row]:
-            if number == 0 or not rule.visual_self_attention:
-                weights[:, row, images] = 0
-        elif number > 0:
-            weights[:, row, images] = 0
-        elif rule.first_layer == "half":
-            weights[:, row, images[: len(images) // 2]] = 0
-        else:
-            mass = weights[:, row, images].sum(dim=-1)
-            weights[:, row, images] = 0
-            weights[:, row, images[0]] = mass
 
 
 def probe(row, values, output, kept, state, rule):
