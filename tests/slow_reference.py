@@ -37,7 +37,9 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, ATTENTION)
 def mask_shallow(weights, visual, number, rule):
     """Masks weights (H, S, S) in place, as VisiPruner's shallow rule does at a layer."""
     images = visual.nonzero().flatten().tolist()
-    for row in range(images[0] if images else len(visual), len(visual)):
+    if not images:
+        return
+    for row in range(len(visual)):  # rows before the image too: Molmo2's markers see ahead into it
         if visual[row]:
             if number == 0 or not rule.visual_self_attention:
                 weights[:, row, images] = 0
