@@ -213,8 +213,7 @@ class HubSet:
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of `datasets.load_dataset`."""
-        is_file = bool(self.subset) and self.subset.endswith(_SUFFIXES)
-        part = {"data_files": self.subset} if is_file else {"name": self.subset}
+        part = {"data_files" if (self.subset or "").endswith(_SUFFIXES) else "name": self.subset}
         return {"path": self.name, "split": self.split, "revision": self.revision, **part}
 
 
