@@ -153,7 +153,7 @@ def test_a_first_answer_that_is_too_long_is_found(folder, capsys, style):
     assert summary.endswith("4 rows, 2 with an image (3 images), 1 text only, 8 turns, 1 faults")
     assert main([path, "data.long_answers=cut"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == ["  rows that have a first answer that ends where max_length does (data.long_answers: cut): 1"]
+    assert lines[1:] == ["  rows that have a first answer that is cut at max_length (data.long_answers: cut): 1"]
     assert main([path, "data.max_length=40000"]) == 0
 
 
