@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,11 +55,19 @@ def main(given: Sequence[str] | None = None) -> int:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
     if arguments.json:
-        print(json.dumps(reports))
+        _print(json.dumps(reports))
     else:
         for name, found in reports.items():
-            print("\n".join(_lines(name, found, each=arguments.all)))
+            _print("\n".join(_lines(name, found, each=arguments.all)))
     return 2 if failed or any(found["faults"] for found in reports.values()) else 0
+
+
+def _print(text: str) -> None:
+    """Prints, also where the reader of a pipe has seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(config: DataConfig, model: Any = None) -> dict[str, Any]:

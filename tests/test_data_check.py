@@ -1,6 +1,8 @@
 """`python -m data.check`: what it prints, and how it ends."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -128,6 +130,24 @@ def test_the_command_itself(folder, monkeypatch):
     assert "data.json:3: missing key 'conversations'" in done.stdout
     assert "checking images" in done.stderr  # the progress bar
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    path = recipe(folder, data=[{"id": 1}])
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out, contextlib.redirect_stdout(out):
+        assert main([path, "--all"]) == 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_cache_folder_that_cannot_be_made_is_one_line(folder, monkeypatch, capsys, place):
+    (folder / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / place)
+    assert main([recipe(folder, data=GOOD)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data: cache: {folder / place}: ")
+    assert line.endswith("; expected a folder that can be written, named by HF_DATASETS_CACHE")
 
 
 def with_model(folder, rows, **data):
