@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -499,10 +499,17 @@ def test_what_servers_make_of_images_is_what_the_docs_say(released, llava, tmp_p
         assert torch.allclose(found, trained, atol=1e-5) == (is_alike or image is prepared)
 
 
-def test_an_opened_transparent_image_is_on_white_in_a_release_too(released, llava):
+def test_a_release_puts_opened_images_on_white_and_does_not_turn_them(released, llava, tmp_path):
     own = AutoProcessor.from_pretrained(llava / "final").image_processor
-    found = AutoProcessor.from_pretrained(released).image_processor(invisible("RGBA"), return_tensors="pt")
-    assert torch.allclose(found["pixel_values"], pixel_values(invisible("RGBA"), own, aspect="pad"), atol=1e-5)
+    processor = AutoProcessor.from_pretrained(released).image_processor
+    found = processor(invisible("RGBA"), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(found, pixel_values(invisible("RGBA"), own, aspect="pad"), atol=1e-5)
+    saved_turned(tmp_path / "turned.png")
+    with Image.open(tmp_path / "turned.png") as opened:
+        found = processor(opened, return_tensors="pt")["pixel_values"]
+        assert not torch.allclose(found, pixel_values(opened, own, aspect="pad"), atol=1e-5)
+        upright = processor(ImageOps.exif_transpose(opened), return_tensors="pt")["pixel_values"]
+        assert torch.allclose(upright, pixel_values(opened, own, aspect="pad"), atol=1e-5)
 
 
 def answer(run, image, question, schedule=None):
