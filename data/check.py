@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from data.chat import TokenizerError
-from data.config import DataConfig, expand, shorten
+from data.config import DataConfig, expand, first_fault, shorten
 from data.dataset import Encoder
 from data.rows import IMAGE_MARK, NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
@@ -181,7 +181,7 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
         )
         yield from (f"  rows that {NOTES[note]}: {count:,}" for note, count in source["notes"].items() if count)
         if source["ignored"]:
-            shown = [f"{shorten(key, 30)} ({count:,})" for key, count in source["ignored"].items()]
+            shown = [f"{shorten(key, 30) or repr(key)} ({count:,})" for key, count in source["ignored"].items()]
             more = f" and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
             yield f"  ignored keys: {', '.join(shown[:_SHOWN_KEYS])}{more}"
 
@@ -260,11 +260,8 @@ def _section(recipe: Path, name: str, fields: Any) -> DataConfig:
     try:
         return DataConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (name, *first["loc"])))
-        if first["type"] == "value_error":
-            raise DataError(f"{recipe}: {key}: {first['ctx']['error']}") from None
-        raise DataError(f"{recipe}: {key}: {first['msg']}, got {shorten(repr(first['input']))}") from None
+        where, reason = first_fault(error, DataConfig)
+        raise DataError(f"{recipe}: {'.'.join(filter(None, (name, where)))}: {reason}") from None
 
 
 if __name__ == "__main__":

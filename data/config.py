@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -35,18 +36,29 @@ class Source(BaseModel):
 
 
 def _read_source(given: Any) -> Any:
-    if given == "":
-        raise ValueError("got '', expected a path")
-    if not isinstance(given, dict):
+    if isinstance(given, str) and given:
         return given
-    try:
-        return Source.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        known = ", ".join(Source.model_fields)
-        reason = f"unknown key, expected {known}" if first["type"] == "extra_forbidden" else first["msg"].lower()
-        raise ValueError(f"{where}: {reason}, got {shorten(repr(first['input']))}") from None
+    if isinstance(given, dict):
+        try:
+            return Source.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(": ".join(first_fault(error, Source))) from None
+    known = ", ".join(Source.model_fields)
+    raise ValueError(f"got {shorten(repr(given))}, expected a path or a mapping of {known}")
+
+
+def first_fault(error: ValidationError, schema: type[BaseModel]) -> tuple[str, str]:
+    """Returns the dotted key of the first fault that pydantic found, and what was found and is expected there."""
+    fault = error.errors()[0]
+    where, found = ".".join(map(str, fault["loc"])), shorten(repr(fault["input"]))
+    if fault["type"] == "extra_forbidden":
+        return where, f"unknown key, expected {', '.join(schema.model_fields)}"
+    if fault["type"] == "missing":
+        return where, "missing key"
+    if fault["type"] == "value_error":
+        return where, str(fault["ctx"]["error"])
+    expected = re.sub(r"^.*? should (be |have )?| after validation.*| or instance of .*", "", fault["msg"])
+    return where, f"got {found}, expected {expected}"
 
 
 class DataConfig(BaseModel):

@@ -69,7 +69,9 @@ def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Pa
         RowError: no folder is given, the path leads out of it (`..`, absolute, link), or nothing is there.
     """
     shown = shorten(name)
-    if "://" in name[:12] or name.startswith("data:"):
+    if name.startswith("data:"):
+        raise RowError(f"image {shown!r} is an address without an image, expected data:image/...;base64,")
+    if "://" in name[:12]:
         raise RowError(f"image {shown!r} is an address, expected a path below the image folder: download it first")
     if folder is None:
         raise RowError(f"image {shown!r} without an image folder, expected data.images in the recipe")
@@ -234,7 +236,8 @@ def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptio
         return shorten(image.name), image.data
     if image.startswith("data:image/"):
         try:
-            return shorten(image, 40), base64.b64decode(image.partition(",")[2], validate=True)
+            text = "".join(image.partition(",")[2].split())  # base64 may be wrapped
+            return shorten(image, 40), base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             raise RowError(f"image {shorten(image, 40)!r} is broken: its base64 cannot be read") from None
     return shorten(image), resolve(folder, image, follow_links=options.follow_links)

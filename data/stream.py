@@ -230,4 +230,4 @@ def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
     except DataError as error:
         if row < 0:
             raise
-        yield file, row + 1, RowError(str(error))
+        yield file, row + 1, RowError(str(error).removeprefix(f"{file}:{row + 1}: "))

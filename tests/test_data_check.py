@@ -94,17 +94,25 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("data: {files: []}", [], "data.files: List should have at least 1 item"),
-        ("data: {files: [x.json], format: plain, color: 1}", [], "data.color: Extra inputs are not permitted"),
+        ("data: {files: []}", [], "data.files: got [], expected at least 1 item"),
+        (
+            "data: {files: [x.json], format: plain, color: 1}",
+            [],
+            "data.color: unknown key, expected files, images",
+        ),
         ("name: x", [], "data: got none, expected a recipe with a data section"),
         ("data: [", [], "recipe.yaml: not YAML"),
         ("data: {files: [nothing.json], format: plain}", [], "nothing.json: no such file"),
-        ("data: {files: [x.json], format: plain}", ["data.workers=many"], "data.workers: Input should be a valid int"),
+        (
+            "data: {files: [x.json], format: plain}",
+            ["data.workers=many"],
+            "data.workers: got 'many', expected a",
+        ),
         ("data: {files: [x.json], format: plain}", ["data.workers=["], "got '[', expected a value in YAML"),
         ("data: {files: [x.json], format: plain}", ["data.workers"], "expected data.key=value, because only these"),
         ("data: {files: [x.json], format: plain}", ["train.max_steps=2"], "expected data.key=value, because only"),
         ("data: {files: [x.json], format: plain}", ["align.data.workers=2"], "expected data.key=value, because only"),
-        ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: Input should be a valid dictionary"),
+        ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: got None, expected a valid dictionary"),
     ],
 )
 def test_what_is_wrong_with_the_recipe_is_one_line(folder, capsys, text, overrides, message):
@@ -258,10 +266,15 @@ def test_decode_finds_damage_in_the_middle(folder, capsys):
     [
         ([{"path": "a.json", "weight": 1}, "b.json"], "data: files: got a weight for some sources"),
         ([{"path": "a.json", "wieght": 1}], "data.files.0: wieght: unknown key, expected path, weight, limit, images"),
-        ([{"path": "a.json", "limit": 0}], "data.files.0: limit: input should be greater than 0"),
-        ([{"weight": 1}], "data.files.0: path: field required"),
-        ([{"path": "a.json", "weight": -1}], "data.files.0: weight: input should be greater than 0"),
-        ([{"path": "a.json", "format": "x"}], "data.files.0: format: input should be 'vicuna_v1'"),
+        ([{"path": "a.json", "limit": 0}], "data.files.0: limit: got 0, expected greater than 0"),
+        ([{"weight": 1}], "data.files.0: path: missing key"),
+        ([{"path": "a.json", "weight": -1}], "data.files.0: weight: got -1, expected greater than 0"),
+        ([{"path": "a.json", "format": "x"}], "data.files.0: format: got 'x', expected 'vicuna_v1'"),
+        ([{"path": "a.json", "limit": "5"}], "data.files.0: limit: got '5', expected a valid integer"),
+        ([None], "data.files.0: got None, expected a path or a mapping of path, weight, limit, images, format"),
+        ([["a.json"]], "data.files.0: got ['a.json'], expected a path or a mapping"),
+        ([""], "data.files.0: got '', expected a path or a mapping"),
+        ({"path": "a.json"}, "data.files: got {'path': 'a.json'}, expected a valid list"),
     ],
 )
 def test_what_is_wrong_with_a_source_is_named(folder, capsys, files, message):

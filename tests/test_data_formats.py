@@ -714,6 +714,7 @@ def test_payloads_are_never_printed_whole(folder):
         {"type": "image", "base64": "DATA"},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "DATA"}},
         {"type": "image", "image": "data:image/png;base64,DATA"},
+        {"type": "image", "image": "data:image/png;base64, \n DATA \n"},
     ],
 )
 def test_an_image_in_base64_is_read(folder, part):
