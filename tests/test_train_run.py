@@ -369,11 +369,13 @@ def test_the_end_of_the_deepspeed_command_stops_its_ranks(folder, recipe):
     """Killed, the command leaves its launcher and the ranks behind: they save and end by themselves."""
     output = folder / "orphans"
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    command = [*deepspeed, "--master_port", str(free_port()), "train/run.py", str(recipe), f"output={output}"]
+    port = str(free_port())
+    command = [*deepspeed, "--master_port", port, "train/run.py", str(recipe), f"output={output}"]
     process = subprocess.Popen(
         [*command, "train.max_steps=100000"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     wait_for_steps(output)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "memory that outlives a killed run"
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)  # its output ends with the last of its processes
     assert "stopped by the end of the launcher" in told

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.errors import RecipeError
 from train.errors import PeerError, one_line
-from train.extensions import build_communication
+from train.extensions import build_communication, release_shared_memory
 from train.stop import STOP_SIGNALS, ignore_signals
 
 _TIMEOUT: Final = timedelta(hours=2)  # rank 0 may read a 7B checkpoint from the hub while the others wait
@@ -117,6 +117,7 @@ def init() -> None:
         raise
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     barrier()
+    release_shared_memory()
 
 
 def print_rank0(text: str) -> None:
