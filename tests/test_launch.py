@@ -229,8 +229,9 @@ def test_tests_run_without_the_slow_ones_unless_all_are_wanted(sandbox):
     launch(sandbox, "test", "tests/test_x.py")
     launch(sandbox, "test", "--all", "-q")
     quick, all_of_them = calls(sandbox)[-2:]
-    assert quick.startswith("python -m pytest -m not slow tests/test_x.py ")
-    assert all_of_them.startswith("python -m pytest -q ")
+    workers = "python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "
+    assert quick.startswith(f"{workers}-m not slow tests/test_x.py ")
+    assert all_of_them.startswith(f"{workers}-q ")
 
 
 def test_no_registry_is_named():
