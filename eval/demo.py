@@ -35,6 +35,7 @@ from eval.checkpoint import Checkpoint
 from eval.live import live_mask
 from eval.overlay import draw_overlay
 from eval.prompts import Asked, Prompter
+from models.fused import usable_schedules
 from models.schedules import SCHEDULES, TRAINED
 from models.stage_plan import StagePlan
 from recipes.resolved import saved_data
@@ -169,11 +170,12 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
     released = model.config.schedule
     first = [] if released is None else [(f"{RELEASED}: {model.resolve(released)}", RELEASED)]
     if model.config.stages is None:
-        return [*first, *((name, name) for name in SCHEDULES)]
+        return [*first, *((name, name) for name in usable_schedules(model.config))]
     plan, depth = StagePlan.from_dict(model.config.stages), model.config.text_config.num_hidden_layers
     trained = f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers"
-    labels = {name: name if schedule.trainable else f"{name}, within the plan" for name, schedule in SCHEDULES.items()}
-    return [*first, (trained, TRAINED), *((label, name) for name, label in labels.items())]
+    names = usable_schedules(model.config)
+    labels = [(name if SCHEDULES[name].trainable else f"{name}, within the plan", name) for name in names]
+    return [*first, (trained, TRAINED), *labels]
 
 
 def examples(checkpoint: Checkpoint) -> list[list[str]]:

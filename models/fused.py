@@ -22,8 +22,9 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
-from .schedule_base import Dense, Schedule
-from .schedules import Choice, resolve_schedule
+from .image_tokens import ImageTokens, image_tokens, missing_tower, states_around
+from .schedule_base import Dense, Schedule, ScheduleError
+from .schedules import SCHEDULES, Choice, resolve_schedule
 from .stage_plan import StagePlan
 
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
@@ -92,6 +93,8 @@ class _Call:
     blocks: Tensor | None
     blank: BlankImage | None
     embeddings_learn: bool
+    relevance: Tensor | None
+    tower: ImageTokens | None = None
     output: DecoderOutput | None = None
 
 
@@ -103,6 +106,7 @@ class _Generation:
     prompt_length: int
     schedule: Schedule
     on_prefill: Callable[[FusedOutput], Any] | None  # None once it was called
+    images: tuple[Tensor, ...] = ()  # under a schedule that reads the tower: the features of each image
 
 
 # Context variables, so that two threads that run one model do not see each other's call.
@@ -142,6 +146,8 @@ class FusedTextMixin:
             query_mask=call.query_mask,
             blocks=call.blocks,
             deepstack=deepstack,
+            tower=call.tower,
+            relevance=call.relevance,
         )
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
@@ -162,7 +168,23 @@ def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
         plan = StagePlan.from_dict(config.stages)
         plan.check(depth)
         config.stages = plan.to_dict()
-    return plan, resolve_schedule(config.schedule, plan, depth)
+    return plan, require_tower(resolve_schedule(config.schedule, plan, depth), config)
+
+
+def require_tower(schedule: Schedule, config: Any) -> Schedule:
+    """Returns the schedule; raises ScheduleError where it reads a vision tower that the model does not have."""
+    if schedule.reads_tower and (missing := missing_tower(config)):
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ScheduleError(f"schedule {name}: got {missing}, expected a LLaVA with a CLIP tower, which it reads")
+    return schedule
+
+
+def usable_schedules(config: Any) -> list[str]:
+    """Returns the names of SCHEDULES that a model of this config runs without further inputs."""
+    has_tower = missing_tower(config) is None
+    return [
+        name for name, kind in SCHEDULES.items() if not kind.reads_relevance and (has_tower or not kind.reads_tower)
+    ]
 
 
 class FusedMixin:
@@ -203,7 +225,8 @@ class FusedMixin:
 
     def resolve(self, choice: Choice) -> Schedule:
         """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
-        return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
+        schedule = resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
+        return require_tower(schedule, self.config)
 
     def generate(
         self,
@@ -220,7 +243,12 @@ class FusedMixin:
         prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
         length = 0 if prompt is None else prompt.shape[1]
         chosen = self.schedule if schedule is None else self.resolve(schedule)
-        token = _GENERATION.set(_Generation(self, length, chosen, on_prefill))
+        running = _Generation(self, length, chosen, on_prefill)
+        if chosen.reads_tower and kwargs.get("pixel_values") is not None:
+            with torch.no_grad():
+                image = self._encoded(kwargs.pop("pixel_values"))
+            kwargs["mm_encoder_outputs"], running.images = {"image": image}, tuple(image.pooler_output)
+        token = _GENERATION.set(running)
         try:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
         finally:
@@ -237,6 +265,7 @@ class FusedMixin:
         - use_cache: None is the text config's value without labels, False with labels.
         - schedule: for this call alone; None is the model's.
         - visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
+        - relevance: (B, S), how relevant each visual token is to the question, for CDPruner: see there.
         - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
@@ -253,11 +282,13 @@ class FusedMixin:
         schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
         items = given.pop("num_items_in_batch", None)
-        call = self._call(given, schedule, given.pop("visual", None), labels)
+        call = self._call(given, schedule, given.pop("visual", None), given.pop("relevance", None), labels)
         if labels is not None and given.get("use_cache") is None:
             given["use_cache"] = False
         if call.blank is not None:
             given["mm_encoder_outputs"] = call.blank
+        if schedule.reads_tower:
+            call.tower = self._tower(given)
         token = _CALL.set(call)
         try:
             outputs = self.model(**given)
@@ -306,7 +337,14 @@ class FusedMixin:
         running = _GENERATION.get()
         return running if running is not None and running.model is self else None
 
-    def _call(self, given: dict[str, Any], schedule: Schedule, visual: Tensor | None, labels: Tensor | None) -> _Call:
+    def _call(
+        self,
+        given: dict[str, Any],
+        schedule: Schedule,
+        visual: Tensor | None,
+        relevance: Tensor | None,
+        labels: Tensor | None,
+    ) -> _Call:
         """Returns what the text model needs beside its inputs."""
         vision_tokens = self._vision_tokens(given)
         visual = self._visual(given, vision_tokens, schedule, visual)
@@ -326,7 +364,33 @@ class FusedMixin:
             blocks=type(self).family_blocks(given),
             blank=BlankImage(self._blank) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
+            relevance=relevance,
         )
+
+    def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
+        """Returns what the tower makes of this call's images, None without any; encodes the pixels in `given`.
+
+        Raises:
+            ScheduleError: encoded images came without the tower's hidden states.
+        """
+        if "pixel_values" in given:
+            given["mm_encoder_outputs"] = {"image": self._encoded(given.pop("pixel_values"))}
+        image, running = (given.get("mm_encoder_outputs") or {}).get("image"), self._running()
+        if image is None:
+            return None
+        states = getattr(image, "hidden_states", None)
+        if states is None or any(states[number] is None for number in states_around(self.config)):
+            raise ScheduleError("mm_encoder_outputs: got no hidden_states, expected those around the layer it projects")
+        tower = image_tokens(self.model, states)
+        if running is None or len(image.pooler_output) == len(running.images):
+            return tower
+        # beams: generate() repeats the features of the images alone, the same tensors
+        number_of = {id(features): number for number, features in enumerate(running.images)}
+        return tower.of([number_of[id(features)] for features in image.pooler_output])
+
+    def _encoded(self, pixels: Tensor) -> Any:
+        """Returns get_image_features' output with the hidden states that ImageTokens are made of."""
+        return self.model.get_image_features(pixels, output_hidden_states=states_around(self.config), return_dict=True)
 
     def _vision_tokens(self, given: dict[str, Any]) -> list[int]:
         """Returns the ids of the tokens that this call's vision inputs replace; none without such inputs."""

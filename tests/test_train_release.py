@@ -327,7 +327,8 @@ def test_a_release_holds_all_that_it_needs(released, llava):
 
 def test_its_code_is_this_repositorys(released):
     code = sorted(path.name for path in released.glob("*.py"))
-    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py", "visipruner.py"} <= set(code)
+    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py"} <= set(code)
+    assert {f"{kind.__module__.rpartition('.')[2]}.py" for kind in SCHEDULES.values()} <= set(code)
     for name in set(code) - {"modeling_fused.py"}:  # which says what transformers it needs, and names the classes
         assert (released / name).read_bytes() == (ROOT / "models" / name).read_bytes()
 
