@@ -215,7 +215,7 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
 
 
 def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, DataConfig]:
-    """Returns a recipe's data sections by key: `align.data` where there is one, and `data`.
+    """Returns a recipe's data sections by key: `align.data` where there is one, `data`, and held-out files (`eval`).
 
     Reads these sections alone, because data/ knows nothing of the rest of a recipe.
 
@@ -228,10 +228,14 @@ def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = 
         DataError: a data section or an override is wrong.
     """
     align = raw.get("align")
-    sections = {"align.data": align.get("data")} if isinstance(align, dict) else {}
+    sections: dict[str, Any] = {"align.data": align.get("data")} if isinstance(align, dict) else {}
     sections["data"] = raw["data"]
     for override in overrides:
         _apply(override, {**sections, "model": raw.get("model")})
+    for prefix, part in (("align.", align), ("", raw)):
+        held_out = part.get("eval") if isinstance(part, dict) else None
+        if isinstance(held_out, dict) and held_out.get("files"):
+            sections[f"{prefix}eval"] = {**sections[f"{prefix}data"], "files": held_out["files"], "streaming": False}
     return {name: _section(recipe, name, fields) for name, fields in sections.items()}
 
 

@@ -48,6 +48,9 @@ def _read_source(given: Any) -> Any:
         raise ValueError(f"{where}: {reason}, got {shorten(repr(first['input']))}") from None
 
 
+Files = list[Annotated[str | Source, BeforeValidator(_read_source)]]
+
+
 class DataConfig(BaseModel):
     """The data of a training.
 
@@ -72,7 +75,7 @@ class DataConfig(BaseModel):
 
     model_config = _SECTION
 
-    files: list[Annotated[str | Source, BeforeValidator(_read_source)]] = Field(min_length=1)
+    files: Files = Field(min_length=1)
     images: str | None = None
     format: Format
     max_length: int = Field(default=2048, gt=0)

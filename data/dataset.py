@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -77,11 +78,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.encoder = Encoder.of(config, processor)
         rows, unusable = _without_faults(check_rows(config), config)
         rows, self.skipped = _without_faults(_tokenised(rows, self.encoder, config), config, unusable)
+        self._take(rows)
+
+    def _take(self, rows: datasets.Dataset) -> None:
         self.rows = rows
         self.lengths: list[int] = rows["length"][:]
         self.has_image: list[bool] = [bool(names) for names in rows["images"][:]]
         self.source: list[int] = rows["source"][:]
-        self.source_rows = [self.source.count(number) for number in range(len(config.sources))]
+        self.source_rows = [self.source.count(number) for number in range(len(self.config.sources))]
         self.num_cut: int = sum(rows["is_cut"][:]) + sum(rows["is_answer_cut"][:])
 
     def __len__(self) -> int:
@@ -106,6 +110,27 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 continue
             return {**sample, "faults": faults} if faults else sample
         raise DataError(f"{faults[0]}; and no other row can be opened")
+
+    def split(self, share: float, *, seed: int) -> tuple[ConversationDataset, ConversationDataset]:
+        """Returns two sets without a common image, chosen by the seed: the rest, and about `share` of the samples.
+
+        Raises:
+            DataError: one of them would be empty.
+        """
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, (source, images) in enumerate(zip(self.source, self.rows["images"][:], strict=True)):
+            groups.setdefault((source, *images) if images else (number,), []).append(number)
+        members, wanted, taken = list(groups.values()), max(1, round(share * len(self))), set[int]()
+        for place in torch.randperm(len(members), generator=Generator().manual_seed(seed)).tolist():
+            if len(taken) < wanted:
+                taken.update(members[place])
+        parts = [[n for n in range(len(self)) if (n in taken) == is_taken] for is_taken in (False, True)]
+        if not parts[0]:
+            raise DataError(f"got {len(members)} images or texts to hold {share:g} of the samples out, expected more")
+        rest, held_out = copy.copy(self), copy.copy(self)
+        rest._take(self.rows.select(parts[0]))
+        held_out._take(self.rows.select(parts[1]))
+        return rest, held_out
 
     def epoch(self, generator: Generator) -> list[int]:
         """Returns the samples of one epoch: each once, or drawn from the sources by their weights."""

@@ -21,7 +21,7 @@ SMOOTHING = 0.7  # weight of the running mean in a drawn curve; the raw points s
 
 
 def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> None:
-    """Draws training loss over seconds of training, one curve a run; runs without a log are left out.
+    """Draws training loss over seconds of training, one curve a run, and validation loss as dots.
 
     Args:
         checkpoints: the runs, by name.
@@ -35,6 +35,9 @@ def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> N
         seconds, losses = zip(*points, strict=True)
         axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
         axes.plot(seconds, smooth(losses), color=f"C{number}", label=name)
+        held_out = [(line["seconds"], line["eval_loss"]) for line in checkpoint.log if "eval_loss" in line]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), f"C{number}o--", markersize=4, label=f"{name}, validation")
     axes.set(xlabel="seconds of training", ylabel="loss on answer tokens", yscale="log", title="Learning curves")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

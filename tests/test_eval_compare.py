@@ -238,7 +238,7 @@ def test_the_report_escapes_what_a_model_says(compared):
 def test_phases_of_a_run_count_together(quickstart_run):
     checkpoint = Checkpoint.find(quickstart_run)
     assert checkpoint.run == {"seconds": 25.0, "steps": 30, "samples": 100, "samples_per_second": 4.0}
-    assert [line["seconds"] for line in checkpoint.log] == [0.5, 1.0, 1.5, 13.0, 13.5, 14.0]
+    assert [line["seconds"] for line in checkpoint.log] == [0.5, 1.0, 1.5, 1.5, 13.0, 13.5, 14.0, 14.0]
     assert Checkpoint.find(quickstart_run / "final").name == "fused"
 
 

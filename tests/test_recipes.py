@@ -83,7 +83,9 @@ def test_a_stream_needs_an_end():
         RecipeError, match=r"got data.streaming, expected train.max_steps or train.max_seconds beside it"
     ):
         load_recipe(path, ["data.streaming=true", "train.max_seconds=null"])
-    assert load_recipe(path, ["data.streaming=true"]).data.streaming
+    with pytest.raises(RecipeError, match=r"got eval.share of a stream, expected eval.files"):
+        load_recipe(path, ["data.streaming=true"])
+    assert load_recipe(path, ["data.streaming=true", "eval.files=[a.json]"]).data.streaming
 
 
 def test_a_source_may_be_a_mapping_and_a_mistake_in_it_is_named():

@@ -62,6 +62,13 @@ def test_steps_and_seconds_that_the_command_sets_are_the_run_s():
     assert "as many of 128 samples as 60 s allow" in check("llava_fused", "train.max_seconds=60")
 
 
+def test_held_out_rows_are_no_steps():
+    text = check("llava_fused", "eval={share: 0.01, every: 500}")
+    assert "steps: 5,146 of 128 samples" in text  # 665,298 - 6,653 rows
+    assert "validation: 0.01 of the rows, held out, every 500 steps and at the end" in text
+    assert "steps: 5,198 of 128 samples" in check("llava_fused", "eval={files: [held_out.json]}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [[], ["--local_rank=0"]])
 def test_the_command_checks_from_a_shell(first, tmp_path):

@@ -101,7 +101,9 @@ def connect() -> None:
 
 
 def init() -> None:
-    """Joins the process group of the run; returns when all ranks are there."""
+    """Joins the process group of the run, unless this process is in it; returns when all ranks are there."""
+    if distributed.is_initialized():
+        return
     build_communication()
     import deepspeed  # imports slowly, and only after setup_env()
 

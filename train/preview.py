@@ -19,7 +19,7 @@ from train.arguments import is_timed
 from train.checks import check_run
 from train.groups import freeze, trainable_counts
 from train.initial import read_processor
-from train.samples import read_samples
+from train.samples import hold_out, read_samples
 
 
 def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
@@ -56,6 +56,9 @@ def _preview_phase(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> It
         yield "  steps: unknown without the data; expected_rows would tell"
     else:
         yield f"  steps: {steps:,} of {phase.train.global_batch} samples"
+    if phase.eval is not None:
+        what = "held-out files" if phase.eval.files is not None else f"{phase.eval.share:.3g} of the rows, held out"
+        yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
     if text is None:
         return
     visual = config.image_seq_length
@@ -92,14 +95,17 @@ def _meta_counts(phase: Phase, config: FusedLlavaConfig) -> dict[str, int]:
 
 def _measure(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> tuple[int | None, int | None, str]:
     """Returns rows, text tokens of a mean sample, and a note on where they come from when it is not the data."""
-    expected = phase.data.expected_rows, phase.data.expected_text_tokens
+    rows = phase.data.expected_rows
+    if rows is not None and phase.eval is not None and phase.eval.files is None:
+        rows -= round(rows * (phase.eval.share or 0.0))
+    expected = rows, phase.data.expected_text_tokens
     missing = missing_paths(phase.data)
     if missing:
         return *expected, f"data: {missing[0]} is not here; rows and text tokens are the recipe's"
     brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
     if not Path(brings).exists():
         return *expected, f"data: not read, its tokenizer ({brings}) is not here"
-    dataset = read_samples(phase, read_processor(recipe.model))
+    dataset, _ = hold_out(phase, read_samples(phase, read_processor(recipe.model)), seed=recipe.seed)
     if isinstance(dataset, ConversationStream):
         return *expected, "data: streamed, so not read; rows and text tokens are the recipe's"
     with_image = sum(dataset.has_image)
