@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import datasets
@@ -22,9 +21,10 @@ from pydantic import ValidationError
 from data.chat import TokenizerError
 from data.config import DataConfig, expand, shorten
 from data.dataset import Encoder
-from data.rows import IMAGE_MARK, NOTES, DataError, Fault, RowError, group_faults
+from data.processor import ProcessorError, model_processor, with_settings
+from data.rows import NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
-from data.table import check_rows, record_of
+from data.table import check_rows, record_of, sizes_of
 
 _BATCH: Final = 500  # rows whose texts are in memory together
 _SHOWN_KEYS: Final = 12
@@ -76,7 +76,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
     """
     rows = checked_rows(config) if config.streaming else _each(check_rows(config, anew=True))
     try:
-        processor = _processor(model)
+        processor = _processor(model, config)
     except TokenizerError as error:
         processor, note = None, f"answers that are too long were not looked for: {error}"
     else:
@@ -149,9 +149,9 @@ def _is_answer_cut(row: dict[str, Any], encoder: Encoder) -> bool:
     """
     record = record_of(row)
     rendered = encoder.chats[row["source"]].render(record.turns, record.system)
-    if not encoder.may_be_long(rendered, len(record.images)):
+    if not encoder.may_be_long(rendered, sizes_of(row)):
         return False
-    return encoder.encode(record, row["source"]).is_answer_cut
+    return encoder.encode(record, sizes_of(row), row["source"]).is_answer_cut
 
 
 def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
@@ -177,29 +177,24 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
             yield f"  ignored keys: {', '.join(shown[:_SHOWN_KEYS])}{more}"
 
 
-def _processor(model: Any) -> Any:
-    """Returns what counts a sample's tokens: the tokenizer and the shape of the images of a recipe's model section.
+def _processor(model: Any, config: DataConfig) -> Any:
+    """Returns the processor of a recipe's model section, which counts a sample's tokens.
 
     Raises:
         TokenizerError: they are not at hand.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, logging  # slow to import
+    from transformers import logging  # slow to import
 
     if not isinstance(model, dict) or not (model.get("config") or model.get("checkpoint")):
         raise TokenizerError("the recipe names no model")
-    source, decoder = (expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model"))
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(decoder or source)
-        if decoder:
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
-        images = AutoImageProcessor.from_pretrained(source)
-        shape = json.loads((Path(source) / "processor_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, ImportError) as error:
-        raise TokenizerError(f"the processor of {decoder or source}: {shorten(str(error), 120)}") from None
-    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
-    shape = {name: shape.get(name) for name in names}
-    return SimpleNamespace(tokenizer=tokenizer, image_processor=images, **shape)
+        found = model_processor(
+            expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model")
+        )
+        return with_settings(found, config)
+    except ProcessorError as error:
+        raise TokenizerError(shorten(str(error), 160)) from None
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:

@@ -170,18 +170,21 @@ def _means(costs: Sequence[Cost]) -> dict[str, float]:
 
 
 def shown(loaded: Loaded, schedule: Schedule, asked: Mapping[int, Asked], pictures: Path) -> list[Record]:
-    """Returns the live tokens of each question's first image, and keeps that image as the model saw it."""
+    """Returns the live tokens of each question's first image, where they lie in one grid, and keeps that image."""
     records = []
     pictures.mkdir(parents=True, exist_ok=True)
     for number, question in asked.items():
         inputs = loaded.prompter.batch([question])
-        record = {"id": number, "question": question.text, "picture": None, "grid": loaded.prompter.grid, "runs": []}
+        grid = loaded.prompter.grid(question.images[0], inputs) if question.images else None
+        record = {"id": number, "question": question.text, "picture": None, "grid": grid, "runs": []}
         if question.images:
             file = pictures / f"{number}.png"
-            loaded.prompter.picture(inputs["pixel_values"][0]).save(file)
-            live = live_visual(loaded.model, inputs, schedule)[:, 0]
-            patches = loaded.prompter.patches(live, inputs["input_ids"][0])
+            loaded.prompter.picture(question.images[0], inputs).save(file)
             record["picture"] = file.name
+        if grid is not None:
+            live = live_visual(loaded.model, inputs, schedule)[:, 0]
+            visual = inputs["input_ids"][0].to(live.device) == loaded.model.config.image_token_id
+            patches = loaded.prompter.patches(live, visual, grid, question.images[0])
             record["runs"] = [
                 {"first": first, "last": last, "tokens": tokens.nonzero()[:, 0].tolist()}
                 for first, last, tokens in live_runs(patches)

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoProcessor
 
+from data.processor import ProcessorError, load_processor
 from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
@@ -153,27 +153,24 @@ class Checkpoint:
         """Returns the processor: tokenizer, chat template and image processor.
 
         Raises:
-            CheckpointError: it cannot be read, or does not know how many visual tokens an image has.
+            CheckpointError: it cannot be read.
         """
         try:
-            processor = AutoProcessor.from_pretrained(self.weights)
-        except _LOADING as error:
-            raise _not_loaded(self.weights, error) from error
-        for part in ("tokenizer", "image_processor", "patch_size"):
-            if getattr(processor, part, None) is None:
-                raise CheckpointError(
-                    f"{self.weights}: processor: got a {type(processor).__name__} without {part}, expected a "
-                    "processor_config.json that names it"
-                )
-        return processor
+            return load_processor(self.weights)
+        except ProcessorError as error:
+            raise CheckpointError(str(error)) from error
 
     def prompter(self, processor: Any) -> Prompter:
         """Returns what asks this checkpoint as it was trained to be asked.
 
         Raises:
             TokenizerError: the tokenizer does not go with the format.
+            CheckpointError: the processor does not know how many visual tokens an image has.
         """
-        return Prompter(processor, chat_format=self.chat_format, aspect=self.aspect)
+        try:
+            return Prompter(processor, chat_format=self.chat_format, aspect=self.aspect)
+        except ProcessorError as error:
+            raise CheckpointError(f"{self.weights}: {error}") from error
 
 
 def _config(weights: Path) -> dict[str, Any]:

@@ -139,9 +139,9 @@ def respond(
         tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock, on_prefill=prefills.append)
     live = live_mask(prefills[0])[:, 0]
     ids, overlay = inputs["input_ids"][0], None
-    if images:
-        picture = prompter.picture(inputs["pixel_values"][0])
-        overlay = draw_overlay(picture, prompter.patches(live, ids), prompter.grid)
+    if images and (grid := prompter.grid(images[0], inputs)) is not None:
+        patches = prompter.patches(live, ids == model.config.image_token_id, grid, images[0])
+        overlay = draw_overlay(prompter.picture(images[0], inputs), patches, grid)
     new = tokens[:, len(ids) :]
     start, first, last = clock.times[0], clock.times[1], clock.times[-1]
     return Response(

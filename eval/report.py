@@ -141,8 +141,8 @@ def _title(members: Sequence[tables.Row], key: tuple[str, str, str]) -> str:
 
 
 def _strip(shown: Mapping[str, Any], pictures: Path) -> str | None:
-    """Returns the live tokens of one sample page as an embedded picture; None without an image."""
-    if not shown["picture"]:
+    """Returns the live tokens of one sample page as an embedded picture; None without a grid of visual tokens."""
+    if not shown["picture"] or shown["grid"] is None:
         return None
     rows, columns = shown["grid"]
     live = torch.zeros(shown["runs"][-1]["last"] + 1, rows * columns, dtype=torch.bool)

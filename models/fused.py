@@ -266,6 +266,7 @@ class FusedMixin:
         - schedule: for this call alone; None is the model's.
         - visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
         - relevance: (B, S), how relevant each visual token is to the question, for CDPruner: see there.
+        - query_mask: (B, S) bool, the tokens whose attention a schedule reads; None is the last instruction token.
         - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
@@ -282,7 +283,10 @@ class FusedMixin:
         schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
         items = given.pop("num_items_in_batch", None)
+        query_mask = given.pop("query_mask", None)
         call = self._call(given, schedule, given.pop("visual", None), given.pop("relevance", None), labels)
+        if query_mask is not None:
+            call.query_mask = query_mask
         if labels is not None and given.get("use_cache") is None:
             given["use_cache"] = False
         if call.blank is not None:
@@ -349,7 +353,7 @@ class FusedMixin:
         vision_tokens = self._vision_tokens(given)
         visual = self._visual(given, vision_tokens, schedule, visual)
         if labels is not None and self.training:
-            self._refuse_training(schedule)
+            self.check_training(schedule)
         query_mask = None
         if schedule.reads_attention:
             query_mask = self._prompt_end(given, visual) if labels is None else _instruction_ends(labels)
@@ -449,7 +453,8 @@ class FusedMixin:
         levels = getattr(features, "deepstack_features", None) or ()
         return _flat(features.pooler_output), [_flat(level) for level in levels]
 
-    def _refuse_training(self, schedule: Schedule) -> None:
+    def check_training(self, schedule: Schedule) -> None:
+        """Raises ValueError where a schedule cannot train this model, or would leave a part of it without gradient."""
         if not schedule.trainable:
             raise ValueError(f"schedule: got {type(schedule).__name__}, expected Dense or Fused in training")
         levels = len(getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ())

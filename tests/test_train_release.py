@@ -36,7 +36,8 @@ from transformers import (
 
 from data.chat import ChatFormat
 from data.config import DataConfig
-from data.images import pixel_values, visual_tokens
+from data.images import framed
+from data.processor import VisionProcessor
 from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import SCHEDULES
@@ -415,7 +416,7 @@ def test_it_asks_as_training_asked(llava, quickstart, chat_format):
         ]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         found = processor.apply_chat_template(messages, **options)["input_ids"][0]
-        repeats = {trained.image_token_id: visual_tokens(processor)}
+        repeats = {trained.image_token_id: VisionProcessor(processor).count(8, 8)}
         assert found == [token for token in trained.prompt(turns) for _ in range(repeats.get(token, 1))]
         assert ChatFormat(chat_format, processor.tokenizer).prompt(turns) == trained.prompt(turns)
         texts = [{"role": turn.role, "content": turn.text} for turn in turns]  # in place of parts
@@ -436,7 +437,7 @@ def test_the_processor_of_a_finished_run_takes_parts_too(llava, quickstart, tmp_
         messages = [{"role": "user", "content": parts("one?", [Image.new("RGB", (64, 64))])}]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         found = processor.apply_chat_template(messages, **options)["input_ids"][0]
-        repeats = {trained.image_token_id: visual_tokens(processor)}
+        repeats = {trained.image_token_id: VisionProcessor(processor).count(8, 8)}
         assert found == [token for token in trained.prompt(turns[:1]) for _ in range(repeats.get(token, 1))]
         assert ChatFormat(chat_format, processor.tokenizer).encode(turns) == expected
     assert (tmp_path / "chat_template.jinja").read_text().count("set plain = namespace") == 1
@@ -456,9 +457,9 @@ def test_it_pads_images_as_training_padded(released, llava, size):
     image = Image.fromarray(values.numpy())
     own = AutoProcessor.from_pretrained(llava / "final").image_processor
     found = AutoProcessor.from_pretrained(released).image_processor(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(found, pixel_values(image, own, aspect="pad"))
+    assert torch.equal(found, own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"])
     if size[0] != size[1]:
-        assert not torch.equal(found, pixel_values(image, own, aspect="processor"))
+        assert not torch.equal(found, own(image, return_tensors="pt")["pixel_values"])
 
 
 def answer(run, image, question, schedule=None):
@@ -474,8 +475,10 @@ def answer_ids(run, image, question, schedule=None):
     processor = AutoProcessor.from_pretrained(found.final)
     chat = ChatFormat(found.data.format, processor.tokenizer)
     ids = chat.prompt([Turn("user", f"<image>\n{question}")])
-    ids = [token for token in ids for _ in range(visual_tokens(processor) if token == chat.image_token_id else 1)]
-    pixels = pixel_values(image, processor.image_processor, aspect=found.data.image_aspect)
+    visual = VisionProcessor(processor).count(8, 8)
+    ids = [token for token in ids for _ in range(visual if token == chat.image_token_id else 1)]
+    images = processor.image_processor
+    pixels = images(framed(image, found.data.image_aspect, images.image_mean), return_tensors="pt")["pixel_values"]
     made = model.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
