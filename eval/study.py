@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers.utils import logging
 
 from data.chat import TokenizerError
@@ -27,68 +25,13 @@ from eval.cells import Loaded, run_cell
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.lmms import Harness
 from eval.measure import positive
-from eval.study_record import Record, Results, fingerprint, questions_of, record_of
+from eval.study_record import TASKS, Record, Results, fingerprint, record_of
 from eval.study_report import write_report
 from models.schedules import SCHEDULES, TRAINED
-from recipes.errors import RecipeError, first_fault
-from recipes.schema import Recipe, load_recipe
+from recipes.schema import Recipe, RecipeError, load_recipe
+from recipes.study import Study, load_study
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
-
-
-class Arm(BaseModel):
-    """One way to train.
-
-    Attributes:
-        set: overrides of the recipe, beside the study's.
-        schedules: the trained model answers under each of these.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    set: list[str] = []
-    schedules: list[str] = Field(default=[TRAINED], min_length=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Arm:
-        for name in self.schedules:
-            if name != TRAINED and name not in SCHEDULES:
-                raise ValueError(f"schedules: got '{name}', expected {', '.join((TRAINED, *SCHEDULES))}")
-        return self
-
-
-class Study(BaseModel):
-    """What a study's file says.
-
-    Attributes:
-        name: heading of its tables.
-        recipe: the recipe that all arms start from.
-        set: overrides for all arms.
-        seeds: of the random weights and of the order of the data; every arm is trained with each.
-        tasks: built-in sets that every run answers whole; the first is the one that is drawn.
-        reference: the arm that the others are compared with.
-        arms: by name, in the order of the tables.
-        results: folder of the results.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    name: str
-    recipe: str
-    set: list[str] = []
-    seeds: list[int] = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
-    reference: str
-    arms: dict[str, Arm] = Field(min_length=1)
-    results: str
-
-    @model_validator(mode="after")
-    def _check(self) -> Study:
-        if self.reference not in self.arms:
-            raise ValueError(f"reference: got '{self.reference}', expected an arm: {', '.join(self.arms)}")
-        for task in self.tasks:
-            questions_of(task)
-        return self
 
 
 @dataclass(frozen=True)
@@ -102,21 +45,16 @@ class Run:
     recipe: Recipe
 
 
-def load_study(path: str | Path) -> Study:
-    """Reads and checks a study.
-
-    Raises:
-        RecipeError: one line that names the file, the key, what was got and what is expected.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return Study.model_validate(raw)
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}, expected a study in YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {' '.join(str(error).split())}, expected YAML") from None
-    except ValidationError as error:
-        raise first_fault(error, Study, path) from None
+def check_names(study: Study) -> None:
+    """Raises UsageError where a study names a task or a schedule that there is not."""
+    for task in study.tasks:
+        if task not in TASKS:
+            raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
+    known = (TRAINED, *SCHEDULES)
+    for arm, said in study.arms.items():
+        for name in said.schedules:
+            if name not in known:
+                raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")
 
 
 def runs_of(study: Study, out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -247,6 +185,7 @@ def main(given: Sequence[str] | None = None) -> int:
     args = arguments(given)
     try:
         study = load_study(args.study)
+        check_names(study)
         args.out = args.out or Path("outputs/studies") / study.name
         make_folder("--out", args.out)
         make_folder("results", Path(study.results))

@@ -15,7 +15,7 @@ from data.config import DataConfig, Files
 from models.stage_plan import StagePlan
 from recipes.errors import RecipeError, first_fault, shortened
 
-__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe"]
+__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
 _MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # beyond every run, and below what overflows
@@ -232,7 +232,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line that names the file, the key, what was found and what is accepted.
     """
-    raw = _read(path)
+    raw = read_yaml(path)
     for override in overrides:
         _apply(raw, override, path)
     try:
@@ -278,7 +278,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the keys of a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or says something in a way that YAML would settle in silence.
+    """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
