@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .live_tokens import LiveTokens
+from .diversity import diversity_order
 from .schedule_base import ScorePruner, View, at_least_one, is_number, mask_of
 
 
@@ -36,19 +35,5 @@ class DivPrune(ScorePruner):
 
     def score(self, view: View) -> Tensor:
         """Returns how early each token is chosen, the first highest, 0 for those that are not."""
-        tokens = LiveTokens.of_mask(mask_of(view.live))
-        features = torch.nn.functional.normalize(tokens.take(view.embeddings).float(), dim=-1)
-        cosine = features @ features.transpose(1, 2)  # (B, L, L)
-        distance = 1 - (cosine + cosine.transpose(1, 2)) / 2  # the same both ways, so that ties go to the first
-        selves = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-        smallest = distance.masked_fill(selves | ~tokens.valid[:, None], torch.inf).amin(dim=2)
-        free, score = tokens.valid.clone(), torch.zeros_like(smallest)
         choices = max(self.rounding(number * self.ratio) for number in view.visual_counts)
-        for rank in range(choices, 0, -1):
-            chosen = smallest.masked_fill(~free, -torch.inf).argmax(dim=1, keepdim=True)
-            row = distance.gather(1, chosen[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
-            smallest = torch.minimum(smallest, row) if rank < choices else row
-            # a sample without free tokens keeps its ranks
-            score.scatter_reduce_(1, chosen, score.new_full(chosen.shape, rank), "amax")
-            free.scatter_(1, chosen, False)
-        return tokens.put(score[..., None], view.visual_mask.shape[1])[..., 0]
+        return diversity_order(view.embeddings, mask_of(view.live), choices)

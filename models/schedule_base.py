@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionRow
+from .diversity import diversity_order
 from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, Selection
 from .stage_plan import StagePlan, kept_count
@@ -152,6 +153,7 @@ class Dense(Schedule):
 @dataclass
 class _FusedState:
     kept: Selection | None = None
+    order: Tensor | None = None  # (B, S), by diversity: the same for all cuts, so that each keeps a part of the last
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ class Fused(Schedule):
     trainable = True
 
     def __post_init__(self) -> None:
-        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep))
+        by_attention = self.plan.select == "attention"
+        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep) and by_attention)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer beyond the decoder."""
@@ -182,10 +185,17 @@ class Fused(Schedule):
         amount = self.plan.keep.get(view.layer)
         if amount is not None:
             counts = [kept_count(amount, number) for number in view.visual_counts]
-            state.kept = keep_highest(view.attention(), state.kept or view.visual, counts)
+            scores = view.attention() if self.plan.select == "attention" else self._diversity(view, counts)
+            state.kept = keep_highest(scores, state.kept or view.visual, counts)
         if not self.plan.sees(view.layer):
             return NO_VISUAL
         return state.kept or view.visual
+
+    def _diversity(self, view: View, counts: Sequence[int]) -> Tensor:
+        state: _FusedState = view.state
+        if state.order is None:
+            state.order = diversity_order(view.embeddings, view.visual_mask, max(counts))
+        return state.order
 
 
 @dataclass

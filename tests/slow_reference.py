@@ -169,7 +169,11 @@ class _Rule:
         if isinstance(rule, Fused):
             amount = rule.plan.keep.get(number)
             if amount is not None:
-                self._keep(self.scores, min(amount, total) if isinstance(amount, int) else int(total * amount))
+                count = min(amount, total) if isinstance(amount, int) else int(total * amount)
+                if rule.plan.select == "diversity":
+                    self._choose(diverse(self.decoder.embeds[0, visual], count))
+                else:
+                    self._keep(self.scores, count)
             return self.kept if rule.plan.sees(number) else nothing
         if isinstance(rule, FastV) and number == rule.layer:
             self._keep(self.scores, round(total * (1 - rule.drop)))

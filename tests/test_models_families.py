@@ -33,6 +33,7 @@ PLANS = {
     "late": {"enter": 1, "exit": 6},
     "early": {"enter": 0, "exit": 3},
     "pyramid": {"enter": 1, "exit": 5, "keep": {2: 3, 4: 1}},
+    "diverse": {"enter": 2, "exit": 5, "keep": {2: 0.5, 4: 1}, "select": "diversity"},
     "kv_window": {"enter": 2, "exit": 5, "update": "kv"},
     "kv_layers": {"layers": [0, 2, 3, 5], "update": "kv"},
     "kv_pyramid": {"layers": [0, 2, 3, 5], "update": "kv", "keep": {3: 2, 5: 1}},
