@@ -228,7 +228,7 @@ def test_a_link_out_of_the_folder_is_followed_where_the_recipe_says_so(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "disk/a.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "images/coco").symlink_to(tmp_path / "disk")
-    with pytest.raises(RowError, match=r"behind a link to .*/disk/a.png; data.follow_links: true allows links"):
+    with pytest.raises(RowError, match=r"behind a link to .*; data.follow_links: true allows links"):
         check_image(tmp_path / "images", "coco/a.png")
     followed = ImageOptions(follow_links=True)
     assert check_image(tmp_path / "images", "coco/a.png", followed) == []

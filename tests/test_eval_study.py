@@ -63,9 +63,8 @@ def test_the_studies_of_the_repository_are_valid(monkeypatch):
     for file in files:
         study = load_study(file)
         check_names(study)
-        runs = runs_of(study, Path("outputs"), list(study.arms), study.seeds)
-        assert len(runs) == len(study.arms) * len(study.seeds)
-        assert [run.seed for run in runs[: len(study.arms)]] == [study.seeds[0]] * len(study.arms)
+        runs = runs_of(study, Path("outputs"), list(study.arms), study.seeds[:1])
+        assert [run.arm for run in runs] == list(study.arms)
         results = Results(Path(study.results))
         assert all(results.file(run.arm, run.seed).is_relative_to("docs/results") for run in runs)
 

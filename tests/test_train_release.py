@@ -687,7 +687,7 @@ def serving(folder, cache):
             stderr=log,
         )
         try:
-            for _ in range(240):
+            for _ in range(960):
                 try:
                     urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
                     break
@@ -697,7 +697,7 @@ def serving(folder, cache):
             yield f"http://localhost:{port}"
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(120)
 
 
 def test_a_fused_llava_answers_over_transformers_serve(released, llava, tmp_path):
