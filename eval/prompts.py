@@ -13,6 +13,7 @@ from torch import Tensor
 from data.chat import ChatFormat
 from data.images import pixel_values, visual_tokens
 from data.rows import IMAGE_MARK, Turn
+from eval.text_tower import TextTower, placed
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ class Prompter:
 
     Attributes:
         visual_tokens: of one image.
+        text_tower: what says how relevant visual tokens are, which batches then carry; None: nothing.
 
     Raises:
         TokenizerError: the tokenizer does not go with the format.
     """
+
+    text_tower: TextTower | None = None
 
     def __init__(self, processor: Any, *, chat_format: str, aspect: str) -> None:
         self.processor, self.aspect = processor, aspect
@@ -52,11 +56,21 @@ class Prompter:
     def batch(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
         """Returns input_ids and attention_mask (B, S), padded on the left, and pixel_values (images, 3, h, w).
 
-        Without any image there is no pixel_values.
+        Without any image there is no pixel_values. With a text tower there is relevance (B, S).
         """
         inputs = pad_left([self._ids(question) for question in asked], self._pad)
         pixels = [self.pixels(image) for question in asked for image in question.images]
-        return {**inputs, "pixel_values": torch.cat(pixels)} if pixels else inputs
+        if not pixels:
+            return inputs
+        inputs["pixel_values"] = torch.cat(pixels)
+        if self.text_tower is not None:
+            shown = inputs["pixel_values"].split([len(question.images) for question in asked])
+            rows = [
+                self.text_tower.relevance(question.text.replace(IMAGE_MARK, "").strip(), images)
+                for question, images in zip(asked, shown, strict=True)
+            ]
+            inputs["relevance"] = placed(rows, inputs["input_ids"], self._chat.image_token_id)
+        return inputs
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Returns (1, 3, h, w): an image as the tower gets it."""
