@@ -18,9 +18,11 @@ from data.processor import ProcessorError, load_processor
 from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
-from models import FusedAutoModel, UnsupportedModelError
+from models import FusedAutoModel, StagePlan, UnsupportedModelError
 from models.families import family_of
-from recipes.resolved import saved_data
+from models.fused import require_tower
+from models.schedules import Choice, Schedule, resolve_schedule
+from recipes.resolved import saved_data, saved_recipe
 from recipes.schema import RecipeError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -115,31 +117,54 @@ class Checkpoint:
         return _config(self.weights).get("stages")
 
     @property
-    def num_layers(self) -> int:
-        """The decoder's depth, by config.json.
+    def config(self) -> Any:
+        """The fused config, by config.json.
 
         Raises:
             CheckpointError: the fields of config.json do not fit.
         """
         family = family_of(_config(self.weights).get("model_type"), self.weights)
         try:
-            return family.config_class.from_pretrained(self.weights).text_config.num_hidden_layers
+            return family.config_class.from_pretrained(self.weights)
         except _LOADING as error:
             raise _not_loaded(self.weights, error) from error
 
-    def load(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    @property
+    def num_layers(self) -> int:
+        """The decoder's depth; errors as `config`."""
+        return self.config.text_config.num_hidden_layers
+
+    def schedule(self, choice: Choice) -> Schedule:
+        """Returns the schedule that a choice means on this checkpoint; errors as `config` and resolve_schedule."""
+        config = self.config
+        plan = None if config.stages is None else StagePlan.from_dict(config.stages)
+        return require_tower(resolve_schedule(choice, plan, config.text_config.num_hidden_layers), config)
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe that it was trained with; None where it brings none."""
+        file = self.weights / "recipe.yaml"
+        return saved_recipe(file) if file.is_file() else None
+
+    def load(
+        self, dtype: torch.dtype | None = None, attention: str | None = None, device_map: str | None = None
+    ) -> tuple[Any, Any]:
         """Returns the model, ready for inference, on the GPU where there is one, and its processor.
 
         Args:
             dtype: of the weights; None is what they are saved in.
+            attention: Hugging Face's attn_implementation; None is its choice.
+            device_map: Hugging Face's, which spreads the weights over several GPUs; None: all on one.
 
         Raises:
             CheckpointError: weights or processor cannot be read, or weights of the model are missing.
         """
         processor = self.processor()
         try:
+            options: dict[str, Any] = {"attn_implementation": attention, "device_map": device_map}
+            given = {name: value for name, value in options.items() if value is not None}
             model, report = FusedAutoModel.from_pretrained(
-                self.weights, dtype=dtype or "auto", output_loading_info=True
+                self.weights, dtype=dtype or "auto", output_loading_info=True, **given
             )
         except _LOADING as error:
             raise _not_loaded(self.weights, error) from error
@@ -147,7 +172,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.weights}: {len(missing)} weights are missing, {missing[0]} among them, expected all of them"
             )
-        return model.eval().to(device()), processor
+        return model.eval() if device_map else model.eval().to(device()), processor
 
     def processor(self) -> Any:
         """Returns the processor: tokenizer, chat template and image processor.

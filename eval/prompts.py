@@ -16,6 +16,7 @@ from data.chat import ChatFormat
 from data.dataset import joined
 from data.processor import EncodedImages, VisionProcessor
 from data.rows import IMAGE_MARK, Turn
+from eval.text_tower import TextTower, placed
 
 _MARKS: Final = 2  # kinds of tokens around the visual tokens of an image that lie in one square
 
@@ -43,11 +44,14 @@ class Prompter:
 
     Attributes:
         vision: turns images into tokens and inputs.
+        text_tower: what says how relevant visual tokens are, which batches then carry; None: nothing.
 
     Raises:
         TokenizerError: the tokenizer does not go with the format.
         ProcessorError: the processor cannot take images.
     """
+
+    text_tower: TextTower | None = None
 
     def __init__(self, processor: Any, *, chat_format: str, aspect: str) -> None:
         self.processor, self.aspect = processor, aspect
@@ -58,11 +62,19 @@ class Prompter:
     def batch(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
         """Returns what generate() takes: input_ids and attention_mask (B, S), padded on the left, and inputs of images.
 
-        Without any image there are none of the latter.
+        Without any image there are none of the latter. With a text tower there is relevance (B, S).
         """
         encoded = [self.vision.encode(question.images) if question.images else None for question in asked]
         prompts = [self.expand(self._ids(question), one) for question, one in zip(asked, encoded, strict=True)]
-        return {**self.padded(prompts), **image_inputs(encoded)}
+        inputs = {**self.padded(prompts), **image_inputs(encoded)}
+        if self.text_tower is not None and "pixel_values" in inputs:
+            shown = inputs["pixel_values"].split([len(question.images) for question in asked])
+            rows = [
+                self.text_tower.relevance(question.text.replace(IMAGE_MARK, "").strip(), images)
+                for question, images in zip(asked, shown, strict=True)
+            ]
+            inputs["relevance"] = placed(rows, inputs["input_ids"], self.vision.image_token_id)
+        return inputs
 
     def expand(self, ids: Sequence[int], images: EncodedImages | None) -> list[int]:
         """Returns ids with each image token replaced by what the processor writes for its image."""

@@ -223,7 +223,7 @@ class Within(Schedule):
         trained, inner = Fused(self.plan), self.inner
         reads = trained.reads_attention or inner.reads_attention
         self.derive(update=trained.update, reads_attention=reads, reads_tower=inner.reads_tower)
-        self.derive(renumbers=inner.renumbers, trainable=inner.trainable)
+        self.derive(reads_relevance=inner.reads_relevance, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when either names a layer beyond the decoder."""
