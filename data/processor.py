@@ -320,7 +320,10 @@ def _assembled(kind: Any, source: str | Path, tokenizer: Any) -> Any:
     made = kind(**parts, **own)
     if VIDEOS in parts:
         made.videos = fields.get(VIDEOS) or _fields(source, "video_preprocessor_config.json") or None
-    template = _text(source, "chat_template.jinja") if tokenizer is None else None
+    if tokenizer is None:
+        template = _text(source, "chat_template.jinja") or _fields(source, "chat_template.json").get("chat_template")
+    else:
+        template = None
     made.chat_template = template or made.tokenizer.chat_template
     return made
 

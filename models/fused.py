@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache as remembered
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -366,7 +367,7 @@ class FusedMixin:
             attention_mask=given.get("attention_mask"),
             query_mask=query_mask,
             blocks=type(self).family_blocks(given),
-            blank=BlankImage(self._blank) if self.training and not vision_tokens else None,
+            blank=BlankImage(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
             relevance=relevance,
         )
@@ -442,11 +443,13 @@ class FusedMixin:
         text = (columns <= column) & ~visual
         return columns == columns.where(text, -1).amax(dim=1, keepdim=True)
 
-    def _blank(self) -> tuple[Tensor, list[Tensor]]:
-        """Returns the features (R, D) of a blank image, and its DeepStack features."""
-        weight = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+    def _blank(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """Returns the features (R, D) of a blank image, and its DeepStack features.
+
+        Looks up no weight by name: ZeRO-3 would gather it, on ranks without an image alone.
+        """
         inputs = {
-            name: value.to(weight.device, self.dtype if value.is_floating_point() else None)  # type: ignore[attr-defined]
+            name: value.to(device, self.dtype if value.is_floating_point() else None)  # type: ignore[attr-defined]
             for name, value in type(self).family_blank(self.config).items()
         }
         features = self.model.get_image_features(**inputs, return_dict=True)

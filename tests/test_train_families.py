@@ -1,6 +1,11 @@
 """Every family trains from LLaVA rows with two images, one and none, through its processor."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,7 @@ from train.initial import build_initial, load_checkpoint, read_processor
 from train.samples import read_samples
 from train.weights import save_model
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"enter": 1, "exit": 5}
 TINY_OF = {tiny.family: name for name, tiny in reversed(TINY.items())}
 ROWS = [
@@ -28,7 +34,7 @@ ROWS = [
 ]
 
 
-def write_rows(folder):
+def write_rows(folder, chosen=ROWS):
     """Writes the rows and their images, of two shapes."""
     random = np.random.default_rng(0)
     for name, (width, height) in {"a.png": (20, 10), "b.png": (12, 30)}.items():
@@ -38,7 +44,7 @@ def write_rows(folder):
             **({"image": images} if images else {}),
             "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
         }
-        for question, images, answer in ROWS
+        for question, images, answer in chosen
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
 
@@ -141,3 +147,62 @@ def test_a_family_learns_from_rows_with_two_images_one_and_none(prepared, family
     assert not report["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).loss, model.eval()(**batch).loss)
+
+
+def command(name, *arguments, ranks=None):
+    """Runs one of the project's commands; returns its output."""
+    words = [sys.executable]
+    if ranks is not None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+        words = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        words += ["--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [*words, *name, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses_of_one_process(folder, recipe):
+    """Returns the losses of plain AdamW steps over all rows at once."""
+    [phase] = recipe.phases
+    build_initial(recipe, folder / "init")
+    model = load_checkpoint(folder / "init", dtype=torch.float32).train()
+    freeze(model, phase.train.learning_rate, adapters=False)
+    processor = read_processor(recipe.model)
+    dataset, collate = read_samples(phase, processor), Collator(processor.tokenizer.pad_token_id)
+    batch = collate([dataset[number] for number in range(len(dataset))])
+    del batch["sources"]
+    groups = parameter_groups(model, phase.train.learning_rate, decayed=[], weight_decay=0.0)
+    optimizer, losses = torch.optim.AdamW(groups), []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([one for group in groups for one in group["params"]], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
+def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family):
+    write_checkpoint(tmp_path / "checkpoint", family)
+    write_rows(tmp_path, [ROWS[0], ROWS[2]])
+    recipe = write_recipe(
+        tmp_path,
+        train__deepspeed="recipes/deepspeed/zero3.json",
+        train__global_batch=2,
+        train__per_device_batch=1,
+        train__scheduler="constant",
+        train__warmup_ratio=0.0,
+        train__learning_rate={"projector": 1e-3, "vision_tower": 1e-3, "language_model": 1e-3},
+    )
+    expected = losses_of_one_process(tmp_path, load_recipe(recipe))
+    command(["train/run.py"], recipe, ranks=2)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+    assert expected[2] < expected[0]
