@@ -463,11 +463,11 @@ def frozen(template: str) -> str:
     Else the rows of a run, and the questions asked of it later, would name different days.
 
     Raises:
-        TokenizerError: the template asks for the day in a way that cannot be replaced.
+        TokenizerError: the template asks for the day in a way that cannot be replaced, or draws at random.
     """
     text = _NOW.sub(lambda found: repr(FROZEN_DAY.strftime(found[2])), template)
-    if re.search(r"strftime_now\s*\(", text):
-        raise _refused("depends on the day in a way that cannot be frozen")
+    if re.search(r"strftime_now(?!\s+is\s)|\|\s*random\b", text):
+        raise _refused("depends on the day, or on chance, in a way that cannot be frozen")
     return text
 
 
@@ -477,3 +477,5 @@ def freeze_templates(processor: Any) -> None:
         template = getattr(part, "chat_template", None)
         if isinstance(template, str):
             part.chat_template = frozen(template)
+        elif isinstance(template, dict):  # by name
+            part.chat_template = {name: frozen(text) for name, text in template.items()}

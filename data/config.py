@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Annotated, Any, Literal
 
@@ -118,7 +119,8 @@ class DataConfig(BaseModel):
         for source in self.sources:
             plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
             name = plain[-1].partition(".")[0] if plain else source.path
-            names.append(f"{name}_{len(names)}" if name in names else name)
+            others = (f"{name}_{number}" for number in itertools.count(1))
+            names.append(next(one for one in itertools.chain([name], others) if one not in names))
         return names
 
 

@@ -19,6 +19,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data.config import shorten
+from data.kinds import HEAD, kind_of
 from data.rows import EmbeddedImage, RowError
 
 MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's limit against decompression bombs
@@ -36,8 +37,14 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS: Final = (5, 6, 7, 8)  # orientations that swap width and height
-_SCALED: Final = ("PNG", "PPM", "JPEG2000")  # formats whose mode I holds 16 bits; elsewhere it may hold 32
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+_PNG_EXIF: Final = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where Pillow finds an orientation
+_SIXTEEN: Final = {  # formats whose grey of more than 8 bits is unsigned, by mode; I may hold 32 bits elsewhere
+    "I": ("PNG", "PPM", "JPEG2000"),
+    "I;16": (None, "PNG", "PPM", "JPEG2000", "TIFF"),  # None: an image in memory
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_WHITE_IS_ZERO, _SIGNED = 0, (2,)  # values of the last two
+_BY_PROGRAM: Final = ("EPS", "WMF")  # formats that Pillow has another program decode
 
 Exif = Literal["apply", "ignore"]
 
@@ -103,20 +110,18 @@ def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageO
         RowError: as `resolve`; not an image, too many pixels, a mode without a known range, or truncated.
     """
     name, place = _locate(folder, image, options)
+    if options.decode:
+        with _opened(place, name, options) as opened:
+            opened.verify()  # a PNG's checksums; no pixel can be read after it
     with _opened(place, name, options) as opened:
         kind = opened.format or ""
-        notes = ["turned"] if options.exif == "apply" and _orientation(opened) in _TURNS else []
-        if getattr(opened, "is_animated", False):
-            notes.append("frames")
-        mark = _END_MARKS.get(kind)
-        if options.decode and kind == "PNG":
-            opened.verify()  # checksums; the file cannot be decoded after it
-        elif options.decode or mark is None or not _tail(place).rstrip(b"\0\r\n").endswith(mark):
+        tail = _tail(place) if kind in _END_MARKS else b""
+        notes = ["frames"] if getattr(opened, "is_animated", False) else []
+        if options.decode or b"eXIf" in tail or not _has_end(tail, kind):  # a PNG's EXIF may stand behind its pixels
             opened.load()
-    if options.decode and kind == "PNG":
-        with _opened(place, name, options) as opened:
-            opened.load()
-    elif options.decode and kind in ("JPEG", "MPO"):
+        if options.exif == "apply" and _orientation(opened) in _TURNS:
+            notes.append("turned")
+    if options.decode and kind in ("JPEG", "MPO"):
         _check_jpeg(place, name)
     return notes
 
@@ -233,7 +238,10 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
     except Image.DecompressionBombError as error:
         raise RowError(f"image {name!r} is huge: {error}") from None
     except UnidentifiedImageError:
-        raise RowError(f"image {name!r} is not an image, or its header is broken") from None
+        head = _head(place)
+        kind = "an empty file" if not head else kind_of(head)
+        looks = f": it looks like {kind}" if kind else ""
+        raise RowError(f"image {name!r} is not an image that Pillow reads, or its header is broken{looks}") from None
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error, zlib.error) as error:
         raise RowError(f"image {name!r} is truncated or broken: {shorten(str(error))}") from None
 
@@ -254,32 +262,57 @@ def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
 
 
 def _check_mode(image: Image.Image, what: str) -> None:
+    """Refuses pixels without a known range, and formats that not every machine decodes."""
+    found = ""
     if image.mode == "F":
-        raise RowError(f"{what} has floating-point pixels (mode F), expected 8 or 16 bits, whose range is known")
-    if image.mode == "I" and image.format not in _SCALED:
-        raise RowError(f"{what} has 32-bit pixels (mode I), expected 8 or 16 bits, whose range is known")
+        found = "floating-point pixels (mode F)"
+    elif image.mode == "I" and image.format not in _SIXTEEN["I"]:
+        found = "32-bit pixels (mode I)"
+    elif image.mode.startswith("I;16") and image.format not in _SIXTEEN["I;16"]:
+        found = f"pixels of format {image.format} (mode {image.mode})"
+    elif getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())[:1] == _SIGNED:
+        found = "signed pixels"
+    if found:
+        raise RowError(f"{what} has {found}, expected unsigned 8 or 16 bits, whose range is known")
+    if image.format in _BY_PROGRAM:
+        raise RowError(f"{what} is {image.format}, which another program decodes, expected PNG or JPEG")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Returns a grey image of more than 8 bits scaled to 8; others as they are."""
+    """Returns a grey image of more than 8 bits scaled to 8, transparency white; others as they are."""
     if not image.mode.startswith("I"):
         return image
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
-    grey = np.asarray(image).astype(np.int64) >> ((bits[0] if isinstance(bits, tuple) else bits) - 8)
+    values = np.asarray(image).astype(np.int64)
+    grey = values >> ((bits[0] if isinstance(bits, tuple) else bits) - 8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
+    if "transparency" in image.info:  # one value, of all 16 bits
+        grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation; 1, upright, where there is none that can be read."""
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+    if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
         return 1  # asking further would decode the file
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return 1
+
+
+def _has_end(tail: bytes, kind: str) -> bool:
+    """Returns whether a file ends as its format does; False for a format without an end mark."""
+    return kind in _END_MARKS and tail.rstrip(b"\0\r\n").endswith(_END_MARKS[kind])
+
+
+def _head(place: Path | bytes) -> bytes:
+    if isinstance(place, bytes):
+        return place[:HEAD]
+    with place.open("rb") as stream:
+        return stream.read(HEAD)
 
 
 def _tail(place: Path | bytes) -> bytes:

@@ -202,28 +202,35 @@ class _Item:
 
 
 def _part(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, Any]]:
-    """Yields file, row number and raw row of a shard's part of a source; a RowError in place of what is lost."""
+    """Yields file, row number and raw row of a shard's part of a source."""
     if source.path.startswith(HUB):
         name = source.path if shards == 1 else f"{source.path} (part {shard} of {shards})"
-        row = -1
-        try:
-            for row, raw in enumerate(hub_rows(source.path, source.limit, shard, shards)):
-                yield name, row, raw
-        except DataError as error:
-            yield name, row + 1, RowError(str(error))
+        yield from _numbered(name, hub_rows(source.path, source.limit, shard, shards))
         return
     files = find_files(source.path)
     if source.limit is None and len(files) % shards == 0:
         files, shard, shards = files[shard::shards], 0, 1
     count = 0
     for file in files:
-        row = -1
-        try:
-            for row, raw in enumerate(raw_rows(file, stream=True)):
-                if count == source.limit:
-                    return
-                if count % shards == shard:
-                    yield file, row, raw
-                count += 1
-        except DataError as error:
-            yield file, row + 1, RowError(str(error))
+        for place in _numbered(file, raw_rows(file, stream=True)):
+            if count == source.limit:
+                return
+            if count % shards == shard:
+                yield place
+            count += 1
+
+
+def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
+    """Yields file, row number and raw row; a RowError in place of the rows that are lost behind a broken one.
+
+    Raises:
+        DataError: no row of the file can be read.
+    """
+    row = -1
+    try:
+        for row, raw in enumerate(rows):
+            yield file, row, raw
+    except DataError as error:
+        if row < 0:
+            raise
+        yield file, row + 1, RowError(str(error))
