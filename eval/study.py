@@ -106,15 +106,12 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | 
     checkpoint = Checkpoint.find(run.folder)
     model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch)
-    cells = {
-        task: {
-            schedule: run_cell(
-                loaded, schedule, task, harness=harness, limit=limit, pictures=run.folder / "pictures" / task
-            )
-            for schedule in study.arms[run.arm].schedules
-        }
-        for task in study.tasks
-    }
+    cells: dict[str, dict[str, Record]] = {}
+    for task in study.tasks:
+        pictures, cells[task] = run.folder / "pictures" / task, {}
+        for name in study.arms[run.arm].schedules:
+            record = run_cell(loaded, model.resolve(name), task, harness=harness, limit=limit, pictures=pictures)
+            cells[task][name] = record or {}  # never empty: this process is the only one
     return record_of(run.arm, run.seed, run.recipe, checkpoint, cells)
 
 
