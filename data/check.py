@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import datasets
@@ -23,9 +22,10 @@ from pydantic import ValidationError
 from data.chat import TokenizerError
 from data.config import DataConfig, expand, first_fault, shorten
 from data.dataset import Encoder
-from data.rows import IMAGE_MARK, NOTES, DataError, Fault, RowError, group_faults
+from data.processor import ProcessorError, model_processor, with_settings
+from data.rows import NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
-from data.table import check_rows, record_of
+from data.table import check_rows, record_of, sizes_of
 
 _BATCH: Final = 500  # rows whose texts are in memory together
 _SHOWN_KEYS: Final = 12
@@ -85,7 +85,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
     """
     rows = checked_rows(config) if config.streaming else _each(check_rows(config, anew=True))
     try:
-        processor = _processor(model)
+        processor = _processor(model, config)
     except TokenizerError as error:
         processor, note = None, f"answers that are too long were not looked for: {error}"
     else:
@@ -158,9 +158,9 @@ def _is_answer_cut(row: dict[str, Any], encoder: Encoder) -> bool:
     """
     record = record_of(row)
     rendered = encoder.chats[row["source"]].render(record.turns, record.system)
-    if not encoder.may_be_long(rendered, len(record.images)):
+    if not encoder.may_be_long(rendered, sizes_of(row)):
         return False
-    return encoder.encode(record, row["source"]).is_answer_cut
+    return encoder.encode(record, sizes_of(row), row["source"]).is_answer_cut
 
 
 def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
@@ -186,29 +186,24 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
             yield f"  ignored keys: {', '.join(shown[:_SHOWN_KEYS])}{more}"
 
 
-def _processor(model: Any) -> Any:
-    """Returns what counts a sample's tokens: the tokenizer and the shape of the images of a recipe's model section.
+def _processor(model: Any, config: DataConfig) -> Any:
+    """Returns the processor of a recipe's model section, which counts a sample's tokens.
 
     Raises:
         TokenizerError: they are not at hand.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, logging  # slow to import
+    from transformers import logging  # slow to import
 
     if not isinstance(model, dict) or not (model.get("config") or model.get("checkpoint")):
         raise TokenizerError("the recipe names no model")
-    source, decoder = (expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model"))
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(decoder or source)
-        if decoder:
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
-        images = AutoImageProcessor.from_pretrained(source)
-        shape = json.loads((Path(source) / "processor_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, ImportError) as error:
-        raise TokenizerError(f"the processor of {decoder or source}: {shorten(str(error), 120)}") from None
-    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
-    shape = {name: shape.get(name) for name in names}
-    return SimpleNamespace(tokenizer=tokenizer, image_processor=images, **shape)
+        found = model_processor(
+            expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model")
+        )
+        return with_settings(found, config)
+    except ProcessorError as error:
+        raise TokenizerError(shorten(str(error), 160)) from None
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
@@ -224,7 +219,7 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
 
 
 def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, DataConfig]:
-    """Returns a recipe's data sections by key: `align.data` where there is one, and `data`.
+    """Returns a recipe's data sections by key: `align.data` where there is one, `data`, and held-out files (`eval`).
 
     Reads these sections alone, because data/ knows nothing of the rest of a recipe.
 
@@ -237,10 +232,14 @@ def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = 
         DataError: a data section or an override is wrong.
     """
     align = raw.get("align")
-    sections = {"align.data": align.get("data")} if isinstance(align, dict) else {}
+    sections: dict[str, Any] = {"align.data": align.get("data")} if isinstance(align, dict) else {}
     sections["data"] = raw["data"]
     for override in overrides:
         _apply(override, {**sections, "model": raw.get("model")})
+    for prefix, part in (("align.", align), ("", raw)):
+        held_out = part.get("eval") if isinstance(part, dict) else None
+        if isinstance(held_out, dict) and held_out.get("files"):
+            sections[f"{prefix}eval"] = {**sections[f"{prefix}data"], "files": held_out["files"], "streaming": False}
     return {name: _section(recipe, name, fields) for name, fields in sections.items()}
 
 

@@ -61,6 +61,9 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> tuple[str, s
     return where, f"got {found}, expected {expected}"
 
 
+Files = list[Annotated[str | Source, BeforeValidator(_read_source)]]
+
+
 class DataConfig(BaseModel):
     """The data of a training.
 
@@ -72,6 +75,8 @@ class DataConfig(BaseModel):
         max_length: tokens of a sample, visual tokens included; a longer one is cut at a turn border.
         long_answers: a first answer that ends after `max_length` is a fault (`refuse`), or is cut (`cut`, as in LLaVA).
         image_aspect: `pad` to a square first, as LLaVA-1.5 does, or the image `processor`'s default.
+        processor: settings of the family's image processor, such as {max_pixels: 1003520}.
+        chat_template: file with a chat template in place of the processor's.
         exif: `apply` turns photos upright, as viewers and servers do; `ignore` leaves them as stored, as LLaVA does.
         follow_links: links inside the image folder may lead out of it.
         decode: the check decodes every image, which also finds damage in the middle of a file.
@@ -85,12 +90,14 @@ class DataConfig(BaseModel):
 
     model_config = _SECTION
 
-    files: list[Annotated[str | Source, BeforeValidator(_read_source)]] = Field(min_length=1)
+    files: Files = Field(min_length=1)
     images: str | None = None
     format: Format
     max_length: int = Field(default=2048, gt=0)
     long_answers: Literal["refuse", "cut"] = "refuse"
     image_aspect: Literal["pad", "processor"] = "pad"
+    processor: dict[str, Any] = Field(default_factory=dict)
+    chat_template: str | None = Field(default=None, min_length=1)
     exif: Literal["apply", "ignore"] = "apply"
     follow_links: bool = False
     decode: bool = False

@@ -8,16 +8,15 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from data.config import shorten
 from data.kinds import HEAD, kind_of
@@ -37,6 +36,7 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS: Final = (5, 6, 7, 8)  # orientations that swap width and height
 _PNG_EXIF: Final = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where Pillow finds an orientation
 _SIXTEEN: Final = {  # formats whose grey of more than 8 bits is unsigned, by mode; I may hold 32 bits elsewhere
     "I": ("PNG", "PPM", "JPEG2000"),
@@ -128,6 +128,17 @@ def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageO
     return notes
 
 
+def image_size(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> tuple[int, int]:
+    """Returns width and height of an image as training sees it, from its header; raises as `check_image`."""
+    name, place = _locate(folder, image, options)
+    with _opened(place, name, options) as opened:
+        width, height = opened.size
+        is_turned = options.exif == "apply" and _orientation(opened) in _SIDEWAYS
+    if is_turned:
+        width, height = height, width
+    return (max(width, height),) * 2 if options.aspect == "pad" else (width, height)
+
+
 def open_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> Image.Image:
     """Returns the decoded RGB image, as `rgb` makes it.
 
@@ -180,22 +191,15 @@ def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
     return image
 
 
-def pixel_values(image: Image.Image, image_processor: Any, *, aspect: str) -> Tensor:
-    """Returns (1, 3, height, width) as the tower wants it.
-
-    Args:
-        image: of any mode; `rgb` is applied.
-        image_processor: Hugging Face's.
-        aspect: `pad` to a square in the processor's mean colour first (LLaVA-1.5), or `processor` for its default.
+def framed(image: Image.Image, aspect: str, mean: Sequence[float] | None) -> Image.Image:
+    """Returns the image as the image processor gets it: `rgb`, and under `pad` in a square of the colour `mean`.
 
     Raises:
         RowError: the sides differ too much.
     """
-    _check_size(image.size, "image", aspect)
+    check_size(image.size, "image", aspect)
     image = rgb(image)
-    if aspect == "pad":
-        image = pad_to_square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
-    return image_processor(image, return_tensors="pt")["pixel_values"]
+    return pad_to_square(image, tuple(int(255 * part) for part in mean or ())) if aspect == "pad" else image
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -207,27 +211,6 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def visual_tokens(processor: Any) -> int:
-    """Returns the visual tokens of one image: patches of the processor's crop, and the class token where kept.
-
-    Source: transformers' LlavaProcessor.
-
-    Raises:
-        ValueError: the processor does not say how large its images or patches are.
-    """
-    images = processor.image_processor
-    size = getattr(images, "crop_size", None) or images.size
-    try:
-        height, width = size["height"], size["width"]
-    except (KeyError, TypeError):
-        raise ValueError(f"preprocessor_config.json: got size {size}, expected height and width") from None
-    if not processor.patch_size:
-        raise ValueError("processor_config.json: got no patch_size, expected the vision tower's")
-    patches = (height // processor.patch_size) * (width // processor.patch_size)
-    dropped = 1 if processor.vision_feature_select_strategy == "default" else 0
-    return patches + processor.num_additional_image_tokens - dropped
 
 
 def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions) -> tuple[str, Path | bytes]:
@@ -250,7 +233,7 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's: what is wrong is refused here, in the row's words
             with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
-                _check_size(image.size, f"image {name!r}", options.aspect)
+                check_size(image.size, f"image {name!r}", options.aspect)
                 _check_mode(image, f"image {name!r}")
                 yield image
     except RowError:
@@ -266,7 +249,8 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
         raise RowError(f"image {name!r} is truncated or broken: {shorten(str(error))}") from None
 
 
-def _check_size(size: tuple[int, int], what: str, aspect: str) -> None:
+def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
+    """Raises RowError where an image has too many pixels, or sides that differ too much."""
     width, height = size
     longer, shorter = max(size), min(size)
     if width * height > MAX_PIXELS:

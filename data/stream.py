@@ -11,8 +11,8 @@ from typing import Any, Final
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.config import DataConfig, Source
-from data.dataset import Encoder, Sample, read_pixels
-from data.images import check_image
+from data.dataset import Encoder, Sample, open_images
+from data.images import check_image, image_size
 from data.rows import DataError, Fault, Record, RowError, parse
 from data.sources import HUB, find_files, hub_rows, raw_rows
 from data.table import check_folders, folder_of, image_options, row_of
@@ -30,7 +30,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
 
     Args:
         config: the recipe's data section.
-        processor: a LlavaProcessor.
+        processor: the family's.
         seed: of the order.
         batch: samples of one forward pass; with `group_by_length`, passes of like samples are made from 512 at a time.
         rank: number of this process.
@@ -83,11 +83,9 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
 
     def _sample(self, item: _Item) -> dict[str, Any]:
         found = item.sample
-        sample = {**self.encoder.expand(found.ids, found.labels), "source": item.source}
-        if found.images:
-            folder = folder_of(self.config.sources[item.source], item.file)
-            sample["pixel_values"] = read_pixels(found.images, folder, self.config, self.processor)
-        return sample
+        folder = folder_of(self.config.sources[item.source], item.file)
+        images = open_images(found.images, folder, self.config)
+        return {**self.encoder.expand(found.ids, found.labels, images), "source": item.source}
 
     def _ordered(self, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
         """Yields the shard's items, shuffled, in passes of like length where the recipe wants them."""
@@ -143,10 +141,12 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
                 faults.append(Fault(file, row, str(error)))
 
     def _item(self, number: int, file: str, row: int, raw: Any) -> _Item:
-        sample = self.encoder.encode(parse(raw), number)
-        folder = folder_of(self.config.sources[number], file)
-        for image in sample.images:
-            check_image(folder, image, image_options(self.config))
+        record = parse(raw)
+        folder, options = folder_of(self.config.sources[number], file), image_options(self.config)
+        for image in record.images:
+            check_image(folder, image, options)
+        sizes = [image_size(folder, image, options) for image in record.images]
+        sample = self.encoder.encode(record, sizes, number)
         return _Item(number, file, row, sample)
 
     def _probe(self, number: int) -> None:
@@ -172,16 +172,19 @@ def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
     check_folders(config)
     for number, source in enumerate(config.sources):
         for file, row, raw in _part(source, 0, 1):
-            notes: set[str] = set()
+            notes, sizes = set[str](), list[int]()
+            folder, options = folder_of(source, file), image_options(config)
             try:
                 parsed = parse(raw)
                 for image in parsed.images:
-                    notes.update(check_image(folder_of(source, file), image, image_options(config)))
+                    notes.update(check_image(folder, image, options))
+                    sizes += image_size(folder, image, options)
                 record: Record | RowError = parsed
             except RowError as error:
                 record = error
             found = row_of(number, file, row, record, source.format or config.format)
-            yield {**found, "notes": [*found["notes"], *sorted(notes)]} if not found["fault"] else found
+            extra = {} if found["fault"] else {"notes": [*found["notes"], *sorted(notes)], "sizes": sizes}
+            yield {**found, **extra}
 
 
 @dataclass(frozen=True)

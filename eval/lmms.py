@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from data.chat import TokenizerError
+from eval import ranks
 from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.prompts import Asked, Prompter
@@ -239,8 +240,11 @@ class Harness:
         """Returns whether lmms-eval has a task of that name, or we have; a group of tasks is none."""
         return name in self._manager.all_tasks and name not in (*self._manager.all_groups, *self._manager.all_tags)
 
-    def run(self, model: FusedLlava, name: str, limit: int | None) -> Outcome:
-        """Returns what the model's answers to a task's first `limit` questions (None: all) are worth."""
+    def run(self, model: FusedLlava, name: str, limit: int | None) -> Outcome | None:
+        """Returns what the model's answers to a task's first `limit` questions (None: all) are worth.
+
+        Of several ranks each answers its part, and the first one gets the outcome, the others None.
+        """
         with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             result = evaluator.simple_evaluate(
                 model=model,
@@ -254,14 +258,18 @@ class Harness:
                 random_seed=None,
                 numpy_random_seed=None,
                 torch_random_seed=None,
+                distributed_executor_backend="torchrun" if ranks.world_size() > 1 else "accelerate",
                 cli_args=argparse.Namespace(output_path=str(self._folder), process_with_media=True),
             )
+        if result is None:
+            return None
         metrics = {
             key.removesuffix(",none"): float(value)
             for key, value in result["results"][name].items()
             if key.endswith(",none") and "_stderr" not in key and isinstance(value, int | float)
         }
-        return Outcome(metrics, result["samples"][name], result["configs"][name])
+        samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])  # each rank's stand together
+        return Outcome(metrics, samples, result["configs"][name])
 
     def questions(self, name: str, limit: int | None, count: int) -> dict[int, Asked]:
         """Returns up to `count` of a task's first `limit` questions (None: all), evenly spaced, by their number."""

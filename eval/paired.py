@@ -1,18 +1,19 @@
 """How sure a score is, and whether two models differ on the same questions.
 
 Questions about one image are not independent, so whole images are resampled (a cluster bootstrap). scipy's bootstrap
-does not resample clusters, so the few lines are here.
+does not resample clusters, so the few lines are here; scipy is no dependency, so Student's t is integrated here too.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
+RESAMPLES = 5000
 _AT_ONCE = 4_000_000  # drawn numbers held in memory at a time
 Numbers = NDArray[np.float64]
 
@@ -25,8 +26,8 @@ class Difference:
         mean: mean difference of a question's value.
         low: lower end of its 95 % interval.
         high: upper end.
-        p: two-sided p-value of "no difference", not below 1 / RESAMPLES.
-        gained: questions on which the second is better.
+        p: two-sided p-value of "no difference"; of a bootstrap not below 1 / RESAMPLES.
+        gained: questions on which the second is better; None where nothing pairs them.
         lost: questions on which the first is better.
     """
 
@@ -34,8 +35,8 @@ class Difference:
     low: float
     high: float
     p: float
-    gained: int
-    lost: int
+    gained: int | None
+    lost: int | None
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
@@ -68,6 +69,44 @@ def difference(first: Sequence[float], second: Sequence[float], clusters: Sequen
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     p = min(1.0, max(2 * tail, 1 / RESAMPLES))
     return Difference(float(changes.mean()), float(low), float(high), p, gained, lost)
+
+
+def over_seeds(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[float, float, float, float]:
+    """Returns mean difference, the ends of its 95 % interval, and p, of scores over seeds, at least two of each.
+
+    Student's t over the seeds' differences where they are `paired` (the same seeds in the same order), else Welch's.
+    """
+    if paired:
+        changes = [new - old for old, new in zip(first, second, strict=True)]
+        mean, error, freedom = (
+            statistics.fmean(changes),
+            statistics.stdev(changes) / len(changes) ** 0.5,
+            len(changes) - 1.0,
+        )
+    else:
+        parts = [statistics.variance(scores) / len(scores) for scores in (first, second)]
+        mean, error = statistics.fmean(second) - statistics.fmean(first), sum(parts) ** 0.5
+        below = sum(part**2 / (len(scores) - 1) for part, scores in zip(parts, (first, second), strict=True))
+        freedom = sum(parts) ** 2 / below if below > 0 else 1.0
+    if error == 0:
+        return mean, mean, mean, 1.0 if mean == 0 else 0.0
+    # with t = sqrt(f) tan(angle) the density of t is cos(angle) ** (f - 1), up to a factor
+    angles = np.linspace(0.0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    within = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    within /= within[-1]
+    half = error * freedom**0.5 * float(np.tan(np.interp(0.95, within, angles)))
+    p = 1 - float(np.interp(np.arctan(abs(mean) / error / freedom**0.5), angles, within))
+    return mean, mean - half, mean + half, p
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values corrected for their number by Holm's step-down rule, in the same order."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        corrected[place] = largest
+    return corrected
 
 
 def _by_cluster(values: Numbers, clusters: Sequence[Hashable]) -> tuple[Numbers, Numbers]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +22,7 @@ SMOOTHING = 0.7  # weight of the running mean in a drawn curve; the raw points s
 
 
 def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> None:
-    """Draws training loss over seconds of training, one curve a run; runs without a log are left out.
+    """Draws training loss over seconds of training, one curve a run, and validation loss as dots.
 
     Args:
         checkpoints: the runs, by name.
@@ -35,6 +36,9 @@ def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> N
         seconds, losses = zip(*points, strict=True)
         axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
         axes.plot(seconds, smooth(losses), color=f"C{number}", label=name)
+        held_out = [(line["seconds"], line["eval_loss"]) for line in checkpoint.log if "eval_loss" in line]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), f"C{number}o--", markersize=4, label=f"{name}, validation")
     axes.set(xlabel="seconds of training", ylabel="loss on answer tokens", yscale="log", title="Learning curves")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -96,7 +100,7 @@ def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, f
         file: PNG to write.
         cost: what the x axis says.
         score: what the y axis says.
-        floors: scores of rows that look at no image, drawn across.
+        floors: scores of rows that look at no image, marked beside the axis.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     front = pareto_front(points)
@@ -118,15 +122,43 @@ def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, f
         axes.plot([], [], _MARKS[number % len(_MARKS)], color="0.3", label=run)
     for number, schedule in enumerate(schedules):
         axes.plot([], [], "_", color=f"C{number % 10}", markersize=12, markeredgewidth=4, label=schedule)
-    for name, value in floors.items():
-        axes.axhline(value, color="0.75", linewidth=1)
-        axes.text(0.995, value, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="0.5")
-    axes.set(xlabel=cost, ylabel=score)
-    axes.set_xlim(left=0)
+    low, high = _zoomed(points)
+    axes.set(xlabel=cost, ylabel=score, ylim=(low, high))
+    _mark_floors(axes, floors, low, high)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def _zoomed(points: Sequence[Point]) -> tuple[float, float]:
+    """Returns the ends of a score axis that holds the points with their errors, and little more."""
+    low = min(point.score - (point.error or 0) for point in points)
+    high = max(point.score + (point.error or 0) for point in points)
+    margin = 0.08 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _mark_floors(axes: Any, floors: Mapping[str, float], low: float, high: float) -> None:
+    """Marks scores that need no image beside the score axis: at their height, or at its end with an arrow beyond it."""
+    below = 0
+    for name, value in sorted(floors.items(), key=lambda floor: floor[1]):
+        text, height = f"{name} {value:.1f}", (value - low) / (high - low)
+        if 0 <= height <= 1:
+            axes.axhline(value, color="0.75", linewidth=1, zorder=0)
+        else:
+            text += " ↓" if height < 0 else " ↑"
+            height, below = (0.05 * below if height < 0 else 1.0), below + (height < 0)
+        axes.annotate(
+            text,
+            (1.0, height),
+            xytext=(4, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color="0.45",
+        )
 
 
 def draw_live_grid(live: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from eval import measure
 from models import FusedAutoModel
@@ -47,8 +48,11 @@ def times(
     All in turns, after one warm-up round, so that what disturbs the machine disturbs them alike.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in schedules}
-    for number in range(repeats + 1):
-        for name, schedule in schedules.items():
+    rounds = [(number, name) for number in range(repeats + 1) for name in schedules]
+    with tqdm(rounds, unit="run", leave=False) as bar:
+        for number, name in bar:
+            bar.set_description(f"speed, round {number} of {repeats}, {name}")
+            schedule = schedules[name]
             start = partial(prefill, model, inputs, schedule)
             first = measure.seconds_of(start)
             following = measure.seconds_of(partial(decode, model, inputs, start(), steps))

@@ -6,11 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .cdpruner import CDPruner
+from .divprune import DivPrune
 from .fastv import FastV
 from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
 from .schedule_base import Dense, Fused, Schedule, ScheduleError, ScorePruner, View, Within
+from .shortv import ShortV
+from .sparsevlm import SparseVLM
 from .stage_plan import StagePlan
+from .visionzip import VisionZip
 from .visipruner import VisiPruner
 from .vtw import VTW
 
@@ -20,6 +25,11 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
     "vtw": VTW,
+    "divprune": DivPrune,
+    "visionzip": VisionZip,
+    "sparsevlm": SparseVLM,
+    "cdpruner": CDPruner,
+    "shortv": ShortV,
     "random": Random,
 }
 TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has none
@@ -46,7 +56,7 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
         if key not in known:
             raise ScheduleError(f"schedule {name}: got setting {key!r}, expected {', '.join(known) or 'none'}")
     bounds = [field for field in fields if "published_depth" in field.metadata]
-    scaled = {one.name: _scaled(one.default, num_layers / one.metadata["published_depth"]) for one in bounds}
+    scaled = {one.name: _scaled(one, num_layers) for one in bounds}
     return kind(**{**scaled, **settings})
 
 
@@ -74,15 +84,27 @@ def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) ->
     return choice
 
 
-def _scaled(value: Any, ratio: float) -> Any:
-    return max(1, round(value * ratio)) if isinstance(value, int) else tuple(_scaled(layer, ratio) for layer in value)
+def _scaled(one: dataclasses.Field[Any], num_layers: int) -> Any:
+    """Returns a published layer number, bounds in ascending order, or a set of layers, at another depth."""
+    value: Any = one.default
+    ratio = num_layers / one.metadata["published_depth"]
+    if one.metadata.get("is_set"):  # a layer is in the set where the published decoder's at the same place is
+        return tuple(layer for layer in range(num_layers) if int((layer + 0.5) / ratio) in value)
+    if isinstance(value, int):
+        return max(1, round(value * ratio))
+    scaled: list[int] = []
+    for layer in value:
+        scaled.append(max(scaled[-1] + 1 if scaled else 1, round(layer * ratio)))
+    return tuple(scaled)
 
 
 __all__ = [
     "SCHEDULES",
     "TRAINED",
     "VTW",
+    "CDPruner",
     "Dense",
+    "DivPrune",
     "FastV",
     "Fused",
     "PyramidDrop",
@@ -90,8 +112,11 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "ScorePruner",
+    "ShortV",
+    "SparseVLM",
     "View",
     "VisiPruner",
+    "VisionZip",
     "Within",
     "published",
     "resolve_schedule",

@@ -74,12 +74,13 @@ def _fields(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Returns the keys that the section at `location` accepts."""
     section: Any = schema
     for part in location:
-        section = _section(section.model_fields[part].annotation)
+        if part in section.model_fields:  # else the name or number of one of several sections
+            section = _section(section.model_fields[part].annotation)
     return list(section.model_fields)
 
 
 def _section(annotation: Any) -> Any:
-    """Returns the model class in `Model` or `Model | None`; None for any other annotation."""
+    """Returns the model class in `Model`, `Model | None` or `dict[str, Model]`; None for any other annotation."""
     options = typing.get_args(annotation) or (annotation,)
     models = [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return models[0] if models else None

@@ -30,16 +30,25 @@ def saved_data(saved: Path) -> DataConfig:
         raise RecipeError(f"{saved}: data: cannot be read, expected the recipe.yaml that a run writes") from error
 
 
+def saved_recipe(saved: Path) -> dict[str, Any]:
+    """Returns a saved recipe as {dotted key: value}.
+
+    Raises:
+        RecipeError: the file holds none.
+    """
+    try:
+        return _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
+
+
 def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (dotted key, value in the saved recipe, value in this one) for each key that differs.
 
     Raises:
         RecipeError: the saved recipe cannot be read.
     """
-    try:
-        before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
+    before = saved_recipe(saved)
     now = _flat(recipe.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data.config import DataConfig
+from data.config import DataConfig, Files
 from models.stage_plan import StagePlan
 from recipes.errors import RecipeError, first_fault, shortened
 
-__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe"]
+__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
 _MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # beyond every run, and below what overflows
@@ -130,11 +130,39 @@ class TrainSection(_Section):
         return self
 
 
+class EvalSection(_Section):
+    """Validation while training.
+
+    Attributes:
+        files: held-out conversations, as `data.files`; null takes `share` of the training rows, which are then not
+            trained on.
+        share: of the rows of `files`, or of the training rows.
+        every: steps between two evaluations; one more follows the last step.
+        metric: what says which evaluation is the best.
+        patience: evaluations without a better one after which the run ends; null never ends it.
+        final: weights in `final/`: of the last step, or of the best evaluation, whose checkpoint is then kept.
+    """
+
+    files: Files | None = Field(default=None, min_length=1)
+    share: float | None = Field(default=None, gt=0, lt=1)
+    every: int = Field(default=200, gt=0, le=_MOST_STEPS)
+    metric: Literal["loss", "accuracy"] = "loss"
+    patience: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
+    final: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalSection:
+        if self.files is None and self.share is None:
+            raise ValueError("got neither files nor share, expected at least one of them")
+        return self
+
+
 class Align(_Section):
     """An earlier phase under the same stage plan; LLaVA trains the projector alone in it."""
 
     data: DataConfig
     train: TrainSection
+    eval: EvalSection | None = None
 
 
 class Phase(_Section):
@@ -144,6 +172,7 @@ class Phase(_Section):
     folder: Path
     data: DataConfig
     train: TrainSection
+    eval: EvalSection | None = None
 
 
 class Recipe(_Section):
@@ -153,6 +182,7 @@ class Recipe(_Section):
         name: name of the run, also in Weights & Biases.
         seed: seed of random weights, of the order of the data and of dropout.
         output: run folder.
+        eval: validation of the last phase; null for none.
         align: earlier phase, run first by the same command; null for none.
     """
 
@@ -162,6 +192,7 @@ class Recipe(_Section):
     model: ModelSection
     data: DataConfig
     train: TrainSection
+    eval: EvalSection | None = None
     align: Align | None = None
 
     @model_validator(mode="after")
@@ -169,6 +200,8 @@ class Recipe(_Section):
         for section in (self, self.align):
             if section and section.data.streaming and not (section.train.max_steps or section.train.max_seconds):
                 raise ValueError("got data.streaming, expected train.max_steps or train.max_seconds beside it")
+            if section and section.data.streaming and section.eval and section.eval.files is None:
+                raise ValueError("got eval.share of a stream, expected eval.files: a stream is not read beforehand")
         return self
 
     @property
@@ -176,10 +209,11 @@ class Recipe(_Section):
         """The trainings of this recipe in their order; the last one writes into `output` itself."""
         folder = Path(self.output)
         last: Literal["train", "tune"] = "train" if self.align is None else "tune"
-        phases = [Phase(name=last, folder=folder, data=self.data, train=self.train)]
+        phases = [Phase(name=last, folder=folder, data=self.data, train=self.train, eval=self.eval)]
         if self.align is not None:
             align = self.align
-            phases.insert(0, Phase(name="align", folder=folder / "align", data=align.data, train=align.train))
+            first = Phase(name="align", folder=folder / "align", data=align.data, train=align.train, eval=align.eval)
+            phases.insert(0, first)
         return phases
 
     @property
@@ -198,7 +232,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line that names the file, the key, what was found and what is accepted.
     """
-    raw = _read(path)
+    raw = read_yaml(path)
     for override in overrides:
         _apply(raw, override, path)
     try:
@@ -244,7 +278,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the keys of a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or says something in a way that YAML would settle in silence.
+    """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:

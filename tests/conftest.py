@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launch.sh does, before to
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from recipes.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"
@@ -72,6 +75,7 @@ def write_run(folder, stages):
         (phase / "final").mkdir(parents=True, exist_ok=True)
         (phase / "final/run.json").write_text(json.dumps({"seconds": 12.5, "steps": 15, "samples": 50}))
         lines = [{"step": step, "seconds": step / 2, "loss": 3 / step} for step in (1, 2, 3)]
+        lines.append({"step": 3, "seconds": 1.5, "eval_loss": 1.25})
         (phase / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -80,6 +84,75 @@ def write_run(folder, stages):
 def quickstart_run(tmp_path_factory):
     """A run folder of the quickstart's shape, image live in layers 2 to 4 of 8; nothing may write to it."""
     return write_run(tmp_path_factory.mktemp("runs") / "fused", {"enter": 2, "exit": 5})
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory):
+    """Returns a function that makes a recipe: a 4-layer LLaVA of width 32, two files of 12 rows, half with an image."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(QUICKSTART, folder / "config")
+    config = json.loads((QUICKSTART / "config.json").read_text())
+    narrow = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config["text_config"] |= {**narrow, "num_hidden_layers": 4, "num_key_value_heads": 2}
+    config["vision_config"] |= {**narrow, "num_hidden_layers": 2, "projection_dim": 32}
+    (folder / "config/config.json").write_text(json.dumps(config))
+    for name in ("a", "b"):
+        rows = []
+        for number in range(12):
+            answer = ["red", "yes", "blue", "no"][number % 4]
+            turns = [{"from": "human", "value": "what color is the shape?"}, {"from": "gpt", "value": answer}]
+            rows.append({"conversations": turns * (1 + number % 3)})
+            if number % 2:
+                Image.new("RGB", (64, 64), (20 * number, 200, 90)).save(folder / f"{name}{number}.png")
+                first = {"from": "human", "value": "<image>\nwhat color is the shape?"}
+                rows[-1] = {"image": f"{name}{number}.png", "conversations": [first, *rows[-1]["conversations"][1:]]}
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+
+    def make(output="run", **train):
+        data = {"files": [str(folder / "a.json"), str(folder / "b.json")], "images": str(folder), "workers": 0}
+        data |= {"format": "chat_template", "image_aspect": "processor", "group_by_length": False}
+        rates = {"projector": 2e-3, "vision_tower": 1e-3, "language_model": 1e-3}
+        given = {"deepspeed": "recipes/deepspeed/zero2.json", "learning_rate": rates, "precision": "fp32"}
+        given |= {"global_batch": 4, "per_device_batch": 2, "max_steps": 4, "gradient_checkpointing": False}
+        model = {"config": str(folder / "config"), "stages": {"enter": 1, "exit": 3}}
+        return {"name": "t", "output": str(folder / output), "model": model, "data": data, "train": given | train}
+
+    return make
+
+
+@pytest.fixture
+def train_here(monkeypatch):
+    """Returns a function that trains a recipe (a dict) in this process, on one rank; returns its run folder.
+
+    `stop_at` is a step after which SIGTERM seems to have come.
+    """
+    from train import distributed
+    from train.loop import run_phase
+    from train.stop import StopRequest
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    class StopLater(StopRequest):
+        def __init__(self, asked):
+            super().__init__()
+            self._asked = asked
+
+        def is_requested(self):
+            if self._is_deferred and self._asked is not None:
+                self._asked -= 1
+                self.reason = "SIGTERM" if self._asked < 0 else None
+            return super().is_requested()
+
+    def train(recipe, *, stop_at=None):
+        distributed.setup_env()  # the process group stays: DeepSpeed knows no second one
+        run_phase(Recipe.model_validate(recipe), 0, StopLater(stop_at))
+        return Path(recipe["output"])
+
+    return train
 
 
 @pytest.fixture(params=sorted(FAMILIES))

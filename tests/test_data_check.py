@@ -79,6 +79,10 @@ def test_both_sections_are_checked_whatever_is_wrong_with_one(folder, capsys):
     assert main([path, f"data.files=[{folder / 'align.json'}]"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in out] == ["align.data", "align.data", "data", "data"]
+    raw = json.loads(Path(path).read_text()) | {"eval": {"files": [str(folder / "data.json")]}}
+    Path(path).write_text(json.dumps(raw))
+    assert main([path, f"data.files=[{folder / 'align.json'}]"]) == 2
+    assert "eval: " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_it_never_trusts_an_earlier_check(folder, capsys):

@@ -157,7 +157,7 @@ def test_questions_with_several_images_and_with_none(loaded):
     red = Image.new("RGB", (64, 64), "red")
     inputs = prompter.batch([Asked("what is it?", [red, red]), Asked("a <image> here?")])
     image = prompter.tokenizer.convert_tokens_to_ids("<image>")
-    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompter.visual_tokens, 0]
+    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompter.vision.count(*red.size), 0]
     assert len(inputs["pixel_values"]) == 2
     assert "pixel_values" not in prompter.batch([Asked("what is it?")])
 

@@ -37,7 +37,7 @@ def probed(model, rows):
     """Returns the rows of make_batch as the probes' batch: the last two tokens are the answer."""
     labels = torch.full_like(rows["input_ids"], IGNORE_INDEX)
     labels[:, -2:] = rows["input_ids"][:, -2:]
-    return Batch.of(model, rows["input_ids"], rows["attention_mask"], labels, rows["pixel_values"])
+    return Batch.of(model, rows, labels)
 
 
 def singles(rows):
@@ -364,7 +364,8 @@ def by_construction(reads, plan=None):
         attention = layer.self_attn
         for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
             part.weight.zero_()
-    kinds = [set(Asker(model, prompter, "chat_template").encode(pictured_samples()[kind])[0]) for kind in (0, 1)]
+    asker, samples = Asker(model, prompter), pictured_samples()
+    kinds = [set(asker.encode(samples[kind], prompter.vision.encode(samples[kind].asked.images))[0]) for kind in (0, 1)]
     answers = {words(word) for word in (*COLOURS, *SHAPES)}
     for kind, other in ((0, 1), (1, 0)):
         for token in kinds[kind] - kinds[other] - answers:
@@ -384,9 +385,13 @@ def by_construction(reads, plan=None):
     return model
 
 
+def pixels_of(prompter, image):
+    return prompter.vision.encode([image]).inputs["pixel_values"]
+
+
 def project_exactly(model, prompter):
     """Sets the projector so that each image's features are its colour (channels 0-2) and its shape (3-5)."""
-    pixels = torch.cat([prompter.pixels(picture(number // 3, number % 3)) for number in range(9)])
+    pixels = torch.cat([pixels_of(prompter, picture(number // 3, number % 3)) for number in range(9)])
     inner = {}
     handle = model.model.multi_modal_projector.act.register_forward_hook(lambda *call: inner.update(out=call[2]))
     model.model.get_image_features(pixel_values=pixels)
@@ -473,13 +478,14 @@ def test_a_model_that_needs_every_layer_or_no_image_gets_no_stages(task, capsys)
 def trained(plan):
     """Returns a model that has learned to name colours and shapes under a plan."""
     model, processor = tiny_model(plan), tiny_processor()
-    asker = Asker(model, Prompter(processor, chat_format="chat_template", aspect="processor"), "chat_template")
+    asker = Asker(model, Prompter(processor, chat_format="chat_template", aspect="processor"))
     samples = pictured_samples()
-    batch, encoded = asker.batch(samples), [asker.encode(sample) for sample in samples]
+    images = [asker.prompter.vision.encode(sample.asked.images) for sample in samples]
+    batch, encoded = asker.batch(samples), [asker.encode(*pair) for pair in zip(samples, images, strict=True)]
     labels = torch.full_like(batch.ids, IGNORE_INDEX)
     for row, (_, own) in zip(labels, encoded, strict=True):
         row[-len(own) :] = torch.tensor(own)
-    pixels = torch.cat([asker.prompter.pixels(sample.asked.images[0]) for sample in samples])
+    pixels = torch.cat([pixels_of(asker.prompter, sample.asked.images[0]) for sample in samples])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     with torch.enable_grad():
         for _ in range(150):

@@ -47,6 +47,7 @@ def test_a_recipe_loads_and_its_dump_loads_to_the_same(name, tmp_path):
         ("llava_dense", None),
         ("llava_fused", StagePlan(enter=8, exit=24)),
         ("llava_fused_lora", StagePlan(enter=8, exit=24)),
+        ("llava_fast", StagePlan(enter=8, exit=24, keep={8: 0.1}, select="diversity")),
         ("llava_pyramid", StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})),
         ("llava_vica", StagePlan(update="kv", layers=[0, 1, 7, 8, 9, 10, 11, 14])),
     ],
@@ -83,7 +84,9 @@ def test_a_stream_needs_an_end():
         RecipeError, match=r"got data.streaming, expected train.max_steps or train.max_seconds beside it"
     ):
         load_recipe(path, ["data.streaming=true", "train.max_seconds=null"])
-    assert load_recipe(path, ["data.streaming=true"]).data.streaming
+    with pytest.raises(RecipeError, match=r"got eval.share of a stream, expected eval.files"):
+        load_recipe(path, ["data.streaming=true"])
+    assert load_recipe(path, ["data.streaming=true", "eval.files=[a.json]"]).data.streaming
 
 
 def test_a_source_may_be_a_mapping_and_a_mistake_in_it_is_named():
@@ -129,7 +132,10 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.deepspeed=null", "train.deepspeed: got None (NoneType), expected text that is not empty"),
         ("model.stages.exit=2", "model: stages.exit: got 2, expected a layer after enter (2)"),
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
-        ("model.stages.leave=4", "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep"),
+        (
+            "model.stages.leave=4",
+            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select",
+        ),
         ("model.config=nowhere", "model.config: got 'nowhere', expected a folder with config.json"),
         ("train.max_steps", "got 'train.max_steps', expected dotted.key=value"),
         ("name.first=x", "name.first: name is a value, expected a section with keys"),

@@ -22,7 +22,9 @@ def check(name, *overrides):
     return "\n".join(preview(load_recipe(f"recipes/{name}.yaml", overrides)))
 
 
-@pytest.mark.parametrize("name", ["llava_pretrain", "llava_dense", "llava_fused", "llava_pyramid", "llava_vica"])
+@pytest.mark.parametrize(
+    "name", ["llava_pretrain", "llava_dense", "llava_fused", "llava_pyramid", "llava_vica", "llava_fast"]
+)
 def test_published_recipes_are_checked_without_weights_or_data(name):
     text = check(name)
     assert "projector 20,979,712" in text  # (1024 + 1) x 4096 + (4096 + 1) x 4096
@@ -45,7 +47,8 @@ def test_adapters_are_counted_and_lower_what_learns():
 
 
 @pytest.mark.parametrize(
-    ("name", "token_layers"), [("llava_fused", 9216), ("llava_pyramid", 2048), ("llava_vica", 4608)]
+    ("name", "token_layers"),
+    [("llava_fused", 9216), ("llava_pyramid", 2048), ("llava_vica", 4608), ("llava_fast", 912)],
 )
 def test_the_cost_is_the_plan_s(name, token_layers):
     recipe = load_recipe(f"recipes/{name}.yaml")
@@ -60,6 +63,13 @@ def test_the_cost_is_the_plan_s(name, token_layers):
 def test_steps_and_seconds_that_the_command_sets_are_the_run_s():
     assert "steps: 20 of 128 samples" in check("llava_fused", "train.max_steps=20")
     assert "as many of 128 samples as 60 s allow" in check("llava_fused", "train.max_seconds=60")
+
+
+def test_held_out_rows_are_no_steps():
+    text = check("llava_fused", "eval={share: 0.01, every: 500}")
+    assert "steps: 5,146 of 128 samples" in text  # 665,298 - 6,653 rows
+    assert "validation: 0.01 of the rows, held out, every 500 steps and at the end" in text
+    assert "steps: 5,198 of 128 samples" in check("llava_fused", "eval={files: [held_out.json]}")
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ from transformers import (
 
 from data.chat import ChatFormat
 from data.config import DataConfig
-from data.images import open_image, pixel_values, visual_tokens
+from data.images import framed, open_image
+from data.processor import VisionProcessor
 from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import SCHEDULES
@@ -328,7 +329,8 @@ def test_a_release_holds_all_that_it_needs(released, llava):
 
 def test_its_code_is_this_repositorys(released):
     code = sorted(path.name for path in released.glob("*.py"))
-    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py", "visipruner.py"} <= set(code)
+    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py"} <= set(code)
+    assert {f"{kind.__module__.rpartition('.')[2]}.py" for kind in SCHEDULES.values()} <= set(code)
     for name in set(code) - {"modeling_fused.py"}:  # which says what transformers it needs, and names the classes
         assert (released / name).read_bytes() == (ROOT / "models" / name).read_bytes()
 
@@ -415,7 +417,7 @@ def test_it_asks_as_training_asked(llava, quickstart, chat_format):
         ]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         found = processor.apply_chat_template(messages, **options)["input_ids"][0]
-        repeats = {trained.image_token_id: visual_tokens(processor)}
+        repeats = {trained.image_token_id: VisionProcessor(processor).count(8, 8)}
         assert found == [token for token in trained.prompt(turns) for _ in range(repeats.get(token, 1))]
         assert ChatFormat(chat_format, processor.tokenizer).prompt(turns) == trained.prompt(turns)
         texts = [{"role": turn.role, "content": turn.text} for turn in turns]  # in place of parts
@@ -436,7 +438,7 @@ def test_the_processor_of_a_finished_run_takes_parts_too(llava, quickstart, tmp_
         messages = [{"role": "user", "content": parts("one?", [Image.new("RGB", (64, 64))])}]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         found = processor.apply_chat_template(messages, **options)["input_ids"][0]
-        repeats = {trained.image_token_id: visual_tokens(processor)}
+        repeats = {trained.image_token_id: VisionProcessor(processor).count(8, 8)}
         assert found == [token for token in trained.prompt(turns[:1]) for _ in range(repeats.get(token, 1))]
         assert ChatFormat(chat_format, processor.tokenizer).encode(turns) == expected
     assert (tmp_path / "chat_template.jinja").read_text().count("set plain = namespace") == 1
@@ -456,9 +458,9 @@ def test_it_pads_images_as_training_padded(released, llava, size):
     image = Image.fromarray(values.numpy())
     own = AutoProcessor.from_pretrained(llava / "final").image_processor
     found = AutoProcessor.from_pretrained(released).image_processor(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(found, pixel_values(image, own, aspect="pad"))
+    assert torch.equal(found, own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"])
     if size[0] != size[1]:
-        assert not torch.equal(found, pixel_values(image, own, aspect="processor"))
+        assert not torch.equal(found, own(image, return_tensors="pt")["pixel_values"])
 
 
 def invisible(mode, size=(40, 30)):
@@ -482,13 +484,18 @@ WHAT_SERVERS_LOAD = {  # how the file is made, and whether a server sees what tr
 }
 
 
+def trained_pixels(run, image):
+    """Returns the pixel values that training made of an image of the LLaVA-like run."""
+    own = AutoProcessor.from_pretrained(run / "final").image_processor
+    return own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"]
+
+
 @pytest.mark.parametrize("name", WHAT_SERVERS_LOAD)
 def test_what_servers_make_of_images_is_what_the_docs_say(released, llava, tmp_path, name):
     """docs/release.md: by path, address or base64 transformers turns photos, drops transparency and clips 16 bits."""
     write, is_alike = WHAT_SERVERS_LOAD[name]
     write(tmp_path / name)
-    own = AutoProcessor.from_pretrained(llava / "final").image_processor
-    trained = pixel_values(open_image(tmp_path, name), own, aspect="pad")
+    trained = trained_pixels(llava, open_image(tmp_path, name))
     processor = AutoProcessor.from_pretrained(released)
     url = "data:image/png;base64," + base64.b64encode((tmp_path / name).read_bytes()).decode()
     prepared = open_image(tmp_path, name)
@@ -500,16 +507,15 @@ def test_what_servers_make_of_images_is_what_the_docs_say(released, llava, tmp_p
 
 
 def test_a_release_puts_opened_images_on_white_and_does_not_turn_them(released, llava, tmp_path):
-    own = AutoProcessor.from_pretrained(llava / "final").image_processor
     processor = AutoProcessor.from_pretrained(released).image_processor
     found = processor(invisible("RGBA"), return_tensors="pt")["pixel_values"]
-    assert torch.allclose(found, pixel_values(invisible("RGBA"), own, aspect="pad"), atol=1e-5)
+    assert torch.allclose(found, trained_pixels(llava, invisible("RGBA")), atol=1e-5)
     saved_turned(tmp_path / "turned.png")
     with Image.open(tmp_path / "turned.png") as opened:
         found = processor(opened, return_tensors="pt")["pixel_values"]
-        assert not torch.allclose(found, pixel_values(opened, own, aspect="pad"), atol=1e-5)
+        assert not torch.allclose(found, trained_pixels(llava, opened), atol=1e-5)
         upright = processor(ImageOps.exif_transpose(opened), return_tensors="pt")["pixel_values"]
-        assert torch.allclose(upright, pixel_values(opened, own, aspect="pad"), atol=1e-5)
+        assert torch.allclose(upright, trained_pixels(llava, opened), atol=1e-5)
 
 
 def answer(run, image, question, schedule=None):
@@ -525,8 +531,10 @@ def answer_ids(run, image, question, schedule=None):
     processor = AutoProcessor.from_pretrained(found.final)
     chat = ChatFormat(found.data.format, processor.tokenizer)
     ids = chat.prompt([Turn("user", f"<image>\n{question}")])
-    ids = [token for token in ids for _ in range(visual_tokens(processor) if token == chat.image_token_id else 1)]
-    pixels = pixel_values(image, processor.image_processor, aspect=found.data.image_aspect)
+    visual = VisionProcessor(processor).count(8, 8)
+    ids = [token for token in ids for _ in range(visual if token == chat.image_token_id else 1)]
+    images = processor.image_processor
+    pixels = images(framed(image, found.data.image_aspect, images.image_mean), return_tensors="pt")["pixel_values"]
     made = model.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -735,7 +743,7 @@ def serving(folder, cache):
             stderr=log,
         )
         try:
-            for _ in range(240):
+            for _ in range(960):
                 try:
                     urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
                     break
@@ -745,7 +753,7 @@ def serving(folder, cache):
             yield f"http://localhost:{port}"
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(120)
 
 
 def test_a_fused_llava_answers_over_transformers_serve(released, llava, tmp_path):

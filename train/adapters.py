@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from models import FusedLlavaForConditionalGeneration
 from recipes.schema import Lora
 from train.errors import TrainingError
 from train.initial import load_checkpoint
@@ -18,21 +17,18 @@ from train.initial import load_checkpoint
 _TOLERANCE: Final = 1e-3  # float32, relative to the largest logit
 
 
-def add_adapters(model: FusedLlavaForConditionalGeneration, lora: Lora) -> PeftModel:
+def add_adapters(model: Any, lora: Lora) -> PeftModel:
     """Returns the model with low-rank adapters on every Linear layer of its language model, but not on the head."""
-    decoder = model.model.language_model
-    targets = [
-        f"model.language_model.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
-    ]
+    decoder = model.model.get_decoder()
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    targets = [f"{place}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
     return get_peft_model(
         model,
         LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets),
     )
 
 
-def merged(
-    weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: torch.dtype
-) -> FusedLlavaForConditionalGeneration:
+def merged(weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: torch.dtype) -> Any:
     """Returns the full model: the initial checkpoint with what was learned, adapters merged in float32.
 
     Args:

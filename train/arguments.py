@@ -82,9 +82,13 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         bf16=resolve_precision(train) == "bf16",
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        save_strategy="no" if train.save_steps is None else "steps",
+        save_strategy="steps",
         save_steps=train.save_steps or _ENDLESS,
         save_total_limit=None,  # ours: only once the newer checkpoint is marked as whole
+        eval_strategy="no" if phase.eval is None else "steps",
+        eval_steps=None if phase.eval is None else phase.eval.every,
+        metric_for_best_model=None if phase.eval is None else phase.eval.metric,
+        greater_is_better=None if phase.eval is None else phase.eval.metric == "accuracy",
         logging_steps=train.log_steps,
         logging_nan_inf_filter=False,  # the trainer stops instead
         report_to=["wandb"],

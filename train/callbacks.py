@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +41,13 @@ class RunCallback(TrainerCallback):
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)  # not the checkpoint's
         if self._is_resharded:
             self._trainer.restore_groups()
-        if self._is_trained:
+        validation = self._trainer.validation
+        if validation is not None:
+            state.eval_steps = int(args.eval_steps or 0)
+            is_due = self._is_trained or validation.is_due(state.global_step)
+            if is_due and not _is_evaluated(state):
+                self._trainer.evaluate_late()
+        if self._is_trained or self._trainer.is_stalled:
             raise NothingToTrain
         self._trainer.clock.start()
 
@@ -66,7 +73,16 @@ class RunCallback(TrainerCallback):
         is_over = state.global_step >= state.max_steps or (limit is not None and trainer.clock.agreed >= limit)
         if is_over:
             control.should_log = True
+            control.should_evaluate = trainer.validation is not None
         if is_over or trainer.is_stopping:
+            control.should_save = control.should_training_stop = True
+        if trainer.is_stopping:  # who stops the run may not wait: the same command makes it up
+            control.should_evaluate = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ends a run whose evaluations no longer get better, with a checkpoint."""
+        if self._trainer.is_stalled and not control.should_training_stop:
+            distributed.print_rank0(f"step {state.global_step}: eval.patience is over without a better evaluation")
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -84,7 +100,8 @@ class RunCallback(TrainerCallback):
                 fingerprints=trainer.fingerprints,
             )
             mark(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
-            keep_newest(trainer.phase.folder, trainer.phase.train.save_total_limit)
+            best = state.best_global_step if trainer.keeps_best else None
+            keep_newest(trainer.phase.folder, trainer.phase.train.save_total_limit, best=best)
         distributed.barrier()
 
 
@@ -115,10 +132,14 @@ class LogCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Writes one log line."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "eval_loss" in logs:
+            tqdm.write(_eval_line(state.global_step, logs), file=sys.stdout)
+            sys.stdout.flush()
+            return
         line = self._line(state, logs)
         if self._bar is not None:
             done = logs["seconds"] if self._limit else state.global_step
@@ -157,6 +178,16 @@ def clock_words(seconds: float) -> str:
     """Returns hours, minutes and seconds as 102:03:04."""
     whole = round(seconds)
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _eval_line(step: int, logs: Mapping[str, float]) -> str:
+    accuracy = logs.get("eval_accuracy")
+    exact = "" if accuracy is None else f"  exact answers {accuracy:.1%}"
+    return f"step {step}  validation loss {logs['eval_loss']:.4f}{exact}"
+
+
+def _is_evaluated(state: TrainerState) -> bool:
+    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
 
 
 def _step_of_line(line: str) -> int:

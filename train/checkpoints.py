@@ -37,6 +37,8 @@ _MAY_CHANGE: Final = (
     "train.log_steps",
     "train.per_device_batch",
     "train.gradient_checkpointing",
+    "eval.every",
+    "eval.patience",
 )
 
 
@@ -152,10 +154,11 @@ def set_aside(folder: Path) -> list[str]:
     return notes
 
 
-def keep_newest(folder: Path, limit: int) -> None:
-    """Deletes all whole checkpoints but the newest `limit`, and all that cannot be resumed."""
+def keep_newest(folder: Path, limit: int, *, best: int | None = None) -> None:
+    """Deletes all whole checkpoints but the newest `limit` and that of step `best`, and all that cannot be resumed."""
     for path in whole_checkpoints(folder)[:-limit]:
-        shutil.rmtree(_rename(path, "deleted"))
+        if step_of(path) != best:
+            shutil.rmtree(_rename(path, "deleted"))
     for path in _entries(folder):
         if _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Clock:
     """Seconds of training, saved in checkpoints, so that a resumed run goes on where it stopped.
 
-    Loading the model and the data is not counted; the count starts with `start`.
+    Loading the model and the data is not counted, nor is validation; the count starts with `start`.
     """
 
     def __init__(self, before: float = 0.0) -> None:
@@ -20,6 +22,14 @@ class Clock:
     def start(self) -> None:
         """Starts counting."""
         self._started = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count what happens inside."""
+        began = time.monotonic()
+        yield
+        if self._started is not None:
+            self._started += time.monotonic() - began
 
     def seconds(self) -> float:
         """Returns the seconds of training so far, of this process and those that it resumes."""

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.errors import RecipeError
 from train.errors import PeerError, one_line
-from train.extensions import build_communication
+from train.extensions import build_communication, release_shared_memory
 from train.stop import STOP_SIGNALS, ignore_signals
 
 _TIMEOUT: Final = timedelta(hours=2)  # rank 0 may read a 7B checkpoint from the hub while the others wait
@@ -101,7 +101,9 @@ def connect() -> None:
 
 
 def init() -> None:
-    """Joins the process group of the run; returns when all ranks are there."""
+    """Joins the process group of the run, unless this process is in it; returns when all ranks are there."""
+    if distributed.is_initialized():
+        return
     build_communication()
     import deepspeed  # imports slowly, and only after setup_env()
 
@@ -117,6 +119,7 @@ def init() -> None:
         raise
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     barrier()
+    release_shared_memory()
 
 
 def print_rank0(text: str) -> None:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
+from models.families import PARTS, family_of
 from recipes.schema import LearningRates
 
-_MARKS: Final = {"multi_modal_projector": "projector", "vision_tower": "vision_tower"}
 
-
-def group_of(name: str) -> str:
-    """Returns the group of a parameter name: projector, vision_tower or language_model (with its head)."""
-    return next((group for mark, group in _MARKS.items() if mark in name), "language_model")
+def part_of(model: Any, name: str) -> str:
+    """Returns the part of a parameter: projector, vision_tower or language_model (with its head)."""
+    return family_of(model.config.model_type).part_of(name)
 
 
 def freeze(model: nn.Module, rates: LearningRates, *, adapters: bool) -> None:
     """Lets exactly the parameters learn whose group has a rate; with adapters, of the language model only those."""
     for name, parameter in model.named_parameters():
-        group = group_of(name)
+        group = part_of(model, name)
         learns = getattr(rates, group) is not None
         if adapters and group == "language_model":
             learns = learns and "lora_" in name
@@ -29,10 +28,10 @@ def freeze(model: nn.Module, rates: LearningRates, *, adapters: bool) -> None:
 
 def trainable_counts(model: nn.Module) -> dict[str, int]:
     """Returns {group: number of parameters that learn}; under ZeRO-3 of the whole parameter, not of this share."""
-    counts = {"projector": 0, "vision_tower": 0, "language_model": 0}
+    counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[group_of(name)] += getattr(parameter, "ds_numel", parameter.numel())
+            counts[part_of(model, name)] += getattr(parameter, "ds_numel", parameter.numel())
     return counts
 
 
@@ -53,7 +52,7 @@ def parameter_groups(
             parameters = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if parameter.requires_grad and group_of(name) == group and (name in decayed) == decay
+                if parameter.requires_grad and part_of(model, name) == group and (name in decayed) == decay
             ]
             if parameters:
                 decay_rate = weight_decay if decay else 0.0

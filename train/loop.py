@@ -38,11 +38,11 @@ from train.groups import freeze, trainable_counts
 from train.health import Health
 from train.initial import INITIAL, build_initial, load_checkpoint, read_processor
 from train.metrics import TrainMetrics
-from train.outcome import FINAL, finished_steps, save_final
+from train.outcome import FINAL, ended_early, finished_steps, save_final
 from train.precision import resolve_dtype
 from train.reshard import reshard
 from train.run_lock import RunLock
-from train.samples import Samples, data_fingerprint, read_samples, sample_notes, sample_order
+from train.samples import Samples, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
 from train.stop import StopRequest
 from train.tracking import start_tracking, stop_tracking
 from train.trainer import FusedTrainer
@@ -99,7 +99,7 @@ def _is_finished(recipe: Recipe, index: int) -> bool:
     steps, wanted = finished_steps(phase), phase.train.max_steps
     if steps is None:
         return False
-    if wanted is None or wanted <= steps or is_timed(phase.train):
+    if wanted is None or wanted <= steps or is_timed(phase.train) or ended_early(phase):
         return True
     key = "align.train.max_steps" if phase.name == "align" else "train.max_steps"
     if not whole_checkpoints(phase.folder):
@@ -139,13 +139,14 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
 
 def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, stop: StopRequest) -> bool:
     """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
+    dataset, validation = hold_out(phase, dataset, seed=recipe.seed)
     checkpoints = whole_checkpoints(phase.folder)
     resumed = checkpoints[-1] if checkpoints else None
     progress = read_progress(resumed) if resumed else Progress(ranks=distributed.count())
     order = sample_order(phase, dataset, seed=recipe.seed)
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
     fingerprints = {
-        "data": data_fingerprint(phase, dataset),
+        "data": data_fingerprint(phase, dataset, validation),
         "deepspeed": deepspeed_fingerprint(read_deepspeed(phase.train)),
         "schedule": _schedule(phase, total),
     }
@@ -164,6 +165,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         clock=Clock(before=progress.seconds),
         metrics=TrainMetrics(samples=progress.samples, tokens=progress.tokens, window=progress.window),
         watch=DataWatch(phase.data, len(dataset.skipped)),
+        validation=validation,
         stop=stop,
         fingerprints=fingerprints,
         model=model,
@@ -190,7 +192,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
             trainer.train(resume_from_checkpoint=str(source) if source else None)
         except NothingToTrain:
             trainer.clock.agreed = progress.seconds
-        else:
+        if not is_trained:
             stop_tracking()
         if trainer.is_stopping:
             where = phase.folder / f"checkpoint-{trainer.state.global_step}"

@@ -13,11 +13,12 @@ import torch
 import transformers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from models import FusedLlavaForConditionalGeneration
+from models.families import family_of
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import merged
+from train.checkpoints import find_fault
 from train.errors import TrainingError, one_line
 from train.groups import trainable_counts
 from train.initial import checkpoint_config, refuse_faults
@@ -37,11 +38,22 @@ def finished_steps(phase: Phase) -> int | None:
     Raises:
         RecipeError: its run.json cannot be read.
     """
+    figures = _read_figures(phase)
+    return None if figures is None else figures["steps"]
+
+
+def ended_early(phase: Phase) -> bool:
+    """Returns whether the phase's final/ is of a run that ended because its evaluations no longer got better."""
+    return bool((_read_figures(phase) or {}).get("ended_early"))
+
+
+def _read_figures(phase: Phase) -> dict[str, Any] | None:
     file = phase.folder / FINAL / RUN
     if not file.is_file():
         return None
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {**found, "steps": int(found["steps"])}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecipeError(f"output: {file} cannot be read, expected what a run writes ({one_line(error)})") from error
 
@@ -60,9 +72,15 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
     """
     phase = trainer.phase
     figures = _figures(trainer, dataset)
-    weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    best = _best_checkpoint(trainer)
+    weights = {} if best is not None else trainer.accelerator.get_state_dict(trainer.deepspeed)
     if distributed.rank() != 0:
         return
+    if best is not None:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        dtype = resolve_dtype(phase.train)
+        weights = {name: one.to(dtype) for name, one in get_fp32_state_dict_from_zero_checkpoint(best).items()}
     partial = phase.folder / f"{FINAL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model: Any = trainer.model
@@ -88,6 +106,18 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
         partial.rename(phase.folder / FINAL)
 
 
+def _best_checkpoint(trainer: FusedTrainer) -> Path | None:
+    """Returns the best evaluation's checkpoint where final/ is to hold its weights and not the last."""
+    step = trainer.state.best_global_step
+    if not trainer.keeps_best or step is None or step == trainer.state.global_step:
+        return None
+    path = trainer.phase.folder / f"checkpoint-{step}"
+    fault = find_fault(path) if distributed.rank() == 0 else None
+    if fault is not None:
+        raise TrainingError(f"{path}, the best evaluation's, cannot be used: {fault}")
+    return path
+
+
 def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
     """Makes generation stop at the tokens that training labelled as the end of an answer, and at the config's own."""
     config = model.config.text_config.eos_token_id
@@ -99,9 +129,10 @@ def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
 
 def _check_loads(folder: Path) -> None:
     """Loads names and shapes of a checkpoint, no weights, and refuses any that do not fit its config."""
-    _, report = FusedLlavaForConditionalGeneration.from_pretrained(
+    config = checkpoint_config(folder)
+    _, report = family_of(config.model_type).model_class.from_pretrained(
         folder,
-        config=checkpoint_config(folder),
+        config=config,
         device_map="meta",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -125,6 +156,7 @@ def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "loss": losses[-1] if losses else None,
+        **_eval_figures(trainer),
         "ranks": distributed.count(),
         "precision": resolve_precision(trainer.phase.train),
         "trainable": trainable_counts(trainer.model),
@@ -132,6 +164,17 @@ def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
         "sources": dict(zip(trainer.phase.data.names, dataset.source_rows, strict=False)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _eval_figures(trainer: FusedTrainer) -> dict[str, Any]:
+    """Returns the evaluation of the weights in final/, its step, and whether the run ended early."""
+    evaluations = {line["step"]: line for line in trainer.state.log_history if "eval_loss" in line}
+    if not evaluations:
+        return {}
+    step = trainer.state.best_global_step if trainer.keeps_best else max(evaluations)
+    kept = ("eval_loss", "eval_accuracy")
+    chosen = {name: value for name, value in evaluations[step].items() if name.startswith(kept)}
+    return {"eval_step": step, **chosen, "ended_early": trainer.is_stalled}
 
 
 def _plain(fault: Any) -> Any:

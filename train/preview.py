@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from transformers import LlavaConfig
 
+from data.processor import ProcessorError, VisionProcessor, with_settings
 from data.sources import missing_paths
 from data.stream import ConversationStream
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from models.cost import plan_cost
-from recipes.schema import Phase, Recipe
+from models.families import family_of
+from recipes.schema import Phase, Recipe, RecipeError
 from train.adapters import add_adapters
 from train.arguments import is_timed
-from train.checks import check_run
+from train.checks import check_run, processor_is_here
 from train.groups import freeze, trainable_counts
 from train.initial import read_processor
-from train.samples import read_samples
+from train.samples import hold_out, read_samples
+
+_TYPICAL: Final = 640, 480  # width and height of a photo, as COCO's are
 
 
 def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
@@ -42,11 +46,11 @@ def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
         yield from _preview_phase(recipe, phase, config)
 
 
-def _preview_phase(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> Iterator[str]:
+def _preview_phase(recipe: Recipe, phase: Phase, config: Any) -> Iterator[str]:
     yield f"{phase.name}:"
     counts = [f"{group} {count:,}" for group, count in _meta_counts(phase, config).items() if count]
     yield f"  trainable parameters: {', '.join(counts)}"
-    rows, text, note = _measure(recipe, phase, config)
+    rows, visual, text, note = _measure(recipe, phase, config)
     if note:
         yield f"  note: {note}"
     steps = _steps(phase, rows)
@@ -56,9 +60,11 @@ def _preview_phase(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> It
         yield "  steps: unknown without the data; expected_rows would tell"
     else:
         yield f"  steps: {steps:,} of {phase.train.global_batch} samples"
-    if text is None:
+    if phase.eval is not None:
+        what = "held-out files" if phase.eval.files is not None else f"{phase.eval.share:.3g} of the rows, held out"
+        yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
+    if text is None or visual is None:
         return
-    visual = config.image_seq_length
     cost = plan_cost(config.text_config, recipe.plan, visual=visual, text=text)
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
     share = cost.flops / dense.flops
@@ -80,31 +86,47 @@ def _trains_weights(phase: Phase) -> bool:
     return phase.train.learning_rate.language_model is not None and phase.train.lora is None
 
 
-def _meta_counts(phase: Phase, config: FusedLlavaConfig) -> dict[str, int]:
+def _meta_counts(phase: Phase, config: Any) -> dict[str, int]:
     """Returns {group: parameters that learn}, from shapes alone."""
     with torch.device("meta"):
-        model: Any = FusedLlavaForConditionalGeneration(config)
+        model: Any = family_of(config.model_type).model_class(config)
         if phase.train.lora is not None:
             model = add_adapters(model, phase.train.lora)
     freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
     return trainable_counts(model)
 
 
-def _measure(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> tuple[int | None, int | None, str]:
-    """Returns rows, text tokens of a mean sample, and a note on where they come from when it is not the data."""
-    expected = phase.data.expected_rows, phase.data.expected_text_tokens
+def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int | None, int | None, str]:
+    """Returns rows, visual tokens of a sample with images, text tokens of a mean sample, and a note on their source."""
+    rows = phase.data.expected_rows
+    if rows is not None and phase.eval is not None and phase.eval.files is None:
+        rows -= round(rows * (phase.eval.share or 0.0))
+    expected = rows, _typical_visual(recipe, phase, config), phase.data.expected_text_tokens
     missing = missing_paths(phase.data)
     if missing:
         return *expected, f"data: {missing[0]} is not here; rows and text tokens are the recipe's"
-    brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
-    if not Path(brings).exists():
+    if not processor_is_here(recipe.model):
+        brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
         return *expected, f"data: not read, its tokenizer ({brings}) is not here"
-    dataset = read_samples(phase, read_processor(recipe.model))
+    dataset, _ = hold_out(phase, read_samples(phase, read_processor(recipe.model)), seed=recipe.seed)
     if isinstance(dataset, ConversationStream):
         return *expected, "data: streamed, so not read; rows and text tokens are the recipe's"
     with_image = sum(dataset.has_image)
-    text = (sum(dataset.lengths) - with_image * config.image_seq_length) / len(dataset)
-    return len(dataset), round(text), ""
+    text = (sum(dataset.lengths) - dataset.visual_tokens) / len(dataset)
+    return len(dataset), round(dataset.visual_tokens / max(1, with_image)), round(text), ""
+
+
+def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
+    """Returns the tokens of one image: of a LLaVA's, else of one of _TYPICAL pixels; None without a processor."""
+    if isinstance(config, LlavaConfig):
+        return config.image_seq_length
+    if not processor_is_here(recipe.model):
+        return None
+    try:
+        processor = with_settings(read_processor(recipe.model), phase.data)
+        return VisionProcessor(processor, aspect=phase.data.image_aspect).count(*_TYPICAL)
+    except ProcessorError as error:
+        raise RecipeError(f"{phase.name}: {error}") from error
 
 
 def _steps(phase: Phase, rows: int | None) -> int | None:

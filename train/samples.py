@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-from transformers import LlavaProcessor
+from typing import Any
 
 from data.chat import TokenizerError
 from data.dataset import ConversationDataset, LengthModalitySampler
+from data.processor import ProcessorError, with_settings
 from data.rows import DataError
 from data.sources import find_files
 from data.stream import ConversationStream
@@ -16,17 +16,19 @@ from recipes.schema import Phase, RecipeError
 from train import distributed
 from train.arguments import split_batch
 from train.order import EpochSampler, ShuffledSampler, WholeBatches
+from train.validation import Validation
 
 Samples = ConversationDataset | ConversationStream
 
 
-def read_samples(phase: Phase, processor: LlavaProcessor, *, seed: int = 0) -> Samples:
+def read_samples(phase: Phase, processor: Any, *, seed: int = 0) -> Samples:
     """Returns the phase's samples, every row of them checked, or this rank's endless stream of them.
 
     Raises:
         RecipeError: a file is missing or wrong, or more rows have faults than the recipe allows.
     """
     try:
+        processor = with_settings(processor, phase.data)
         if phase.data.streaming:
             ranks = distributed.count()
             batch, _ = split_batch(phase.train, ranks)
@@ -34,8 +36,30 @@ def read_samples(phase: Phase, processor: LlavaProcessor, *, seed: int = 0) -> S
                 phase.data, processor, seed=seed, batch=batch, rank=distributed.rank(), ranks=ranks
             )
         return ConversationDataset(phase.data, processor)
-    except (DataError, TokenizerError) as error:
+    except (DataError, TokenizerError, ProcessorError) as error:
         raise RecipeError(f"{phase.name}: {error}") from error
+
+
+def hold_out(phase: Phase, samples: Samples, *, seed: int) -> tuple[Samples, Validation | None]:
+    """Returns the samples to train on, and the phase's validation, or None where it has none.
+
+    Raises:
+        RecipeError: the held-out files are wrong, or no sample is left on one side.
+    """
+    section = phase.eval
+    if section is None:
+        return samples, None
+    try:
+        if section.files is not None:
+            config = phase.data.model_copy(update={"files": section.files, "streaming": False})
+            held_out = ConversationDataset(config, samples.processor)
+            if section.share is not None:
+                _, held_out = held_out.split(section.share, seed=seed)
+        elif isinstance(samples, ConversationDataset) and section.share is not None:
+            samples, held_out = samples.split(section.share, seed=seed)
+        return samples, Validation(section, held_out)
+    except (DataError, TokenizerError) as error:
+        raise RecipeError(f"{phase.name}: eval: {error}") from error
 
 
 def sample_notes(phase: Phase, samples: Samples) -> list[str]:
@@ -54,8 +78,10 @@ def sample_notes(phase: Phase, samples: Samples) -> list[str]:
     return notes
 
 
-def data_fingerprint(phase: Phase, samples: Samples) -> str:
+def data_fingerprint(phase: Phase, samples: Samples, validation: Validation | None) -> str:
     """Returns a digest of the phase's data: its sources, the content of their files, each sample's length and modality.
+
+    Of held-out samples the last two count.
 
     Images are not read: one that was replaced by another of the same place is not noticed. Of a stream, whose files
     may be anywhere, the names are all that counts.
@@ -69,8 +95,9 @@ def data_fingerprint(phase: Phase, samples: Samples) -> str:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
             else:
                 digest.update(name.encode())
-    if isinstance(samples, ConversationDataset):
-        digest.update(repr((list(samples.lengths), list(map(bool, samples.has_image)))).encode())
+    for part in (samples, validation and validation.samples):
+        if isinstance(part, ConversationDataset):
+            digest.update(repr((list(part.lengths), list(map(bool, part.has_image)))).encode())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from recipes.schema import Phase
 from train.arguments import is_timed
@@ -22,6 +23,7 @@ from train.groups import parameter_groups
 from train.metrics import TrainMetrics
 from train.order import WholeBatches
 from train.stop import StopRequest, ignore_signals
+from train.validation import Validation
 from train.watch import DataWatch
 
 
@@ -34,10 +36,12 @@ class FusedTrainer(Trainer):
         clock: training time, agreed between the ranks once a step.
         metrics: sums of the run.
         watch: the rows that were passed over, and the loss of each source.
+        validation: the held-out samples; None without.
         stop: the stop request of this process.
         fingerprints: what checkpoints say about the run.
         last_step: sums of the last step over all ranks, by name.
         is_stopping: some rank was asked to stop; the same on every rank.
+        keeps_best: the checkpoint of the best evaluation is kept, and `final/` is made from it.
     """
 
     optimizer: Any
@@ -52,16 +56,18 @@ class FusedTrainer(Trainer):
         clock: Clock,
         metrics: TrainMetrics,
         watch: DataWatch,
+        validation: Validation | None,
         stop: StopRequest,
         fingerprints: Mapping[str, str],
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(eval_dataset=None if validation is None else validation.samples, **kwargs)
         self.phase, self.order, self.clock, self.metrics, self.watch = phase, order, clock, metrics, watch
-        self.stop, self.fingerprints = stop, fingerprints
+        self.validation, self.stop, self.fingerprints = validation, stop, fingerprints
         self.last_step: dict[str, float] = {}
         watch.watch_loss(self.model)
         self.is_stopping = False
+        self.keeps_best = validation is not None and validation.section.final == "best"
         self._group_settings: list[dict[str, Any]] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -76,6 +82,29 @@ class FusedTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
         )
         return loader if self.order is None else self.accelerator.prepare(loader)  # a stream is this rank's share
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Returns this rank's share of the held-out samples."""
+        return self._validation.loader(self.data_collator, batch=self.args.per_device_train_batch_size)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Adds a held-out batch to the sums of the evaluation."""
+        self._validation.add(model, self._prepare_inputs(inputs))
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Returns the held-out loss and accuracy of all ranks; training time stands still meanwhile."""
+        with self.clock.paused():
+            output = super().evaluation_loop(*args, **kwargs)
+            output.metrics.update(self._validation.report())
+        return output
+
+    def evaluate_late(self) -> None:
+        """Makes the evaluation that a stop request left out, and saves its result."""
+        self.control.should_evaluate = self.control.should_save = True
+        none = torch.zeros((), device=self.args.device)
+        self._maybe_log_save_evaluate(none, None, self.model, None, 0.0, None, 0.0)
+        self.control.should_evaluate = self.control.should_save = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns AdamW over the recipe's groups; DeepSpeed's CPU version where it keeps the states there."""
@@ -152,13 +181,32 @@ class FusedTrainer(Trainer):
             rates = self.phase.train.learning_rate.model_dump()
             factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
             logs.update({f"learning_rate_{name}": rate * factor for name, rate in rates.items() if rate})
+        elif "eval_loss" in logs:
+            logs["seconds"] = round(self.clock.agreed, 3)
         super().log(logs, start_time)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the run ends because its evaluations no longer get better."""
+        return self.validation is not None and self.validation.is_stalled(self.state.log_history)
 
     def failure(self, what: str, *, step: int) -> TrainingError:
         """Returns the error of a run that cannot go on, with the checkpoint to go back to."""
         good = whole_checkpoints(self.phase.folder)
         last = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written before"
         return TrainingError(f"step {step}: {what}; {last}")
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self._validation.section.final == "best":
+            self.control.should_save = True
+        return is_best
+
+    @property
+    def _validation(self) -> Validation:
+        if self.validation is None:
+            raise ValueError("eval: got an evaluation of a recipe without the section")
+        return self.validation
 
     def _sync_ranks(self) -> None:
         """Shares between the ranks, in one message: stop requests, seconds on rank 0, bad rows, sums of the step."""

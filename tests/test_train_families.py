@@ -1,0 +1,208 @@
+"""Every family trains from LLaVA rows with two images, one and none, through its processor."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.dataset import Collator
+from data.processor import save_processor
+from models import FusedAutoModel
+from recipes.schema import load_recipe
+from tests.tiny_processors import PROCESSORS
+from tests.tiny_vlms import TINY
+from train.checks import check_run
+from train.groups import freeze, parameter_groups, part_of
+from train.initial import build_initial, load_checkpoint, read_processor
+from train.samples import read_samples
+from train.weights import save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"enter": 1, "exit": 5}
+TINY_OF = {tiny.family: name for name, tiny in reversed(TINY.items())}
+ROWS = [
+    ("<image>\nwhat is it?\n<image>", ["a.png", "b.png"], "a dog, a cat."),
+    ("<image>\nand this?", ["b.png"], "a cat."),
+    ("what is two and two?", [], "it is 4."),
+]
+
+
+def write_rows(folder, chosen=ROWS):
+    """Writes the rows and their images, of two shapes."""
+    random = np.random.default_rng(0)
+    for name, (width, height) in {"a.png": (20, 10), "b.png": (12, 30)}.items():
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    rows = [
+        {
+            **({"image": images} if images else {}),
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        }
+        for question, images, answer in chosen
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def write_checkpoint(folder, family):
+    """Writes a tiny random checkpoint of Hugging Face's class, with its processor."""
+    tiny = TINY[TINY_OF[family]]
+    tiny.hugging_face().save_pretrained(folder)
+    save_processor(PROCESSORS[family](), folder)
+
+
+def write_recipe(folder, **overrides):
+    """Writes the recipe of a training from the checkpoint and the rows in a folder; returns its file."""
+    fields = {
+        "name": "tiny",
+        "output": str(folder / "run"),
+        "model": {"checkpoint": str(folder / "checkpoint"), "stages": STAGES},
+        "data": {
+            "files": [str(folder / "rows.json")],
+            "images": str(folder),
+            "format": "chat_template",
+            "image_aspect": "processor",
+            "group_by_length": False,
+            "workers": 0,
+        },
+        "train": {
+            "deepspeed": "recipes/deepspeed/zero2.json",
+            "learning_rate": {"projector": 1e-2, "vision_tower": None, "language_model": 1e-2},
+            "global_batch": 3,
+            "per_device_batch": 3,
+            "max_steps": 3,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+    }
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        fields[section][name] = value
+    (folder / "recipe.yaml").write_text(json.dumps(fields))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Returns a function from a family to a folder with its checkpoint, rows and recipe."""
+    folders = {}
+
+    def prepare(family):
+        if family == "smolvlm":
+            pytest.importorskip("num2words", reason="SmolVLM's processor asks for it")
+        if family == "mistral3":
+            pytest.importorskip("torchvision", reason="Mistral 3's processor asks for it")
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            write_checkpoint(folders[family] / "checkpoint", family)
+            write_rows(folders[family])
+            write_recipe(folders[family])
+        return folders[family]
+
+    return prepare
+
+
+@pytest.mark.parametrize("family", sorted(PROCESSORS))
+def test_a_family_learns_from_rows_with_two_images_one_and_none(prepared, family):
+    folder = prepared(family)
+    recipe = load_recipe(folder / "recipe.yaml")
+    check_run(recipe, 1)
+    processor = read_processor(recipe.model)
+    build_initial(recipe, folder / "init")
+    model = load_checkpoint(folder / "init", dtype=torch.float32)
+    [phase] = recipe.phases
+    freeze(model, phase.train.learning_rate, adapters=False)
+    dataset = read_samples(phase, processor)
+    assert [len(dataset[number]["input_ids"]) for number in range(3)] == dataset.lengths
+    assert all(sample["labels"].max() >= 0 for sample in map(dataset.__getitem__, range(3)))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, phase.train.learning_rate, decayed=[], weight_decay=0.0), betas=(0.9, 0.95)
+    )
+    collate, losses = Collator(processor.tokenizer.pad_token_id), []
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for _ in range(3):
+        batch = collate([dataset[number] for number in range(3)])
+        del batch["sources"]
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(np.isfinite(losses))
+    assert losses[2] < losses[0]
+    changed = {part_of(model, name) for name, weight in model.named_parameters() if (weight != before[name]).any()}
+    assert changed == {"projector", "language_model"}
+    with torch.no_grad():
+        alone = collate([dataset[2]])
+        del alone["sources"]
+        assert torch.isfinite(model(**alone).loss)  # a batch without an image
+    save_model(model, folder / "saved")
+    loaded, report = FusedAutoModel.from_pretrained(folder / "saved", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch).loss, model.eval()(**batch).loss)
+
+
+def command(name, *arguments, ranks=None):
+    """Runs one of the project's commands; returns its output."""
+    words = [sys.executable]
+    if ranks is not None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+        words = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        words += ["--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [*words, *name, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses_of_one_process(folder, recipe):
+    """Returns the losses of plain AdamW steps over all rows at once."""
+    [phase] = recipe.phases
+    build_initial(recipe, folder / "init")
+    model = load_checkpoint(folder / "init", dtype=torch.float32).train()
+    freeze(model, phase.train.learning_rate, adapters=False)
+    processor = read_processor(recipe.model)
+    dataset, collate = read_samples(phase, processor), Collator(processor.tokenizer.pad_token_id)
+    batch = collate([dataset[number] for number in range(len(dataset))])
+    del batch["sources"]
+    groups = parameter_groups(model, phase.train.learning_rate, decayed=[], weight_decay=0.0)
+    optimizer, losses = torch.optim.AdamW(groups), []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([one for group in groups for one in group["params"]], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
+def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family):
+    write_checkpoint(tmp_path / "checkpoint", family)
+    write_rows(tmp_path, [ROWS[0], ROWS[2]])
+    recipe = write_recipe(
+        tmp_path,
+        train__deepspeed="recipes/deepspeed/zero3.json",
+        train__global_batch=2,
+        train__per_device_batch=1,
+        train__scheduler="constant",
+        train__warmup_ratio=0.0,
+        train__learning_rate={"projector": 1e-3, "vision_tower": 1e-3, "language_model": 1e-3},
+    )
+    expected = losses_of_one_process(tmp_path, load_recipe(recipe))
+    command(["train/run.py"], recipe, ranks=2)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+    assert expected[2] < expected[0]
