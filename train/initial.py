@@ -46,7 +46,7 @@ def read_config(model: ModelSection) -> Any:
             fields = json.loads((Path(model.config) / "config.json").read_text(encoding="utf-8"))
         else:
             fields, _ = PreTrainedConfig.get_config_dict(source)
-        return _config_of(source, fields, stages=model.stages)
+        return _config_of(source, fields, **model.plan_fields)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
 

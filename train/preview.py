@@ -65,19 +65,25 @@ def _preview_phase(recipe: Recipe, phase: Phase, config: Any) -> Iterator[str]:
         yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
     if text is None or visual is None:
         return
-    cost = plan_cost(config.text_config, recipe.plan, visual=visual, text=text)
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
-    share = cost.flops / dense.flops
-    yield (
-        f"  a sample: {visual} visual + {text} text tokens; {cost.visual_token_layers:,} visual token-layers "
-        f"(dense {dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs ({share:.0%} of dense)"
-    )
+    plans = recipe.model.plans
+    weights, flops = sum(plan.weight for plan in plans.values()), 0.0
+    yield f"  a sample: {visual} visual + {text} text tokens"
+    for name, plan in plans.items():
+        cost, ratio = plan_cost(config.text_config, plan.stages, visual=visual, text=text), plan.weight / weights
+        flops += ratio * cost.flops
+        yield (
+            f"  {name}{f', {ratio:.0%} of the steps' if len(plans) > 1 else ''}: {cost.visual_token_layers:,} visual "
+            f"token-layers (dense {dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs "
+            f"({cost.flops / dense.flops:.0%} of dense)"
+        )
     if steps is not None:
         samples = steps * phase.train.global_batch
         passes = 3 if _trains_weights(phase) else 2
         yield (
             f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder "
-            f"{passes * samples * cost.flops:.3g} FLOPs (dense {passes * samples * dense.flops:.3g})"
+            f"{passes * samples * flops:.3g} FLOPs (dense {passes * samples * dense.flops:.3g}, "
+            f"{dense.flops / flops:.2f} times as many)"
         )
 
 
