@@ -29,6 +29,18 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Distill(_Section):
+    """Self-distillation: steps under a plan also learn from the same model under another one, without gradient.
+
+    Attributes:
+        teacher: name of the other plan.
+        weight: of the Kullback-Leibler divergence on the labelled positions, beside the loss.
+    """
+
+    teacher: str
+    weight: float = Field(default=1.0, gt=0)
+
+
 class NamedPlan(_Section):
     """One of several stage plans that a checkpoint is trained for.
 
@@ -36,11 +48,13 @@ class NamedPlan(_Section):
         name: `model.schedule = name` chooses it later.
         weight: each optimizer step runs under one plan, drawn with these weights.
         plan: fields of StagePlan; null is dense.
+        distill: what steps under this plan learn from another one; null: nothing.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     weight: float = Field(default=1.0, gt=0)
     plan: dict[str, Any] | None
+    distill: Distill | None = None
 
     @property
     def stages(self) -> StagePlan | None:
@@ -88,6 +102,11 @@ class ModelSection(_Section):
             names = [one.name for one in self.stages]
             if len(set(names)) < max(2, len(names)):
                 raise ValueError(f"stages: got plans named {names}, expected at least two, each with its own name")
+            for one in self.stages:
+                others = [name for name in names if name != one.name]
+                if one.distill is not None and one.distill.teacher not in others:
+                    found = one.distill.teacher
+                    raise ValueError(f"stages: distill.teacher: got '{found}', expected one of {', '.join(others)}")
         for one in self.plans.values():
             if one.plan is not None:
                 StagePlan.from_dict(one.plan)

@@ -1,12 +1,14 @@
 """Training under several stage plans: the draw, what a recipe may say, and a run."""
 
+import math
 from collections import Counter
 
 import pytest
+import torch
 
 from models.schedules import Dense, Fused, StagePlan
-from recipes.schema import NamedPlan, RecipeError, load_recipe
-from train.plans import PlanDraw
+from recipes.schema import Distill, NamedPlan, RecipeError, load_recipe
+from train.plans import PlanDraw, divergence, predicting
 from train.preview import preview
 
 WINDOW = {"enter": 1, "exit": 3}
@@ -18,12 +20,25 @@ PLANS = {
 
 def test_the_draw_depends_on_seed_and_step_alone():
     draw = PlanDraw(PLANS, seed=5)
-    names = [draw.name_of(step) for step in range(4000)]
-    assert names == [PlanDraw(PLANS, seed=5).name_of(step) for step in range(4000)]
-    assert names != [PlanDraw(PLANS, seed=6).name_of(step) for step in range(4000)]
+    names = [draw.of_step(step).name for step in range(4000)]
+    assert names == [PlanDraw(PLANS, seed=5).of_step(step).name for step in range(4000)]
+    assert names != [PlanDraw(PLANS, seed=6).of_step(step).name for step in range(4000)]
     assert Counter(names)["fused"] / 4000 == pytest.approx(0.75, abs=0.03)
-    schedules = {"fused": Fused(StagePlan(1, 3)), "dense": Dense()}
-    assert all(draw.schedule_of(step) == schedules[draw.name_of(step)] for step in range(20))
+    assert (draw.schedule("fused"), draw.schedule("dense")) == (Fused(StagePlan(1, 3)), Dense())
+
+
+def test_the_divergence_is_zero_for_the_same_logits_and_that_of_two_distributions():
+    logits = torch.randn(3, 5)
+    assert divergence(logits, logits + 1.0, Distill(teacher="x")).item() == pytest.approx(0, abs=1e-6)
+    student, teacher = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.5]])
+    expected = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)
+    found = divergence(student.log(), teacher.log(), Distill(teacher="x", weight=2.0))
+    assert found.item() == pytest.approx(2 * expected)
+
+
+def test_positions_that_predict_a_label():
+    labels = torch.tensor([[-100, 4, 5, -100], [-100, -100, -100, 7]])
+    assert predicting(labels).tolist() == [[True, True, False, False], [False, False, True, False]]
 
 
 def test_a_recipe_with_several_plans():
@@ -48,6 +63,7 @@ def test_a_recipe_with_several_plans():
         ("[{name: a, plan: null}, {name: b, weight: 0.0, plan: null}]", "weight: got 0.0"),
         ("[{name: a, plan: null}, {name: B b, plan: null}]", "name: got 'B b'"),
         ("[{name: a, plan: null}, {name: b}]", "plan: missing key"),
+        ("[{name: a, plan: null}, {name: b, plan: null, distill: {teacher: b}}]", "distill.teacher: got 'b', expected"),
         ("[{name: a, plan: null}, {name: b, enter: 2, plan: null}]", "enter: unknown key"),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models import StagePlan
 from models.cost import plan_cost
 from recipes.errors import RecipeError
 from recipes.schema import load_recipe
@@ -23,7 +24,17 @@ def check(name, *overrides):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava_pretrain", "llava_dense", "llava_fused", "llava_pyramid", "llava_vica", "llava_fast"]
+    "name",
+    [
+        "llava_pretrain",
+        "llava_dense",
+        "llava_fused",
+        "llava_pyramid",
+        "llava_vica",
+        "llava_fast",
+        "llava_elastic",
+        "llava_dualspeed",
+    ],
 )
 def test_published_recipes_are_checked_without_weights_or_data(name):
     text = check(name)
@@ -58,6 +69,16 @@ def test_the_cost_is_the_plan_s(name, token_layers):
     text = check(name)
     assert f"{token_layers:,} visual token-layers" in text
     assert f"{3 * 5198 * 128 * cost.flops:.3g} FLOPs" in text
+
+
+def test_a_mix_of_plans_costs_its_mean_and_its_teachers():
+    text = check("llava_dualspeed")
+    config = read_config(load_recipe("recipes/llava_dualspeed.yaml").model).text_config
+    tenth = StagePlan(0, 32, keep={0: 0.1}, select="diversity")
+    fast, dense = (plan_cost(config, plan, visual=576, text=256).flops for plan in (tenth, None))
+    total = 5198 * 128 * (0.9 * 3 * fast + 0.1 * (3 * dense + fast))
+    assert "fast, 90% of the steps: 1,824 visual token-layers" in text
+    assert f"decoder {total:.3g} FLOPs" in text
 
 
 def test_steps_and_seconds_that_the_command_sets_are_the_run_s():

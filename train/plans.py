@@ -1,12 +1,16 @@
-"""Several stage plans in one training: which one each optimizer step runs under."""
+"""Several stage plans in one training: which one each optimizer step runs under, and what it learns from another."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
+from data.chat import IGNORE_INDEX
 from models.schedules import Dense, Fused, Schedule
-from recipes.schema import NamedPlan
+from recipes.schema import Distill, NamedPlan
 
 
 class PlanDraw:
@@ -21,16 +25,25 @@ class PlanDraw:
     """
 
     def __init__(self, plans: Mapping[str, NamedPlan], seed: int) -> None:
-        self.seed, self.names = seed, list(plans)
+        self.seed, self.plans = seed, dict(plans)
         self._weights = [plan.weight for plan in plans.values()]
-        self._schedules: dict[str, Schedule] = {
-            name: Dense() if plan.stages is None else Fused(plan.stages) for name, plan in plans.items()
-        }
 
-    def name_of(self, step: int) -> str:
-        """Returns the name of the plan of a step, counted from 0."""
-        return random.Random(f"{self.seed} {step}").choices(self.names, self._weights)[0]
+    def of_step(self, step: int) -> NamedPlan:
+        """Returns the plan of a step, counted from 0."""
+        return random.Random(f"{self.seed} {step}").choices(list(self.plans.values()), self._weights)[0]
 
-    def schedule_of(self, step: int) -> Schedule:
-        """Returns the plan of a step, counted from 0, as a schedule."""
-        return self._schedules[self.name_of(step)]
+    def schedule(self, name: str) -> Schedule:
+        """Returns a plan as a schedule."""
+        plan = self.plans[name].stages
+        return Dense() if plan is None else Fused(plan)
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Returns (B, S) bool, the positions whose next token is labelled."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+
+
+def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:
+    """Returns the weighted sum over rows of KL(teacher || student), of logits (R, vocabulary)."""
+    logs = (logits.float().log_softmax(dim=-1) for logits in (student, teacher))
+    return distill.weight * torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
