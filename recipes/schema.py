@@ -408,7 +408,9 @@ def _check_depth(recipe: Recipe, path: str | Path) -> None:
         raise RecipeError(f"{path}: model.config: {file} is not JSON: {error}") from None
     text = config.get("text_config", {}) if isinstance(config, Mapping) else {}
     depth = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
-    for named in recipe.model.plans.values() if isinstance(depth, int) else ():
+    if not isinstance(depth, int):
+        return
+    for named in recipe.model.plans.values():
         try:
             if named.stages is not None:
                 named.stages.check(depth)

@@ -45,5 +45,5 @@ def predicting(labels: Tensor) -> Tensor:
 
 def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:
     """Returns the weighted sum over rows of KL(teacher || student), of logits (R, vocabulary)."""
-    logs = (logits.float().log_softmax(dim=-1) for logits in (student, teacher))
-    return distill.weight * torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
+    learns, says = student.float().log_softmax(dim=-1), teacher.float().log_softmax(dim=-1)
+    return distill.weight * torch.nn.functional.kl_div(learns, says, reduction="sum", log_target=True)
