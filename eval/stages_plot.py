@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("agg")  # before pyplot: there may be no display
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _COLOURS = ("C0", "C3", "C2", "C1")
 
@@ -39,7 +39,9 @@ def draw_stages(record: Mapping[str, Any], file: Path) -> None:
     lens.set(title="Logit lens: probability of the answer", ylabel="probability", ylim=(0, 1.02))
     _curves(rank, shown, {"lens_rank": ""})
     rank.set(title="Logit lens: rank of the answer", ylabel="rank (1 = best)", yscale="log")
+    rank.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     rank.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    rank.yaxis.set_minor_formatter(NullFormatter())
     _curves(entropy, shown, {"lens_entropy": ""})
     entropy.set(title="Logit lens: entropy", ylabel="nats")
     entropy.set_ylim(bottom=0)

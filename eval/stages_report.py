@@ -124,9 +124,9 @@ def evidence(record: Record) -> list[str]:
         f"layer {enter + 1} lose {_loss(record['masked_before'][enter + 1])}, all from layer {leave - 1} on "
         f"{_loss(record['masked_from'][leave - 1])}.",
     ]
-    told = [f"{name} {low} to {high}" for name, (low, high) in found["interval"].items()]
+    told = [f"{name} {low}" + (f" to {high}" if high > low else "") for name, (low, high) in found["interval"].items()]
     lines.append(
-        f"Other images could have said {' and '.join(told)}: each side alone, 95 % of a bootstrap over images."
+        f"Other images of the kind say {' and '.join(told)}: each side alone, 95 % of a bootstrap over images."
     )
     if found["widened"]:
         first = found["first"]
