@@ -179,6 +179,17 @@ def require_tower(schedule: Schedule, config: Any) -> Schedule:
     return schedule
 
 
+def require_nothing_more(schedule: Schedule, config: Any) -> Schedule:
+    """Returns the schedule; raises ScheduleError where a model of this config cannot run it on its inputs alone."""
+    if schedule.reads_relevance:
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ScheduleError(
+            f"schedule {name}: got a checkpoint without the text tower that it needs, expected another schedule; "
+            "eval.compare --text-tower runs this one"
+        )
+    return require_tower(schedule, config)
+
+
 def usable_schedules(config: Any) -> list[str]:
     """Returns the names of SCHEDULES that a model of this config runs without further inputs."""
     has_tower = missing_tower(config) is None

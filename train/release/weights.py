@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from models import FusedAutoModel, StagePlan
 from models.families import family_of
+from models.fused import require_nothing_more
 from models.schedules import TRAINED, ScheduleError, resolve_schedule
 from train.initial import refuse_faults
 from train.release.errors import InputError
@@ -54,7 +55,7 @@ def parse_schedule(text: str | None, run: Run) -> dict[str, Any] | None:
         fields = json.loads((run.final / "config.json").read_text(encoding="utf-8"))
         config = family_of(fields.get("model_type")).config_class.from_pretrained(run.final)
         plan = None if config.stages is None else StagePlan.from_dict(config.stages)
-        resolve_schedule(choice, plan, config.text_config.num_hidden_layers)
+        require_nothing_more(resolve_schedule(choice, plan, config.text_config.num_hidden_layers), config)
     except ScheduleError as error:
         raise InputError(f"--schedule: {error}") from None
     except (OSError, ValueError, TypeError) as error:
