@@ -207,6 +207,17 @@ def require_tower(schedule: Schedule, config: Any) -> Schedule:
     return schedule
 
 
+def require_nothing_more(schedule: Schedule, config: Any) -> Schedule:
+    """Returns the schedule; raises ScheduleError where a model of this config cannot run it on its inputs alone."""
+    if schedule.reads_relevance:
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ScheduleError(
+            f"schedule {name}: got a checkpoint without the text tower that it needs, expected another schedule; "
+            "eval.compare --text-tower runs this one"
+        )
+    return require_tower(schedule, config)
+
+
 def usable_schedules(config: Any) -> list[str]:
     """Returns the names of SCHEDULES that a model of this config runs without further inputs."""
     has_tower = missing_tower(config) is None
@@ -396,7 +407,7 @@ class FusedMixin:
             blocks=type(self).family_blocks(given),
             blank=BlankImage(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
-            relevance=relevance,
+            relevance=None if relevance is None else _part(relevance, _seen(given), visual.shape[1]),
         )
 
     def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
@@ -442,10 +453,7 @@ class FusedMixin:
         size, device, seen = tokens.shape[1], tokens.device, _seen(given)
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
-            if visual.shape[1] != size:  # given once for the whole prompt
-                visual = torch.nn.functional.pad(visual, (0, max(0, seen + size - visual.shape[1])))
-                visual = visual[:, seen : seen + size]
-            return visual
+            return _part(visual, seen, size)
         is_decode_step = seen > 0 and size == 1
         if ids is None and not vision_tokens and not is_decode_step and not isinstance(schedule, Dense):
             raise ValueError(
@@ -542,6 +550,13 @@ def _seen(given: Mapping[str, Any]) -> int:
     """Returns the length of the sequence that the given cache holds."""
     cache = given.get(CACHE)
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _part(given: Tensor, seen: int, size: int) -> Tensor:
+    """Returns (B, size), this call's columns of a tensor (B, S) given once for the whole prompt, 0 behind it."""
+    if given.shape[1] == size:
+        return given
+    return torch.nn.functional.pad(given, (0, max(0, seen + size - given.shape[1])))[:, seen : seen + size]
 
 
 def _instruction_ends(labels: Tensor) -> Tensor:

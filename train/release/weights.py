@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from models import FusedAutoModel, StagePlan
 from models.families import family_of
-from models.fused import resolve_config
+from models.fused import require_nothing_more, resolve_config
 from models.schedules import TRAINED, ScheduleError
 from train.initial import refuse_faults
 from train.release.errors import InputError
@@ -54,7 +54,7 @@ def parse_schedule(text: str | None, run: Run) -> dict[str, Any] | None:
         choice = json.loads(text) if text.lstrip().startswith("{") else {"name": text.strip()}
         fields = json.loads((run.final / "config.json").read_text(encoding="utf-8"))
         config = family_of(fields.get("model_type")).config_class.from_pretrained(run.final)
-        resolve_config(config, choice)
+        require_nothing_more(resolve_config(config, choice), config)
     except ScheduleError as error:
         raise InputError(f"--schedule: {error}") from None
     except (OSError, ValueError, TypeError) as error:
