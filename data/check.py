@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from data.chat import TokenizerError
-from data.config import DataConfig, expand, shorten
+from data.config import DataConfig, expand, first_fault, shorten
 from data.dataset import Encoder
 from data.processor import ProcessorError, model_processor, with_settings
 from data.rows import NOTES, DataError, Fault, RowError, group_faults
@@ -54,11 +55,19 @@ def main(given: Sequence[str] | None = None) -> int:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
     if arguments.json:
-        print(json.dumps(reports))
+        _print(json.dumps(reports))
     else:
         for name, found in reports.items():
-            print("\n".join(_lines(name, found, each=arguments.all)))
+            _print("\n".join(_lines(name, found, each=arguments.all)))
     return 2 if failed or any(found["faults"] for found in reports.values()) else 0
+
+
+def _print(text: str) -> None:
+    """Prints, also where the reader of a pipe has seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
@@ -172,7 +181,7 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
         )
         yield from (f"  rows that {NOTES[note]}: {count:,}" for note, count in source["notes"].items() if count)
         if source["ignored"]:
-            shown = [f"{shorten(key, 30)} ({count:,})" for key, count in source["ignored"].items()]
+            shown = [f"{shorten(key, 30) or repr(key)} ({count:,})" for key, count in source["ignored"].items()]
             more = f" and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
             yield f"  ignored keys: {', '.join(shown[:_SHOWN_KEYS])}{more}"
 
@@ -250,11 +259,8 @@ def _section(recipe: Path, name: str, fields: Any) -> DataConfig:
     try:
         return DataConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (name, *first["loc"])))
-        if first["type"] == "value_error":
-            raise DataError(f"{recipe}: {key}: {first['ctx']['error']}") from None
-        raise DataError(f"{recipe}: {key}: {first['msg']}, got {shorten(repr(first['input']))}") from None
+        where, reason = first_fault(error, DataConfig)
+        raise DataError(f"{recipe}: {'.'.join(filter(None, (name, where)))}: {reason}") from None
 
 
 if __name__ == "__main__":

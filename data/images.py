@@ -1,4 +1,4 @@
-"""Images: found below their folder, opened lazily and safely, as a person sees them, turned into pixel values."""
+"""Images: finds them below their folder, opens them as a person sees them, makes pixel values of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data.kinds import HEAD, kind_of
 from data.rows import EmbeddedImage, RowError
 
 MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's limit against decompression bombs
-MAX_RATIO: Final = 1_000  # a longer side of more shorter ones is no picture, and costs its square to pad
+MAX_RATIO: Final = 1_000  # longer side : shorter side; padding makes a square of the longer one
 _END_MARKS: Final = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _TAIL: Final = 1 << 10  # bytes at a file's end that are read for its end mark
 _ORIENTATION: Final = 0x0112  # EXIF tag
@@ -69,7 +69,9 @@ def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Pa
         RowError: no folder is given, the path leads out of it (`..`, absolute, link), or nothing is there.
     """
     shown = shorten(name)
-    if "://" in name[:12] or name.startswith("data:"):
+    if name.startswith("data:"):
+        raise RowError(f"image {shown!r} is an address without an image, expected data:image/...;base64,")
+    if "://" in name[:12]:
         raise RowError(f"image {shown!r} is an address, expected a path below the image folder: download it first")
     if folder is None:
         raise RowError(f"image {shown!r} without an image folder, expected data.images in the recipe")
@@ -161,7 +163,7 @@ def read_image(file: str | Path, options: ImageOptions = _DEFAULT) -> Image.Imag
 def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
     """Returns the image in RGB as a person sees it: upright, on white where it is transparent, 16 bits scaled to 8.
 
-    An image that went through it comes back unchanged. Colour profiles are not applied; LLaVA does not either.
+    A second call changes nothing. Colour profiles are not applied, as in LLaVA.
 
     Args:
         image: of any mode.
@@ -185,7 +187,7 @@ def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
         image = image.convert("RGB")
     if orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
-    image.info = {}  # the orientation with it: nobody turns it twice
+    image.info = {}  # without the orientation, so that the image is not turned again
     return image
 
 
@@ -217,7 +219,8 @@ def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptio
         return shorten(image.name), image.data
     if image.startswith("data:image/"):
         try:
-            return shorten(image, 40), base64.b64decode(image.partition(",")[2], validate=True)
+            text = "".join(image.partition(",")[2].split())  # base64 may be wrapped
+            return shorten(image, 40), base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             raise RowError(f"image {shorten(image, 40)!r} is broken: its base64 cannot be read") from None
     return shorten(image), resolve(folder, image, follow_links=options.follow_links)
@@ -225,7 +228,7 @@ def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptio
 
 @contextmanager
 def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[Image.Image]:
-    """Opens an image's header; whatever goes wrong with the file inside is a fault of the row."""
+    """Opens an image's header; an error in the `with` block that is the file's becomes a RowError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's: what is wrong is refused here, in the row's words
@@ -262,7 +265,7 @@ def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
 
 
 def _check_mode(image: Image.Image, what: str) -> None:
-    """Refuses pixels without a known range, and formats that not every machine decodes."""
+    """Refuses pixels without a known range, and formats that Pillow cannot decode alone."""
     found = ""
     if image.mode == "F":
         found = "floating-point pixels (mode F)"

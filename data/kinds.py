@@ -1,4 +1,4 @@
-"""What a file looks like by its first bytes, for the message that it cannot be read."""
+"""What a file looks like by its first bytes, for messages about files that cannot be read."""
 
 from __future__ import annotations
 

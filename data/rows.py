@@ -1,4 +1,4 @@
-"""One row of any chat format -> a checked Record; what a row says is used, or is a fault that names it.
+"""One row of any chat format -> a checked Record. Every key of a row is used, ignored and counted, or a fault.
 
 Formats: LLaVA and ShareGPT (`conversations` of from/value), OpenAI and Hugging Face (`messages` of role/content, the
 content a text or a list of parts), the Cauldron and FineVision (`texts` of user/assistant pairs).
@@ -116,9 +116,9 @@ class Record:
     Attributes:
         images: paths as written in the row, or embedded images, in the order of their marks.
         turns: user and assistant in turns, a user first.
-        system: the system prompt, or None for the format's own.
+        system: the system prompt; None means the format's default.
         notes: what is worth counting, keys of NOTES.
-        ignored: keys of the row that mean nothing here.
+        ignored: keys of the row and of its turns that have no meaning here.
     """
 
     images: tuple[str | EmbeddedImage, ...]
@@ -134,13 +134,13 @@ NOTES: Final = {
     "empty_answer": "have an empty answer, which trains its end mark alone",
     "empty_question": "have a question without words or images",
     "untrained": "have answers that the row says not to train",
-    "image_as_text": f"have {IMAGE_MARK} as text in a question, for no image of theirs",
-    "media_as_text": "have <video> or <audio> as text in a question, for no file of theirs",
+    "image_as_text": f"have {IMAGE_MARK} as text in a question, for no image",
+    "media_as_text": "have <video> or <audio> as text in a question, for no file",
     "question_left_out": "have a question, which format plain leaves out",
     "plain_dialogue": "have several turns under format plain, which is for captions",
     "plain_text_only": "have no image under format plain, which is for captions",
     "turned": "have an image that its EXIF orientation turns",
-    "answer_cut": "have a first answer that ends where max_length does (data.long_answers: cut)",
+    "answer_cut": "have a first answer that is cut at max_length (data.long_answers: cut)",
     "frames": "have an animated or multi-page image, of which the first frame is used",
 }
 
@@ -200,7 +200,7 @@ def parse(row: Any) -> Record:
 
 @dataclass(frozen=True)
 class _Message:
-    """A message as written: its texts and images in order, and its keys that mean nothing here."""
+    """A message as written: its texts and images in order, and its keys that have no meaning here."""
 
     role: str
     parts: tuple[Any, ...]  # str, or _Slot for an image
@@ -247,10 +247,10 @@ def _is_empty(value: Any, depth: int = 0) -> bool:
 
 
 def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset[str], where: str) -> list[str]:
-    """Returns the keys of an object that mean nothing here.
+    """Returns the keys of an object that have no meaning here.
 
     Raises:
-        RowError: a key stands there twice, has a meaning that is not supported, or is a known one in other letters.
+        RowError: a key occurs twice, has a meaning that is not supported, or misspells a known key.
     """
     if DUPLICATE in given:
         raise RowError(
@@ -274,7 +274,7 @@ def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset
 
 @lru_cache(1024)
 def _known_key(key: str, known: frozenset[str]) -> str | None:
-    """Returns the known key that `key` spells in other letters: `Videos`, `imagePath`, `system-prompt`."""
+    """Returns the known key that `key` misspells: `Videos` for `videos`, `system-prompt` for `system_prompt`."""
     plain = re.sub(r"[-_ ]", "", key).lower()
     return next((name for name in sorted(known) if name.replace("_", "") == plain), None)
 
@@ -292,7 +292,7 @@ def _check_switches(row: dict[str, Any]) -> None:
 
 
 def _check_unnamed_media(row: dict[str, Any]) -> None:
-    """Refuses a row without images that names or holds one, or a video or sound, under a key that nobody reads."""
+    """Refuses a row without images that names or holds an image, video or sound under an unknown key."""
     for key, value in row.items():
         if key not in _NEVER_MEDIA and key not in _CONVERSATIONS and _is_media(value):
             raise RowError(f"got key '{shorten(key, 30)}', which names or holds a file, expected it as image or images")
@@ -360,7 +360,7 @@ def _message(given: Any, where: str) -> _Message:
         raise RowError(f"{where}: got role '{shorten(name, 30)}', expected user or assistant: no tools")
     role = _ROLES.get(name.strip().lower())
     if role is None:
-        raise RowError(f"{where}: unknown role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
+        raise RowError(f"{where}: got role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
     content = _one_of(given, ("value", "content"), where)
     if is_plain:
         return _Message(role, _parts(content, role, where))
@@ -512,7 +512,7 @@ def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, 
 def _check_order(turns: Sequence[Turn]) -> None:
     roles = [turn.role for turn in turns]
     if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise RowError("turns out of order: expected user and assistant (human and gpt) in turns, at least one answer")
+        raise RowError(f"got turns {', '.join(roles[:6])}, expected user and assistant by turns, at least one answer")
     if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
         raise RowError("no label is left: the row says not to train any of its answers")
 

@@ -198,21 +198,25 @@ class HubSet:
         """Returns what a path means.
 
         Raises:
-            DataError: it has no organisation and name, or a local folder is in the way.
+            DataError: it has no organisation and name.
         """
         found = _HUB_NAME.fullmatch(path.rstrip("/"))
         if not found:
             raise DataError(f"{path}: expected hf://org/name, hf://org/name/subset or hf://org/name/subset:split")
-        if Path(found["name"]).is_dir():  # `datasets` would read it in place of the hub's
-            raise DataError(
-                f"{path}: the folder {found['name']} in {Path.cwd()} has the name of the hub's set; expected the "
-                "folder itself as path, or another working directory"
-            )
         return cls(path, found["name"], found["revision"], found["subset"], found["split"] or "train")
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `datasets.load_dataset`."""
+        """Arguments of `datasets.load_dataset`.
+
+        Raises:
+            DataError: a local folder has the set's name; `datasets` would read it in place of the hub's.
+        """
+        if Path(self.name).is_dir():
+            raise DataError(
+                f"{self.path}: the folder {self.name} in {Path.cwd()} has the name of the hub's set; expected the "
+                "folder itself as path, or another working directory"
+            )
         part = {"data_files" if (self.subset or "").endswith(_SUFFIXES) else "name": self.subset}
         return {"path": self.name, "split": self.split, "revision": self.revision, **part}
 

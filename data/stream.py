@@ -24,9 +24,9 @@ _PROBED: Final = 100  # rows of a source of which one has to be good before the 
 class ConversationStream(IterableDataset[dict[str, Any]]):
     """An endless stream of samples for one rank, which its workers share.
 
-    Each of the shards (ranks x workers) reads files of its own where a source has a multiple of so many, else every
-    so many-th row of all files. Sources are mixed by their weights; without weights a source is drawn as often as any
-    other until it is through, and each row comes once an epoch. Order and mixture follow from the seed.
+    With n shards (ranks x workers), a source of a multiple of n files gives each shard its files; of any other
+    source, each shard takes every n-th row. Sources are mixed by their weights; without weights they are drawn
+    evenly until they end, and each row comes once an epoch. Order and mixture follow from the seed.
 
     Args:
         config: the recipe's data section.
@@ -40,7 +40,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         skip: forward passes of this rank that an earlier part of the run has used; they are passed over unopened.
         skipped: empty: faults come with the samples, as `faults`.
         encoder: makes samples of records.
-        source_rows: empty: nobody has counted them.
+        source_rows: empty: the rows are not counted.
 
     Raises:
         DataError: a source cannot be read, or its first rows are all faulty.
@@ -233,4 +233,4 @@ def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
     except DataError as error:
         if row < 0:
             raise
-        yield file, row + 1, RowError(str(error))
+        yield file, row + 1, RowError(str(error).removeprefix(f"{file}:{row + 1}: "))

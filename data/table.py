@@ -134,7 +134,7 @@ def image_options(config: DataConfig) -> ImageOptions:
 
 
 def processes(config: DataConfig, rows: datasets.Dataset) -> int | None:
-    """Returns how many processes to share rows among; None is this one alone."""
+    """Returns how many processes share the rows; None for this process alone."""
     return min(config.workers, len(rows)) or None
 
 

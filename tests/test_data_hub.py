@@ -17,8 +17,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from data.config import DataConfig
 from data.rows import DataError
 from data.sources import HubSet
+from data.table import check_rows
+from recipes.schema import load_recipe
+from train.release.sources import licences
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "1" * 40
@@ -256,4 +260,10 @@ def test_a_local_folder_is_never_taken_for_the_hubs_set(tmp_path, monkeypatch):
     (tmp_path / "org/lines").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"hf://org/lines: the folder org/lines in .* has the name of the hub's set"):
-        HubSet.of("hf://org/lines")
+        check_rows(DataConfig(files=["hf://org/lines"], format="plain", workers=0))
+
+
+def test_a_release_names_the_hubs_set():
+    options = ["data.files=[hf://org/set@v1/part:train]", "align=null"]
+    text = licences(load_recipe(ROOT / "recipes/llava_fused.yaml", options), code=False)
+    assert "| data | org/set | check the licence of org/set, and of its images |" in text

@@ -136,7 +136,17 @@ def test_an_array_that_breaks_in_the_middle_is_a_fault_and_the_stream_goes_on(fo
     stream = ConversationStream(config(folder, tmp_path / "data.json"), processor)
     samples = list(islice(stream, 6))
     assert Counter(map(number_of, samples)) == {0: 3, 1: 3}
-    assert any("broken JSON" in fault.reason for sample in samples for fault in sample.get("faults", []))
+    faults = {fault for sample in samples for fault in sample.get("faults", [])}
+    assert {(fault.row, fault.reason.partition(":")[0]) for fault in faults} == {(2, "broken JSON")}
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04", b"<html>404</html>"])
+def test_a_file_that_cannot_be_read_at_all_ends_a_stream(folder, processor, tmp_path, content):
+    (tmp_path / "data0.jsonl").write_text("\n".join(map(row, range(3))))
+    (tmp_path / "data1.jsonl").write_bytes(content)
+    stream = ConversationStream(config(folder, tmp_path / "data*.jsonl"), processor)
+    with pytest.raises(DataError, match=r"data1.jsonl: looks like"):
+        list(islice(stream, 9))
 
 
 @pytest.mark.parametrize("lines", ["", '{"id": 1}\n' * 9, "{broken\n"])

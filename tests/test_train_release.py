@@ -19,11 +19,12 @@ from pathlib import Path
 from threading import Thread
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -36,7 +37,7 @@ from transformers import (
 
 from data.chat import ChatFormat
 from data.config import DataConfig
-from data.images import framed
+from data.images import framed, open_image
 from data.processor import VisionProcessor
 from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
@@ -460,6 +461,61 @@ def test_it_pads_images_as_training_padded(released, llava, size):
     assert torch.equal(found, own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"])
     if size[0] != size[1]:
         assert not torch.equal(found, own(image, return_tensors="pt")["pixel_values"])
+
+
+def invisible(mode, size=(40, 30)):
+    """Returns an image whose left half is red and, where it can be, invisible; the rest is blue."""
+    image = Image.new("RGBA", size, (0, 0, 255, 255))
+    image.paste((255, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return image.convert(mode)
+
+
+def saved_turned(file):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    invisible("RGB").save(file, exif=exif)
+
+
+WHAT_SERVERS_LOAD = {  # how the file is made, and whether a server sees what training saw
+    "opaque.png": (lambda file: invisible("RGB").save(file), True),
+    "turned.png": (saved_turned, True),
+    "transparent.png": (lambda file: invisible("RGBA").save(file), False),
+    "grey16.png": (lambda file: Image.fromarray(np.full((30, 40), 9000, np.uint16)).save(file), False),
+}
+
+
+def trained_pixels(run, image):
+    """Returns the pixel values that training made of an image of the LLaVA-like run."""
+    own = AutoProcessor.from_pretrained(run / "final").image_processor
+    return own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("name", WHAT_SERVERS_LOAD)
+def test_what_servers_make_of_images_is_what_the_docs_say(released, llava, tmp_path, name):
+    """docs/release.md: by path, address or base64 transformers turns photos, drops transparency and clips 16 bits."""
+    write, is_alike = WHAT_SERVERS_LOAD[name]
+    write(tmp_path / name)
+    trained = trained_pixels(llava, open_image(tmp_path, name))
+    processor = AutoProcessor.from_pretrained(released)
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / name).read_bytes()).decode()
+    prepared = open_image(tmp_path, name)
+    for image in (str(tmp_path / name), url, prepared):
+        messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        found = processor.apply_chat_template(messages, **options)["pixel_values"]
+        assert torch.allclose(found, trained, atol=1e-5) == (is_alike or image is prepared)
+
+
+def test_a_release_puts_opened_images_on_white_and_does_not_turn_them(released, llava, tmp_path):
+    processor = AutoProcessor.from_pretrained(released).image_processor
+    found = processor(invisible("RGBA"), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(found, trained_pixels(llava, invisible("RGBA")), atol=1e-5)
+    saved_turned(tmp_path / "turned.png")
+    with Image.open(tmp_path / "turned.png") as opened:
+        found = processor(opened, return_tensors="pt")["pixel_values"]
+        assert not torch.allclose(found, trained_pixels(llava, opened), atol=1e-5)
+        upright = processor(ImageOps.exif_transpose(opened), return_tensors="pt")["pixel_values"]
+        assert torch.allclose(upright, trained_pixels(llava, opened), atol=1e-5)
 
 
 def answer(run, image, question, schedule=None):

@@ -291,7 +291,8 @@ def _watch(store: Any) -> None:
         while not store.check([_FAULT]):
             time.sleep(1.0)
         _Group.heard = code = int(store.get(_FAULT))
-        store.add(f"{_FAULT}/heard", 1)
+        if rank() > 0:  # rank 0 hears itself too, and would leave before the others have heard
+            store.add(f"{_FAULT}/heard", 1)
     except (RuntimeError, ValueError):  # the store is gone with rank 0: the collective calls tell
         return
     time.sleep(_GRACE_SECONDS)
