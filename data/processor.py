@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,8 @@ _VIDEO_CLASSES: Final = {  # of processors that take videos: what they need wher
     "SmolVLMProcessor": "SmolVLMVideoProcessor",
 }
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+# what transformers raises of a processor, a tokenizer or a config that is wrong
+_READING: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 TYPES: Final = ("mm_token_type_ids", "token_type_ids")  # inputs that tell image tokens from text
 _PROBE: Final = Image.new("RGB", (64, 64), "gray")
 _SIZES: Final = 1 << 16  # sizes of images whose tokens are remembered
@@ -249,8 +252,9 @@ def load_processor(source: str | Path, tokenizer: Any = None) -> Any:
         return _assembled(kind, source, tokenizer)
     except ImportError as error:
         raise ProcessorError(f"{source}: processor: {shorten(str(error), 200)}") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ProcessorError(f"{source}: the processor cannot be read: {shorten(str(error), 300)}") from error
+    except _READING as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ProcessorError(f"{source}: cannot be loaded: {kind}{shorten(str(error), 300)}") from error
 
 
 def model_processor(config: str | None, checkpoint: str | None = None, language_model: str | None = None) -> Any:

@@ -115,6 +115,11 @@ class Checkpoint:
         return _config(self.weights).get("stages")
 
     @property
+    def family(self) -> str:
+        """The family's model_type, as in `FAMILIES`."""
+        return family_of(_config(self.weights).get("model_type"), self.weights).model_type
+
+    @property
     def num_layers(self) -> int:
         """The decoder's depth, by config.json.
 
