@@ -117,6 +117,11 @@ class Checkpoint:
         return _config(self.weights).get("stages")
 
     @property
+    def family(self) -> str:
+        """The family's model_type, as in `FAMILIES`."""
+        return family_of(_config(self.weights).get("model_type"), self.weights).model_type
+
+    @property
     def config(self) -> Any:
         """The fused config, by config.json.
 

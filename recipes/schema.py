@@ -75,8 +75,9 @@ class ModelSection(_Section):
 
     Attributes:
         config: folder with config.json (LlavaConfig), the image processor and, unless `language_model` brings one,
-            the tokenizer. Null only with a `checkpoint` that holds them.
-        checkpoint: LLaVA checkpoint to start from, a folder or a hub id.
+            the tokenizer. Beside a `checkpoint`, whose own counts, its shape for --check where that is not at hand, and
+            the processor of one that has none.
+        checkpoint: checkpoint of any supported family to start from, a folder or a hub id.
         language_model: pretrained decoder, a folder or a hub id; null is random weights.
         vision_tower: pretrained vision tower, a folder or a hub id; null is random weights.
         stages: fields of StagePlan; null is dense. Or a list of several named plans, of which each step draws one; the

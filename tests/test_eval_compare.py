@@ -489,8 +489,9 @@ def test_a_processor_that_cannot_count_visual_tokens_is_refused(runs, tmp_path):
     fields = json.loads((tmp_path / "processor_config.json").read_text())
     del fields["patch_size"]
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match="without patch_size, expected a processor_config"):
-        Checkpoint.find(tmp_path).processor()
+    found = Checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: got no patch_size"):
+        found.prompter(found.processor())
 
 
 def test_a_record_that_is_cut_off_is_named(runs, tmp_path):

@@ -101,3 +101,36 @@ def test_the_command_checks_from_a_shell(first, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "steps: 7 of 128 samples" in done.stdout
+
+
+READY = [
+    ("qwen3_vl_4b_fused", "300 visual + 256 text"),
+    ("qwen2_5_vl_3b_fused", "391 visual + 256 text"),
+    ("internvl3_2b_fused", "1792 visual + 256 text"),
+    ("llava_onevision_0.5b_fused", "2929 visual + 256 text"),
+    ("smolvlm2_500m_fused", "832 visual + 256 text"),
+    ("mobilevlm_v2_3b_fused", "144 visual + 256 text"),
+    ("qwen3_siglip2_fused", "729 visual + 256 text"),
+    ("llava_1.5_13b_fused", "576 visual + 256 text"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), READY)
+def test_the_recipes_of_todays_models_are_valid_without_a_hub(name, said):
+    lines = list(preview(load_recipe(f"recipes/{name}.yaml")))
+    assert lines[0] == f"{name}: the recipe is valid"
+    assert any(said in line for line in lines)
+    assert "projector" in "".join(line for line in lines if "trainable parameters" in line)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("llava_1.5_13b_fused", [0, 6, 8, 9, 10, 13, 14, 16]),
+        ("mobilevlm_v2_3b_fused", [0, 1, 14, 15, 18, 19, 21, 22, 23]),
+    ],
+)
+def test_vica_s_layers_are_an_override(name, layers):
+    override = f"model.stages={{update: kv, layers: {layers}}}"
+    assert override.replace("=", "='", 1) + "'" in Path(f"recipes/{name}.yaml").read_text()
+    assert load_recipe(f"recipes/{name}.yaml", [override]).plan.layers == layers

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig
 
-from data.processor import ProcessorError, VisionProcessor, with_settings
+from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
 from models import run_decoder
 from models.families import family_of
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError
@@ -162,10 +162,8 @@ def _check_processor(recipe: Recipe, config: Any, visual: int | None) -> None:
 
 def processor_is_here(model: ModelSection) -> bool:
     """Returns whether the processor of a recipe's model can be read without a hub."""
-    source = Path(model.config or model.checkpoint or "")
-    if model.language_model is not None:
-        return source.exists() and Path(model.language_model).exists()
-    return (source / "tokenizer_config.json").exists() or (source / "tokenizer.json").exists()
+    source, brings = processor_sources(model.config, model.checkpoint, model.language_model)
+    return Path(source).exists() and Path(brings or source).exists()
 
 
 def _check_deepstack(recipe: Recipe, model: Any) -> None:

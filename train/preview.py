@@ -136,11 +136,11 @@ def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int
 
 
 def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
-    """Returns the tokens of one image: of a LLaVA's, else of one of _TYPICAL pixels; None without a processor."""
+    """Returns the tokens of one image: a LLaVA's, else of _TYPICAL pixels, without a processor what the recipe says."""
     if isinstance(config, LlavaConfig):
         return config.image_seq_length
     if not processor_is_here(recipe.model):
-        return None
+        return phase.data.expected_visual_tokens
     try:
         processor = with_settings(read_processor(recipe.model), phase.data)
         return VisionProcessor(processor, aspect=phase.data.image_aspect).count(*_TYPICAL)
