@@ -92,8 +92,8 @@ class VisionProcessor:
             raise ProcessorError("processor_config.json: got no patch_size, expected the vision tower's")
         if aspect == "pad" and not getattr(processor.image_processor, "image_mean", None):
             raise ProcessorError("data.image_aspect: got pad, expected processor, because it has no mean colour")
-        self._separator = next((mark for mark in (self.tokenizer.eos_token, self.tokenizer.bos_token) if mark), None)
-        if self._separator is None:
+        self._separator: str = self.tokenizer.eos_token or self.tokenizer.bos_token
+        if not self._separator:
             raise ProcessorError("tokenizer: has no eos_token, expected one that ends an answer")
         self._added = set(self.tokenizer.added_tokens_decoder)
         span, self._types = self._probe()
