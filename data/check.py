@@ -198,9 +198,8 @@ def _processor(model: Any, config: DataConfig) -> Any:
         raise TokenizerError("the recipe names no model")
     logging.set_verbosity_error()
     try:
-        found = model_processor(
-            expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model")
-        )
+        given = (model.get(name) for name in ("config", "checkpoint", "language_model"))
+        found = model_processor(*(expand(str(place)) if place else None for place in given))
         return with_settings(found, config)
     except ProcessorError as error:
         raise TokenizerError(shorten(str(error), 160)) from None

@@ -86,6 +86,7 @@ class DataConfig(BaseModel):
         workers: processes that check rows and then open images, for each rank.
         expected_rows: published number of rows, for estimates where the files are not at hand.
         expected_text_tokens: text tokens of a mean sample, likewise.
+        expected_visual_tokens: visual tokens of a mean image, likewise; of a LLaVA the config says it.
     """
 
     model_config = _SECTION
@@ -107,6 +108,7 @@ class DataConfig(BaseModel):
     workers: int = Field(default=4, ge=0)
     expected_rows: int | None = Field(default=None, gt=0)
     expected_text_tokens: int | None = Field(default=None, gt=0)
+    expected_visual_tokens: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

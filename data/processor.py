@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
@@ -33,6 +34,9 @@ _VIDEO_CLASSES: Final = {  # of processors that take videos: what they need wher
     "Glm4vProcessor": "Glm4vVideoProcessor",
     "SmolVLMProcessor": "SmolVLMVideoProcessor",
 }
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+# what transformers raises of a processor, a tokenizer or a config that is wrong
+_READING: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 TYPES: Final = ("mm_token_type_ids", "token_type_ids")  # inputs that tell image tokens from text
 _PROBE: Final = Image.new("RGB", (64, 64), "gray")
 _SIZES: Final = 1 << 16  # sizes of images whose tokens are remembered
@@ -88,8 +92,8 @@ class VisionProcessor:
             raise ProcessorError("processor_config.json: got no patch_size, expected the vision tower's")
         if aspect == "pad" and not getattr(processor.image_processor, "image_mean", None):
             raise ProcessorError("data.image_aspect: got pad, expected processor, because it has no mean colour")
-        self._separator = next((mark for mark in (self.tokenizer.eos_token, self.tokenizer.bos_token) if mark), None)
-        if self._separator is None:
+        self._separator: str = self.tokenizer.eos_token or self.tokenizer.bos_token
+        if not self._separator:
             raise ProcessorError("tokenizer: has no eos_token, expected one that ends an answer")
         self._added = set(self.tokenizer.added_tokens_decoder)
         span, self._types = self._probe()
@@ -248,32 +252,43 @@ def load_processor(source: str | Path, tokenizer: Any = None) -> Any:
         return _assembled(kind, source, tokenizer)
     except ImportError as error:
         raise ProcessorError(f"{source}: processor: {shorten(str(error), 200)}") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ProcessorError(f"{source}: the processor cannot be read: {shorten(str(error), 300)}") from error
+    except _READING as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ProcessorError(f"{source}: cannot be loaded: {kind}{shorten(str(error), 300)}") from error
 
 
-def model_processor(source: str, language_model: str | None = None) -> Any:
+def model_processor(config: str | None, checkpoint: str | None = None, language_model: str | None = None) -> Any:
     """Returns the processor of a recipe's model.
 
-    Args:
-        source: config folder or checkpoint, which brings the image processor.
-        language_model: brings the tokenizer, to which `<image>` and `<pad>` are added as llava-hf has them; None is
-            `source`.
+    It is the checkpoint's, unless the config folder holds one. Where that has no tokenizer, the language model's or the
+    checkpoint's is taken, with `<image>` and `<pad>` added as llava-hf has them.
 
     Raises:
         ProcessorError: a part is missing or cannot be fetched.
     """
-    if language_model is None:
+    source, brings = processor_sources(config, checkpoint, language_model)
+    if brings is None:
         return load_processor(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
+        tokenizer = AutoTokenizer.from_pretrained(brings)
     except (OSError, ValueError) as error:
-        raise ProcessorError(
-            f"the tokenizer of '{language_model}' cannot be read: {shorten(str(error), 300)}"
-        ) from error
+        reason = shorten(str(error), 300)
+        raise ProcessorError(f"the tokenizer of '{brings}' cannot be read: {reason}") from error
     for kind in ({"additional_special_tokens": [IMAGE_MARK]}, {"pad_token": "<pad>"}):  # llava-hf's order
         tokenizer.add_special_tokens(kind)
     return load_processor(source, tokenizer)
+
+
+def processor_sources(
+    config: str | None, checkpoint: str | None = None, language_model: str | None = None
+) -> tuple[str, str | None]:
+    """Returns the folder or hub id that a recipe's processor is read from, and that of its tokenizer, if another."""
+    folder = Path(config or "")
+    if config is None or (checkpoint is not None and not (folder / "processor_config.json").is_file()):
+        return str(checkpoint), None
+    if any((folder / name).is_file() for name in _TOKENIZERS):
+        return config, language_model
+    return config, language_model or checkpoint
 
 
 def save_processor(processor: Any, folder: Path) -> None:

@@ -18,10 +18,10 @@ from data.processor import ProcessorError, load_processor
 from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
-from models import FusedAutoModel, StagePlan, UnsupportedModelError
+from models import FusedAutoModel, UnsupportedModelError
 from models.families import family_of
-from models.fused import require_tower
-from models.schedules import Choice, Schedule, resolve_schedule
+from models.fused import resolve_config
+from models.schedules import Choice, Schedule
 from recipes.resolved import saved_data, saved_recipe
 from recipes.schema import RecipeError
 
@@ -117,6 +117,11 @@ class Checkpoint:
         return _config(self.weights).get("stages")
 
     @property
+    def family(self) -> str:
+        """The family's model_type, as in `FAMILIES`."""
+        return family_of(_config(self.weights).get("model_type"), self.weights).model_type
+
+    @property
     def config(self) -> Any:
         """The fused config, by config.json.
 
@@ -136,9 +141,7 @@ class Checkpoint:
 
     def schedule(self, choice: Choice) -> Schedule:
         """Returns the schedule that a choice means on this checkpoint; errors as `config` and resolve_schedule."""
-        config = self.config
-        plan = None if config.stages is None else StagePlan.from_dict(config.stages)
-        return require_tower(resolve_schedule(choice, plan, config.text_config.num_hidden_layers), config)
+        return resolve_config(self.config, choice)
 
     @property
     def recipe(self) -> dict[str, Any] | None:

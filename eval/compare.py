@@ -153,7 +153,7 @@ class Comparison:
     def rows(self) -> tuple[list[tables.Row], dict[str, str]]:
         """Returns all rows, and for each task the dense row that the others are compared with, in words.
 
-        Runs that differ in their seed alone have a row together, behind all; their own rows say `pooled_in`.
+        Runs that differ in their seed alone have a row together; their own rows say `pooled_in`.
         """
         found: list[tables.Row] = []
         baselines = {}
@@ -250,7 +250,7 @@ def _schedules(checkpoint: Checkpoint, asked: Mapping[str, Choice]) -> dict[str,
 
 
 def _pool(label: str, runs: Mapping[int, str], rows: list[tables.Row]) -> dict[tuple[str, str], list[tables.Row]]:
-    """Adds to `rows` those of several seeds together; returns their members by (run, schedule)."""
+    """Adds to `rows` those of several seeds together, before their own; returns their members by (run, schedule)."""
     found: dict[tuple[str, str], list[tables.Row]] = {}
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         done = {row["run"]: row for row in rows if row["schedule"] == schedule and row["status"] == "done"}
@@ -260,7 +260,7 @@ def _pool(label: str, runs: Mapping[int, str], rows: list[tables.Row]) -> dict[t
         together = seeds.pooled(label, members)
         for row in members:
             done[row["run"]]["pooled_in"] = together["run"]
-        rows.append(together)
+        rows.insert(rows.index(done[members[0]["run"]]), together)
         found[together["run"], schedule] = members
     return found
 

@@ -173,9 +173,10 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
         return [*first, *((name, name) for name in usable_schedules(model.config))]
     plan, depth = StagePlan.from_dict(model.config.stages), model.config.text_config.num_hidden_layers
     trained = f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers"
-    names = usable_schedules(model.config)
+    names = [name for name in usable_schedules(model.config) if name not in (model.config.plans or {})]
     labels = [(name if SCHEDULES[name].trainable else f"{name}, within the plan", name) for name in names]
-    return [*first, (trained, TRAINED), *labels]
+    plans = [(f"{name}, trained for it too", name) for name in model.config.plans or {}]
+    return [*first, (trained, TRAINED), *plans, *labels]
 
 
 def examples(checkpoint: Checkpoint) -> list[list[str]]:

@@ -38,7 +38,8 @@ from eval import ranks
 from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.prompts import Asked, Prompter
-from models.schedules import SCHEDULES, TRAINED
+from models.fused import require_nothing_more
+from models.schedules import SCHEDULES, TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -113,6 +114,10 @@ class FusedLlava(lmms):
         checkpoint = Checkpoint.find(
             given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
         )
+        try:
+            require_nothing_more(checkpoint.schedule(schedule), checkpoint.config)
+        except ScheduleError as error:
+            raise CheckpointError(f"--model_args: {error}") from None
         model, processor = checkpoint.load()
         if torch.cuda.is_available():
             model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))

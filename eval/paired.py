@@ -71,23 +71,25 @@ def difference(first: Sequence[float], second: Sequence[float], clusters: Sequen
     return Difference(float(changes.mean()), float(low), float(high), p, gained, lost)
 
 
-def over_seeds(first: Sequence[float], second: Sequence[float], *, paired: bool) -> tuple[float, float, float, float]:
+def over_seeds(
+    first: Sequence[float], second: Sequence[float], *, paired: bool, images: tuple[float, int] = (0.0, 2)
+) -> tuple[float, float, float, float]:
     """Returns mean difference, the ends of its 95 % interval, and p, of scores over seeds, at least two of each.
 
-    Student's t over the seeds' differences where they are `paired` (the same seeds in the same order), else Welch's.
+    Student's t. Its squared error is that over seeds (of the differences where they are `paired`, the same seeds in the
+    same order) plus that over images, which all seeds share; Satterthwaite's rule gives the degrees of freedom.
+
+    Args:
+        first: a score for each seed, of the model to compare with.
+        second: of the other.
+        paired: both have the same seeds, in the same order.
+        images: standard error of the mean difference over images, and their number.
     """
-    if paired:
-        changes = [new - old for old, new in zip(first, second, strict=True)]
-        mean, error, freedom = (
-            statistics.fmean(changes),
-            statistics.stdev(changes) / len(changes) ** 0.5,
-            len(changes) - 1.0,
-        )
-    else:
-        parts = [statistics.variance(scores) / len(scores) for scores in (first, second)]
-        mean, error = statistics.fmean(second) - statistics.fmean(first), sum(parts) ** 0.5
-        below = sum(part**2 / (len(scores) - 1) for part, scores in zip(parts, (first, second), strict=True))
-        freedom = sum(parts) ** 2 / below if below > 0 else 1.0
+    parts = [(images[0] ** 2, images[1] - 1)]  # squared errors and their degrees of freedom
+    samples = [[new - old for old, new in zip(first, second, strict=True)]] if paired else [first, second]
+    parts += [(statistics.variance(scores) / len(scores), len(scores) - 1) for scores in samples]
+    mean, error = statistics.fmean(second) - statistics.fmean(first), sum(part for part, _ in parts) ** 0.5
+    freedom = error**4 / max(sum(part**2 / free for part, free in parts), 1e-300)
     if error == 0:
         return mean, mean, mean, 1.0 if mean == 0 else 0.0
     # with t = sqrt(f) tan(angle) the density of t is cos(angle) ** (f - 1), up to a factor

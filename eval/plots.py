@@ -102,7 +102,7 @@ def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, f
         score: what the y axis says.
         floors: scores of rows that look at no image, marked beside the axis.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5.4), layout="constrained")
     front = pareto_front(points)
     axes.step(
         [point.cost for point in front],
@@ -116,19 +116,24 @@ def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, f
     runs = list(dict.fromkeys(point.run for point in points))
     schedules = list(dict.fromkeys(point.schedule for point in points))
     for point in points:
-        mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], f"C{schedules.index(point.schedule) % 10}"
+        mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], _colour(schedules.index(point.schedule))
         axes.errorbar(point.cost, point.score, yerr=point.error, fmt=mark, color=colour, markersize=7, capsize=3)
     for number, run in enumerate(runs):
         axes.plot([], [], _MARKS[number % len(_MARKS)], color="0.3", label=run)
     for number, schedule in enumerate(schedules):
-        axes.plot([], [], "_", color=f"C{number % 10}", markersize=12, markeredgewidth=4, label=schedule)
+        axes.plot([], [], "_", color=_colour(number), markersize=12, markeredgewidth=4, label=schedule)
     low, high = _zoomed(points)
     axes.set(xlabel=cost, ylabel=score, ylim=(low, high))
     _mark_floors(axes, floors, low, high)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", fontsize="small", frameon=False, ncols=4)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def _colour(number: int) -> Any:
+    """Returns one of 20 colours that differ, the strong ones first."""
+    return plt.get_cmap("tab20")(2 * number % 20 + number // 10 % 2)
 
 
 def _zoomed(points: Sequence[Point]) -> tuple[float, float]:

@@ -66,8 +66,9 @@ def _task(task: str, rows: Sequence[tables.Row], cells: Cells, baseline: str | N
     members = [row for row in every if "pooled_in" not in row]
     done = _representatives(members, every, cells)
     plots = []
+    scale_flops, unit = tables.flops_unit(members)
     for name, title, label, key, scale in (
-        ("flops", "Score against the decoder's FLOPs", "decoder GFLOPs of one prompt", "flops", 1e-9),
+        ("flops", "Score against the decoder's FLOPs", f"decoder {unit} of one prompt", "flops", scale_flops),
         ("time", "Score against measured time", "prefill, milliseconds a prompt", "prefill_seconds", 1e3),
     ):
         if file := _score_plot(members, out / f"{task}_score_{name}.png", label, key, scale):
@@ -96,7 +97,7 @@ def _representatives(
         run = alike[0]["run"] if alike else row["run"]
         cell = cells.get((run, row["schedule"], row["task"]))
         if cell is not None and cell["status"] == "done":
-            found[tables.shown_run(row)] = run, cell
+            found[f"{row['run']}, {tables.shown_schedule(row)}"] = run, cell
     return found
 
 
@@ -107,9 +108,7 @@ def _score_plot(members: Sequence[tables.Row], file: Path, label: str, key: str,
     points = [
         Point(
             row["run"],
-            tables.shown_schedule(row)
-            if "(" not in row["schedule"]
-            else f"{tables.shown_schedule(row)} ({row['settings']})",
+            row["schedule"],
             row[key] * scale,
             row["score"] * percent,
             None if row["standard_error"] is None else row["standard_error"] * percent,

@@ -161,14 +161,8 @@ def _value_text(value: Any) -> str:
 
 
 def shown_schedule(row: Row) -> str:
-    """Returns a row's schedule as tables show it, without its settings."""
-    name = row["schedule"].partition("(")[0]
-    return f"{name} within the plan" if row.get("within_plan") else name
-
-
-def shown_run(row: Row) -> str:
-    """Returns a row's run with its schedule and, where several rows have that name, its settings."""
-    return f"{row['run']}, {shown_schedule(row)}" + (f" ({row['settings']})" if "(" in row["schedule"] else "")
+    """Returns a row's schedule as tables show it."""
+    return f"{row['schedule']} within the plan" if row.get("within_plan") else row["schedule"]
 
 
 def score_text(row: Row, value: float | None, error: float | None = None) -> str:
@@ -202,19 +196,19 @@ def score_table(rows: Sequence[Row]) -> list[list[str]]:
     extra = [name for row in rows for name in row.get("metrics", {}) if name != row["metric"]]
     extra = list(dict.fromkeys(extra))
     metric = next((row["metric"] for row in rows if row.get("metric")), "score")
-    lines = [["run", "schedule", "settings", metric, *extra, "to dense, points", "p (Holm)", "gained / lost"]]
+    lines = [["run", "schedule", metric, *extra, "to dense, points", "p (Holm)", "gained / lost", "settings"]]
     for row in rows:
         found, metrics = row.get("difference"), row.get("metrics", {})
         lines.append(
             [
                 row["run"],
                 shown_schedule(row),
-                row.get("settings") or "-",
                 score_text(row, row["score"], row.get("standard_error")),
                 *(score_text(row, metrics.get(name)) if metrics else "-" for name in extra),
                 difference_text(row),
                 p_text(row),
                 f"{found['gained']:,} / {found['lost']:,}" if found and found["gained"] is not None else "-",
+                row.get("settings") or "-",
             ]
         )
     return informing(lines, keep=("run", "schedule", metric))
@@ -223,13 +217,14 @@ def score_table(rows: Sequence[Row]) -> list[list[str]]:
 def note(rows: Sequence[Row], baseline: str | None) -> str:
     """Returns how one task's scores are to be read."""
     pooled, compared = any("seeds" in row for row in rows), sum("difference" in row for row in rows)
-    said = ["Behind ± stands one standard error, over images." if not pooled else
-            "Behind ± stands one standard error: over seeds in rows of several, else over images."]  # fmt: skip
+    over = "over seeds in rows of several, else over images" if pooled else "over images"
+    said = [f"Behind ± stands one standard error, {over}."]
     if baseline is None:
         return f"{said[0]} There is no dense row to compare with."
+    students = " (Student's t over seeds and images where both rows have several seeds)" if pooled else ""
     said.append(
         f"Differences are to {baseline} on the same questions, in points, with the 95 % interval of a paired bootstrap "
-        "that resamples whole images" + (" (Student's t over seeds where both rows have several)." if pooled else ".")
+        f"that resamples whole images{students}."
     )
     said.append(
         f"p is two-sided and corrected for the {compared} comparisons of this table by Holm's rule; gained and lost "
@@ -262,7 +257,7 @@ def _tells(cells: Sequence[str]) -> bool:
 
 def cost_table(rows: Sequence[Row]) -> list[list[str]]:
     """Returns heading and rows of one task's costs; the floors have none. Columns as in score_table."""
-    scale, unit = _flops_unit(rows)
+    scale, unit = flops_unit(rows)
     columns = {
         "prefill (ms)": lambda row: _number(row.get("prefill_seconds"), 1e3, 2),
         "faster": lambda row: _number(row.get("faster_than_dense"), 1, 2, " x"),
@@ -275,19 +270,17 @@ def cost_table(rows: Sequence[Row]) -> list[list[str]]:
     }
     shown = [row for row in rows if row["schedule"] != FLOOR and row["status"] == "done"]
     lines = [["run", "schedule", *columns]]
-    lines += [[row["run"], _costed(row), *(cell(row) for cell in columns.values())] for row in shown]
+    lines += [[row["run"], shown_schedule(row), *(cell(row) for cell in columns.values())] for row in shown]
     return informing(lines, keep=("run", "schedule", "visual token-layers", "of dense")) if shown else lines
 
 
-def _costed(row: Row) -> str:
-    """Returns a row's schedule, with its settings where the label has some."""
-    return shown_schedule(row) + (f" ({row['settings']})" if "(" in row["schedule"] else "")
-
-
-def _flops_unit(rows: Sequence[Row]) -> tuple[float, str]:
+def flops_unit(rows: Sequence[Row]) -> tuple[float, str]:
+    """Returns the unit that suits the rows' FLOPs: what to multiply them with, and its name."""
     largest = max((row["flops"] for row in rows if row.get("flops")), default=0.0)
-    return next(((10.0**-power, name) for power, name in ((12, "TFLOPs"), (9, "GFLOPs")) if largest >= 10.0**power),
-                (1e-6, "MFLOPs"))  # fmt: skip
+    for scale, name in ((1e-12, "TFLOPs"), (1e-9, "GFLOPs")):
+        if largest * scale >= 1:
+            return scale, name
+    return 1e-6, "MFLOPs"
 
 
 def training_table(training: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from eval.checkpoint import Checkpoint
-from eval.paired import Difference, difference, over_seeds
+from eval.paired import Difference, difference, over_seeds, standard_error
 from eval.rows import Record, Row
 
 _LABELS = ("seed", "name", "output")  # keys of a recipe that say which run it is, not how it was trained
@@ -77,8 +77,8 @@ def pooled(label: str, rows: Sequence[Row]) -> Row:
 def compared(cells: Mapping[int, Record], base: Mapping[int, Record]) -> Difference | None:
     """Returns what cells by seed score more than the reference's, on the questions that all have; None: there are none.
 
-    Over seeds, by Student's t, where both have several: paired where they are the same seeds. Else question by
-    question, by a bootstrap over images, of the mean over seeds.
+    Over seeds and images, by Student's t, where both have several seeds: paired where they are the same ones. Else
+    question by question, by a bootstrap over images, of the mean over seeds.
     """
     new, old = ({seed: _values(cell) for seed, cell in side.items()} for side in (cells, base))
     shared = set.intersection(*(set(values) for values in (*new.values(), *old.values())))
@@ -86,16 +86,19 @@ def compared(cells: Mapping[int, Record], base: Mapping[int, Record]) -> Differe
         return None
     asked = sorted(shared, key=str)
     images = {sample["id"]: sample["image"] for sample in next(iter(cells.values()))["samples"]}
+    groups = [images[number] for number in asked]
+    first, second = (_means(side, asked) for side in (old, new))
     if len(new) == 1 or len(old) == 1:
-        first, second = (_means(side, asked) for side in (old, new))
-        return difference(first, second, [images[number] for number in asked])
+        return difference(first, second, groups)
     same = list(new) == list(old)
     scores = [[statistics.fmean(values[number] for number in asked) for values in side.values()] for side in (old, new)]
-    mean, low, high, p = over_seeds(*scores, paired=same)
+    changes = [after - before for before, after in zip(first, second, strict=True)]
+    error = standard_error(changes, groups) or 0.0
+    mean, low, high, p = over_seeds(*scores, paired=same, images=(error, max(2, len(set(groups)))))
     gained = lost = None
     if same:
-        changes = [new[seed][number] - old[seed][number] for seed in new for number in asked]
-        gained, lost = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+        each = [new[seed][number] - old[seed][number] for seed in new for number in asked]
+        gained, lost = sum(change > 0 for change in each), sum(change < 0 for change in each)
     return Difference(mean, low, high, p, gained, lost)
 
 

@@ -36,7 +36,10 @@ def decode(model: Any, inputs: Mapping[str, Tensor], cache: Any, steps: int) -> 
     with torch.inference_mode():
         for _ in range(steps):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+            places = mask.sum(dim=1, keepdim=True) - 1  # families with M-RoPE cannot count them from a mask
+            output = model(
+                input_ids=token, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+            )
             token = output.logits[:, -1:].argmax(-1)
 
 

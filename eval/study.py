@@ -46,12 +46,13 @@ class Run:
 
 
 def check_names(study: Study) -> None:
-    """Raises UsageError where a study names a task or a schedule that there is not."""
+    """Raises UsageError where a study names a task or a schedule that there is not; errors as load_recipe."""
     for task in study.tasks:
         if task not in TASKS:
             raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
-    known = (TRAINED, *SCHEDULES)
     for arm, said in study.arms.items():
+        plans = load_recipe(study.recipe, (*study.set, *said.set)).model.plans
+        known = list(dict.fromkeys((TRAINED, *plans, *SCHEDULES)))
         for name in said.schedules:
             if name not in known:
                 raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")

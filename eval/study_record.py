@@ -95,11 +95,17 @@ def _phase_record(phase: Phase, recipe: Recipe, checkpoint: Checkpoint) -> Recor
     text = round(run["tokens"] / run["samples"]) - visual
     # forward, and backward twice as much where the decoder's weights learn
     passes = 3 if phase.train.learning_rate.language_model is not None and phase.train.lora is None else 2
-    cost, dense = (plan_cost(config.text_config, plan, visual=visual, text=text) for plan in (recipe.plan, None))
+    plans = recipe.model.plans
+    costs = {name: plan_cost(config.text_config, one.stages, visual=visual, text=text) for name, one in plans.items()}
+    dense = plan_cost(config.text_config, None, visual=visual, text=text)
+    flops = 0.0
+    for name, one in plans.items():  # a teacher's pass is a forward alone
+        teacher = 0 if one.distill is None else costs[one.distill.teacher].flops
+        flops += one.weight / sum(each.weight for each in plans.values()) * (passes * costs[name].flops + teacher)
     return {
         "phase": phase.name,
         **{key: run[key] for key in ("steps", "samples", "tokens", "seconds", "precision", "ranks")},
-        "flops": passes * run["samples"] * cost.flops,
+        "flops": run["samples"] * flops,
         "dense_flops": passes * run["samples"] * dense.flops,
     }
 

@@ -46,6 +46,8 @@ class TextTower:
 
         Source: CDPruner, github.com/Theia-4869/CDPruner at 9541616.
         """
+        if len(pixels) == 0:
+            return torch.zeros(0)
         clip, vision = self._clip, self._clip.vision_model
         states = vision(pixels.to(clip.device, clip.dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
         patches = torch.nn.functional.normalize(clip.visual_projection(vision.post_layernorm(states)).float(), dim=-1)

@@ -239,11 +239,13 @@ class _Run:
 
     def _states(self, hidden: Tensor) -> Tensor:
         """Returns (B, S, D): see View.hidden_states."""
-        full, kv_only = self.rows.put(hidden, self.state.size), self.layers[-1].kv_only if self.layers else None
-        if kv_only is None or self.visual_rows is None:
+        full, state = self.rows.put(hidden, self.state.size), self.state
+        if self.visual_rows is None:
             return full
-        kept = kv_only.put(self.visual_rows.take(kv_only).to(full.dtype), self.state.size)
-        return torch.where(kv_only.columns(self.state.size)[..., None] >= 0, kept, full)
+        aside = state.visual & (self.rows.columns(state.size) < 0)  # what no layer ran on, or kept from the `kv` update
+        return torch.where(
+            aside[..., None], self.visual_rows.take(state.rows_of(state.all_visual)).to(full.dtype), full
+        )
 
     def _layer(
         self, number: int, hidden: Tensor, tokens: LayerTokens, remap: BoundValueRemap | None, is_probed: bool

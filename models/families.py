@@ -27,7 +27,11 @@ class UnsupportedModelError(ValueError):
 
 
 class StagesConfigMixin:
-    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with."""
+    """Adds to a family's config `stages`, `plans` and `schedule`.
+
+    `stages` are the fields of the stage plan, None is dense. `plans` has all the plans that a checkpoint was trained
+    for, {name: fields, or None for dense}; None where there is one alone. `schedule` is the one to start with.
+    """
 
     base_model_type: str
     model_type: str
@@ -151,15 +155,20 @@ class Family:
 
     @cached_property
     def config_class(self) -> Any:
-        """The fused config's class: everything the family's config takes, `stages` and `schedule`."""
+        """The fused config's class: everything the family's config takes, `stages`, `plans` and `schedule`."""
         base = self.bases[0] if self.bases else getattr(transformers, f"{self.prefix}Config")
         fields: dict[str, Any] = {
             "__module__": __name__,
-            "__annotations__": {"stages": dict[str, Any] | None, "schedule": dict[str, Any] | str | None},
-            "__doc__": f"Everything {base.__name__} takes, `stages` and `schedule`: see StagesConfigMixin.",
+            "__annotations__": {
+                "stages": dict[str, Any] | None,
+                "plans": dict[str, Any] | None,
+                "schedule": dict[str, Any] | str | None,
+            },
+            "__doc__": f"Everything {base.__name__} takes, `stages`, `plans` and `schedule`: see StagesConfigMixin.",
             "model_type": f"fused_{self.model_type}",
             "base_model_type": self.model_type,
             "stages": None,
+            "plans": None,
             "schedule": None,
         }
         return type(f"Fused{base.__name__}", (StagesConfigMixin, base), fields)

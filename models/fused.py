@@ -25,7 +25,7 @@ from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .image_tokens import ImageTokens, image_tokens, missing_tower, states_around
 from .schedule_base import Dense, Schedule, ScheduleError
-from .schedules import SCHEDULES, Choice, resolve_schedule
+from .schedules import SCHEDULES, TRAINED, Choice, resolve_schedule
 from .stage_plan import StagePlan
 
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
@@ -164,12 +164,39 @@ def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
     if kind not in SUPPORTED_DECODERS.values():
         expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
         raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
-    depth, plan = config.text_config.num_hidden_layers, None
+    depth = config.text_config.num_hidden_layers
     if config.stages is not None:
-        plan = StagePlan.from_dict(config.stages)
-        plan.check(depth)
-        config.stages = plan.to_dict()
-    return plan, require_tower(resolve_schedule(config.schedule, plan, depth), config)
+        config.stages = _checked(config.stages, depth).to_dict()
+    if config.plans is not None:
+        _check_plans(config)
+        config.plans = {
+            name: None if fields is None else _checked(fields, depth).to_dict() for name, fields in config.plans.items()
+        }
+    return _plan_of(config.stages), resolve_config(config, config.schedule)
+
+
+def resolve_config(config: Any, choice: Choice) -> Schedule:
+    """Returns the schedule that a choice means for a model of a fused config; errors as resolve_schedule."""
+    plans = {name: _plan_of(fields) for name, fields in (config.plans or {}).items()}
+    schedule = resolve_schedule(choice, _plan_of(config.stages), config.text_config.num_hidden_layers, plans)
+    return require_tower(schedule, config)
+
+
+def _plan_of(fields: Mapping[str, Any] | None) -> StagePlan | None:
+    return None if fields is None else StagePlan.from_dict(fields)
+
+
+def _checked(fields: Mapping[str, Any], depth: int) -> StagePlan:
+    plan = StagePlan.from_dict(fields)
+    plan.check(depth)
+    return plan
+
+
+def _check_plans(config: Any) -> None:
+    """Raises ValueError where a name of `plans` means something else already."""
+    for name, fields in config.plans.items():
+        if name == TRAINED or (name in SCHEDULES and not (name == "dense" and fields is None)):
+            raise ValueError(f"plans: got the name '{name}', expected one that is no schedule's; dense is null")
 
 
 def require_tower(schedule: Schedule, config: Any) -> Schedule:
@@ -178,6 +205,17 @@ def require_tower(schedule: Schedule, config: Any) -> Schedule:
         name = type(getattr(schedule, "inner", schedule)).__name__
         raise ScheduleError(f"schedule {name}: got {missing}, expected a LLaVA with a CLIP tower, which it reads")
     return schedule
+
+
+def require_nothing_more(schedule: Schedule, config: Any) -> Schedule:
+    """Returns the schedule; raises ScheduleError where a model of this config cannot run it on its inputs alone."""
+    if schedule.reads_relevance:
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ScheduleError(
+            f"schedule {name}: got a checkpoint without the text tower that it needs, expected another schedule; "
+            "eval.compare --text-tower runs this one"
+        )
+    return require_tower(schedule, config)
 
 
 def usable_schedules(config: Any) -> list[str]:
@@ -215,8 +253,9 @@ class FusedMixin:
     def schedule(self) -> Schedule:
         """The schedule of forward() and generate().
 
-        Assign another to switch: an object, a name of SCHEDULES with its published settings, or {"name": ..., setting:
-        ...}. None goes back to the trained plan. A pruner on a model with a plan prunes inside the plan's window.
+        Assign another to switch: an object, the name of a plan of `config.plans`, a name of SCHEDULES with its
+        published settings, or {"name": ..., setting: ...}. None goes back to the trained plan. A pruner on a model with
+        a plan prunes inside the plan's window.
         """
         return self._schedule
 
@@ -226,8 +265,7 @@ class FusedMixin:
 
     def resolve(self, choice: Choice) -> Schedule:
         """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
-        schedule = resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
-        return require_tower(schedule, self.config)
+        return resolve_config(self.config, choice)
 
     def generate(
         self,
@@ -369,7 +407,7 @@ class FusedMixin:
             blocks=type(self).family_blocks(given),
             blank=BlankImage(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
-            relevance=relevance,
+            relevance=None if relevance is None else _part(relevance, _seen(given), visual.shape[1]),
         )
 
     def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
@@ -415,10 +453,7 @@ class FusedMixin:
         size, device, seen = tokens.shape[1], tokens.device, _seen(given)
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
-            if visual.shape[1] != size:  # given once for the whole prompt
-                visual = torch.nn.functional.pad(visual, (0, max(0, seen + size - visual.shape[1])))
-                visual = visual[:, seen : seen + size]
-            return visual
+            return _part(visual, seen, size)
         is_decode_step = seen > 0 and size == 1
         if ids is None and not vision_tokens and not is_decode_step and not isinstance(schedule, Dense):
             raise ValueError(
@@ -515,6 +550,13 @@ def _seen(given: Mapping[str, Any]) -> int:
     """Returns the length of the sequence that the given cache holds."""
     cache = given.get(CACHE)
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _part(given: Tensor, seen: int, size: int) -> Tensor:
+    """Returns (B, size), this call's columns of a tensor (B, S) given once for the whole prompt, 0 behind it."""
+    if given.shape[1] == size:
+        return given
+    return torch.nn.functional.pad(given, (0, max(0, seen + size - given.shape[1])))[:, seen : seen + size]
 
 
 def _instruction_ends(labels: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ class View:
         next_layer_attention: the same for the layer that is about to run, with its norm and projections on the hidden
             states as they are now. Only after a layer ran on visual tokens.
         last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
-        hidden_states: returns (B, S, D), a copy of the output of the layer before (the embeddings, before layer 0);
-            dead positions mean nothing.
+        hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0); of visual
+            tokens that did not run through it what they were before.
 
     `last_visual_layer`, `prompt` and the three that read attention need `reads_attention`. Each of the three costs O(S)
     per token that asks.

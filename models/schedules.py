@@ -34,8 +34,8 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has none
 
-# None or "trained": the checkpoint's plan, dense without one; a name of SCHEDULES, with its published settings;
-# {"name": ..., setting: ...}; or a Schedule
+# None or "trained": the checkpoint's plan, dense without one; the name of one of its plans; a name of SCHEDULES, with
+# its published settings; {"name": ..., setting: ...}; or a Schedule
 Choice = Schedule | str | Mapping[str, Any] | None
 
 
@@ -60,8 +60,16 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
     return kind(**{**scaled, **settings})
 
 
-def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) -> Schedule:
+def resolve_schedule(
+    choice: Choice, plan: StagePlan | None, num_layers: int, plans: Mapping[str, StagePlan | None] | None = None
+) -> Schedule:
     """Returns the schedule that a choice means for a checkpoint. A pruner prunes inside the window of its plan.
+
+    Args:
+        choice: see Choice.
+        plan: the checkpoint's.
+        num_layers: its decoder's depth.
+        plans: all plans that it was trained for, by name, where there are several.
 
     Raises:
         ScheduleError: an unknown name or setting, a class in place of an object, a setting beyond the decoder.
@@ -69,10 +77,17 @@ def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) ->
     """
     if isinstance(choice, type):
         raise ScheduleError(f"schedule: got the class {choice.__name__}, expected an object: {choice.__name__}(...)")
+    name = choice.get("name") if isinstance(choice, Mapping) and len(choice) == 1 else choice
+    if plans and isinstance(name, str) and name in plans:
+        named = plans[name]
+        choice = Dense() if named is None else Fused(named)
     if isinstance(choice, Mapping):
         settings = dict(choice)
         choice = published(settings.pop("name", None), num_layers, **settings)
     if isinstance(choice, str) and choice != TRAINED:
+        if choice not in SCHEDULES:
+            known = ", ".join([TRAINED, *(plans or {}), *SCHEDULES])
+            raise ScheduleError(f"schedule: got {choice!r}, expected one of {known}")
         choice = published(choice, num_layers)
     if choice is None or choice == TRAINED:
         choice = Dense() if plan is None else Fused(plan)

@@ -27,11 +27,10 @@ class SparseVLM(ScorePruner):
       int(0.3 n) + 1 best, m, form int(m / 10) + 1 clusters by density peaks; each becomes its mean.
 
     Source: arXiv 2410.04417 and github.com/Gumpest/SparseVLMs, tag v1.5, at b9619e6 (defaults for 64 tokens; 128:
-    303, 110, 36; 192: 300, 200, 110; it names the layers before: 2, 6, 15). The paper's counts follow the rank of the
-    attention and it adds up clusters; the v1.5 code has this table and means. Differences: a merged token stands at
-    its cluster's centre and ids are kept; the code puts merged tokens behind the others and renumbers (`renumber`
-    renumbers, in place). No random noise on densities. One sample of one image there; here raters stand behind the
-    last image.
+    303, 110, 36; 192: 300, 200, 110; its layers 2, 6, 15 are those before). The paper's counts follow the rank of the
+    attention and it adds up clusters; the v1.5 code has this table and means. Differences: a merged token stands at its
+    cluster's centre and keeps that id; the code puts it behind the others and renumbers (`renumber`: in place). No
+    noise on densities. With several images, raters stand behind the last one.
     """
 
     layers: Sequence[int] = published_setting((3, 7, 16))  # the first that run without the others, from 1 on
@@ -43,8 +42,8 @@ class SparseVLM(ScorePruner):
         good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, 1) for layer in layers)
         good = good and list(layers) == sorted(set(layers))
         self.require("layers", good, "layer numbers (int >= 1), ascending")
-        good = isinstance(tokens, list | tuple) and len(tokens) == len(layers)
-        good = good and all(is_int(count, 1) for count in tokens) and list(tokens) == sorted(tokens, reverse=True)
+        good = isinstance(tokens, list | tuple) and len(tokens) == len(layers) and all(is_int(one, 1) for one in tokens)
+        good = good and list(tokens) == sorted(tokens, reverse=True)
         self.require("tokens", good, "a count (int >= 1) of 576 tokens for each of layers, not growing")
         self.require("renumber", isinstance(self.renumber, bool), "true or false")
         cuts = tuple((layer, count / WHOLE) for layer, count in zip(layers, tokens, strict=True))
@@ -61,20 +60,18 @@ class SparseVLM(ScorePruner):
             return view.live
         score, live = self.score(view), mask_of(view.live)
         held = live.sum(dim=1).tolist()
-        counts = [
-            max(0, min(at_least_one(number * ratio), count - 1))
-            for number, count in zip(view.visual_counts, held, strict=True)
-        ]
+        wanted = [at_least_one(number * ratio) for number in view.visual_counts]
+        counts = [max(0, min(count, number - 1)) for count, number in zip(wanted, held, strict=True)]
         kept = mask_of(keep_highest(score, view.live, counts))
-        gone = [count - stay for count, stay in zip(held, counts, strict=True)]
+        gone = [number - count for number, count in zip(held, counts, strict=True)]
         recycled = [int(RECYCLED * number) + 1 if number else 0 for number in gone]
         chosen = LiveTokens.of_mask(mask_of(keep_highest(score, Selection(live & ~kept), recycled)))
         states = view.hidden_states()
         clusters = torch.tensor([number // PER_CLUSTER + 1 for number in recycled], device=live.device)
         centre, merged = merge(chosen.take(states).float(), chosen.valid, clusters)
         is_centre = chosen.put(centre[..., None], live.shape[1])[..., 0] & live & ~kept
-        put = chosen.put(merged.to(states.dtype), live.shape[1])
-        view.state.merged = torch.where(is_centre[..., None], put, states)
+        merged = chosen.put(merged.to(states.dtype), live.shape[1])
+        view.state.merged = torch.where(is_centre[..., None], merged, states)
         return Selection(kept | is_centre)
 
     def visual_states(self, view: View) -> Tensor | None:
@@ -97,10 +94,9 @@ def raters(view: View) -> Tensor:
 
 
 def merge(tokens: Tensor, valid: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns which tokens are centres of clusters (B, M), and at each centre its cluster's mean (B, M, D).
+    """Returns which of `valid` tokens (B, M) are centres of `clusters` (B,), and there the cluster's mean (B, M, D).
 
-    `tokens` (B, M, D), of which `valid` (B, M) count, fall into `clusters` (B,) each, by the density peaks of k nearest
-    neighbours (k is the number of clusters).
+    Clusters by the density peaks of k nearest neighbours; k is the number of clusters.
     """
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[-1] ** 0.5
     distance = distance.masked_fill(~(valid[:, None] & valid[:, :, None]), torch.inf)

@@ -173,7 +173,8 @@ def test_a_failed_cell_is_told_and_run_again(runs, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(compare, "run_cell", failing)
     assert main(given) == 1
     text = (tmp_path / "table.md").read_text()
-    assert "| fused | vtw | layer 4 | failed |" in text
+    assert "| fused | vtw | failed |" in text
+    assert "| layer 4 |" in text
     assert "- fused, vtw, easy_vqa: RuntimeError: CUDA out of memory" in text
     assert "CUDA out of memory" in (tmp_path / "report.html").read_text()
     assert main(given) == 0
@@ -249,11 +250,11 @@ def test_the_report_opens_offline_in_a_browser(compared):
         assert set(sources) == {"data:"}
         heading = scores.locator("th", has_text="accuracy")
         heading.click()
-        column = scores.locator("tbody tr td:nth-child(4)").all_inner_texts()
+        column = scores.locator("tbody tr td:nth-child(3)").all_inner_texts()
         values = [float(text.split()[0]) for text in column]
         assert values == sorted(values, reverse=True)
         heading.click()
-        values = [float(text.split()[0]) for text in scores.locator("tbody tr td:nth-child(4)").all_inner_texts()]
+        values = [float(text.split()[0]) for text in scores.locator("tbody tr td:nth-child(3)").all_inner_texts()]
         assert values == sorted(values)
         assert page.locator("details.sample").count() == 6
         page.locator("details.sample summary").nth(1).click()
@@ -331,9 +332,9 @@ def test_runs_that_differ_in_seed_alone_are_pooled(runs, tmp_path):
         assert together["settings"] == alone[0]["settings"]
     assert record["compared_with"] == {"easy_vqa": "dense, 2 seeds dense"}
     text = (tmp_path / "out/table.md").read_text()
-    assert "| fused, 2 seeds | trained | enter 2, exit 5 |" in text
+    assert "| enter 2, exit 5 |" in next(line for line in text.splitlines() if "| fused, 2 seeds | trained |" in line)
     assert "fused_seed0 | trained" not in text
-    assert "Student's t over seeds" in text
+    assert "Student's t over seeds and images" in text
     assert "3 comparisons of this table by Holm's rule" in text
     assert "fused, 2 seeds, trained" in (tmp_path / "out/report.html").read_text()
 
@@ -358,8 +359,10 @@ def test_differences_over_seeds_pair_what_belongs_together():
 
     base = {0: cell(1.0, 0.0, 0.0, 1.0), 1: cell(0.0, 0.0, 1.0, 0.0)}
     better = {0: cell(1.0, 1.0, 0.0, 1.0), 1: cell(0.0, 1.0, 1.0, 0.0)}
-    found = compared_seeds(better, base)  # each seed gains one question: no spread at all
-    assert (found.mean, found.low, found.high, found.gained, found.lost) == (0.25, 0.25, 0.25, 2, 0)
+    found = compared_seeds(better, base)  # each seed gains one question: no spread over seeds, but one over images
+    assert (found.mean, found.gained, found.lost) == (0.25, 2, 0)
+    assert found.low < 0 < found.high
+    assert found.p == pytest.approx(0.391, abs=1e-3)  # t = 1 with 3 degrees of freedom
     others = compared_seeds({7: better[0], 8: better[1]}, base)  # other seeds: nothing pairs them
     assert others.mean == 0.25
     assert others.gained is None
@@ -486,8 +489,9 @@ def test_a_processor_that_cannot_count_visual_tokens_is_refused(runs, tmp_path):
     fields = json.loads((tmp_path / "processor_config.json").read_text())
     del fields["patch_size"]
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match="without patch_size, expected a processor_config"):
-        Checkpoint.find(tmp_path).processor()
+    found = Checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: got no patch_size"):
+        found.prompter(found.processor())
 
 
 def test_a_record_that_is_cut_off_is_named(runs, tmp_path):

@@ -230,6 +230,7 @@ def test_model_args_name_checkpoint_and_schedule(quickstart_run):
         "schedule=vtw",
         f"pretrained={quickstart_run},schedul=vtw",
         f"pretrained={quickstart_run},schedule=x",
+        f"pretrained={quickstart_run},schedule=cdpruner",
     ):
         with pytest.raises(CheckpointError, match=r"--model_args: .*got .*expected "):
             FusedLlava.create_from_arg_string(wrong)

@@ -77,3 +77,5 @@ def test_differences_over_seeds_are_students():
     assert (mean, (high - low) / 2) == (3.0, pytest.approx(4.3027 * 0.5**0.5, rel=1e-3))
     assert p == pytest.approx(1 - 18**0.5 / 20**0.5, abs=1e-5)
     assert over_seeds([0.5, 0.5], [0.5, 0.5], paired=True) == (0.0, 0.0, 0.0, 1.0)
+    mean, low, high, p = over_seeds([0.5, 0.6], [0.6, 0.7], paired=True, images=(0.05, 3))  # seeds say it is certain
+    assert p == pytest.approx(1 - 2 / 6**0.5, abs=1e-5)

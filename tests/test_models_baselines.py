@@ -8,6 +8,7 @@ import torch
 from models import FusedAutoModel, StagePlan, run_decoder
 from models.image_tokens import ImageTokens
 from models.schedules import CDPruner, DivPrune, Fused, ScheduleError, ShortV, SparseVLM, VisionZip, Within
+from tests.slow_reference import SlowDecoder
 from tests.tiny_vlms import IMAGE, PAD, TINY
 
 N = 576  # visual tokens of LLaVA-1.5
@@ -148,6 +149,47 @@ def test_a_baseline_prunes_inside_a_trained_plan(schedule, plan, seeing):
         planned = ours("llava")(**batch, schedule=Fused(plan)).logits[:, -1]
     changes = not (isinstance(schedule, ShortV) and plan.update == "kv")  # a state that no layer changes, skipped
     assert torch.allclose(output.logits[:, -1], planned, atol=1e-3) != changes
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        DivPrune(0.5, renumber=True),
+        CDPruner(288, renumber=True),
+        VisionZip(288, 144, renumber=True),
+        SparseVLM((2, 4), (320, 144), renumber=True),
+    ],
+)
+def test_positions_may_be_renumbered_as_in_the_released_code(schedule):
+    batch = TINY["llava"].batch("ttItItt")
+    batch["relevance"] = torch.linspace(0, 1, batch["input_ids"].shape[1])[None]
+    expected, places = SlowDecoder(TINY["llava"].hugging_face("eager"), batch).run(schedule)
+    with torch.no_grad():
+        output = ours("llava")(**batch, schedule=schedule)
+    assert [live[0].tolist() for live in output.live] == places
+    text = batch["input_ids"][0] != IMAGE
+    torch.testing.assert_close(output.logits[0][text], expected[text], rtol=1e-4, atol=2e-4)
+    with pytest.raises(ValueError, match="which renumbers positions, expected renumber=False"):
+        ours("qwen2_vl")(**TINY["qwen2_vl"].batch("ttItt"), schedule=DivPrune(0.5, renumber=True))
+
+
+def test_tokens_that_a_plan_sets_aside_are_merged_as_they_are():
+    """Under the `kv` update a visual token stays its projected feature; one recycled token is its own mean."""
+    seen = []
+
+    class Watched(SparseVLM):
+        def visual_states(self, view):
+            states = super().visual_states(view)
+            if states is not None:
+                seen.append((view, states))
+            return states
+
+    schedule = Within(StagePlan(layers=[0, 2, 3, 5], update="kv"), Watched((2, 4), (320, 144)))
+    with torch.no_grad():
+        ours("llava")(**TINY["llava"].batch("ttItttt"), schedule=schedule)
+    assert [view.layer for view, _ in seen] == [2, 5]
+    for view, states in seen:
+        assert torch.equal(states[view.visual_mask], view.embeddings[view.visual_mask])
 
 
 def test_a_schedule_that_merges_everything_into_little_changes_what_follows():

@@ -14,6 +14,13 @@ from PIL import Image
 
 from data.dataset import Collator
 from data.processor import save_processor
+from eval.cells import Loaded, prompt_costs
+from eval.checkpoint import Checkpoint
+from eval.compare import main as compare
+from eval.live import live_visual
+from eval.prompts import Asked
+from eval.stages import main as find_stages
+from eval.stages_recipe import starting_recipe
 from models import FusedAutoModel
 from recipes.schema import load_recipe
 from tests.tiny_processors import PROCESSORS
@@ -21,6 +28,7 @@ from tests.tiny_vlms import TINY
 from train.checks import check_run
 from train.groups import freeze, parameter_groups, part_of
 from train.initial import build_initial, load_checkpoint, read_processor
+from train.release.release import main as release
 from train.samples import read_samples
 from train.weights import save_model
 
@@ -147,6 +155,35 @@ def test_a_family_learns_from_rows_with_two_images_one_and_none(prepared, family
     assert not report["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).loss, model.eval()(**batch).loss)
+    save_processor(processor, folder / "saved")
+    answers_are_compared(Checkpoint.find(folder / "saved"), Image.open(folder / "a.png"))
+
+
+def answers_are_compared(checkpoint, image):
+    """Asks as eval.compare, eval.live and eval.demo do, under the trained plan and under pruners within it."""
+    start = starting_recipe(checkpoint, "some/model")
+    is_llava = checkpoint.family == "llava"
+    assert (start.align is not None, start.data.image_aspect) == (is_llava, "pad" if is_llava else "processor")
+    model, processor = checkpoint.load()
+    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch=2)
+    asked = [Asked("what is it?", [image]), Asked("and two and two?")]
+    inputs = loaded.prompter.batch(asked)
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
+    assert visual[0] > 0 == visual[1]
+    for name in ("trained", "dense", "visipruner", "fastv"):
+        schedule = loaded.schedule(name)
+        with torch.inference_mode():
+            alone = loaded.prompter.batch(asked[:1])
+            both = model.generate(**inputs, schedule=schedule, max_new_tokens=2, do_sample=False)
+            one = model.generate(**alone, schedule=schedule, max_new_tokens=2, do_sample=False)
+        assert both[0, inputs["input_ids"].shape[1]] == one[0, alone["input_ids"].shape[1]]
+        live = live_visual(model, inputs, schedule).sum(dim=2)
+        assert live[:, 1].sum() == 0
+        assert live[0, 0] == (visual[0] if name == "dense" else 0)
+        assert live[STAGES["enter"], 0] == visual[0]
+        costs = prompt_costs(loaded, schedule, asked)
+        assert costs["prompts"] == 2
+        assert (costs["visual_token_layers"] < costs["dense"]["visual_token_layers"]) is (name != "dense")
 
 
 def command(name, *arguments, ranks=None):
@@ -206,3 +243,39 @@ def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(t
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
     assert expected[2] < expected[0]
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "internvl"])
+def finished(request, tmp_path_factory):
+    """A finished run of three steps."""
+    folder = tmp_path_factory.mktemp(f"finished-{request.param}")
+    write_checkpoint(folder / "checkpoint", request.param)
+    write_rows(folder)
+    command(["train/run.py"], write_recipe(folder))
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_and_its_stages_searched(finished, tmp_path):
+    out = tmp_path / "compared"
+    words = ["--schedules", "dense,visipruner", "--tasks", "easy_vqa", "--limit", "4"]
+    assert compare([*words, "--out", str(out), str(finished)]) == 0
+    cells = {path.parent.name: json.loads(path.read_text()) for path in out.glob("cells/*/*/easy_vqa.json")}
+    assert {"dense", "visipruner"} <= cells.keys()
+    assert all(cell["status"] == "done" and len(cell["samples"]) == 4 for cell in cells.values())
+    assert cells["dense"]["costs"]["visual_token_layers"] > 0
+    assert "easy_vqa" in (out / "table.md").read_text()
+    searched = ["--limit", "4", "--tolerance", "50", "--batch", "2", "--out", str(tmp_path / "stages"), str(finished)]
+    assert find_stages(searched) == 0
+    record = json.loads((tmp_path / "stages/stages.json").read_text())
+    assert record["checkpoint"] == finished.name
+
+
+@pytest.mark.slow
+def test_a_run_is_released_and_loads_where_this_repository_is_not(finished, tmp_path, capsys):
+    assert release([str(finished), "--out", str(tmp_path / "released")]) == 0, capsys.readouterr().err
+    assert "a fresh process without this repository gave the run's logits and answer" in capsys.readouterr().out
+    fields = json.loads((tmp_path / "released/config.json").read_text())
+    assert fields["stages"]["enter"] == STAGES["enter"]
+    assert (tmp_path / "released/modeling_fused.py").is_file()
+    assert "video_processor" in json.loads((tmp_path / "released/processor_config.json").read_text())

@@ -896,6 +896,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
         ([llava, "--schedule", "nope"], "--schedule: schedule: got 'nope', expected one of trained, dense"),
         ([llava, "--schedule", '{"name": "vtw", "layer": 99}'], "--schedule: VTW.layer: got 99"),
         ([llava, "--schedule", '{"name": "vtw", "nope": 1}'], "--schedule: schedule vtw: got setting 'nope'"),
+        ([llava, "--schedule", "cdpruner"], "--schedule: schedule CDPruner: got a checkpoint without the text tower"),
         ([llava, "--schedule", '{"layer": 1}'], "--schedule: schedule: got None"),
         ([llava, "--schedule", "{"], "--schedule: got '{'"),
         ([llava, "--comparison", tmp_path], "expected a folder that eval.compare wrote"),

@@ -16,7 +16,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import FusedLlavaForConditionalGeneration
+from models import FusedAutoModel, FusedLlavaForConditionalGeneration, StagePlan
+from models.schedules import Dense, Fused
+from recipes.schema import load_recipe
+from train.plans import PlanDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, BATCH = 12, 4
@@ -362,6 +365,28 @@ def test_a_stop_request_saves_and_the_same_command_goes_on(folder, recipe, sent)
     assert [line["step"] for line in log(output)] == list(range(1, step + 3))
     seconds = [line["seconds"] for line in log(output)]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.slow
+def test_each_step_runs_under_the_plan_that_it_draws(folder, recipe, whole):
+    """Three steps of the window, as without plans; then two dense ones, which also learn from the window."""
+    output = folder / "plans"
+    plans = "[{name: fused, plan: {enter: 1, exit: 3}}, {name: dense, plan: null, distill: {teacher: fused}}]"
+    done = run(recipe, f"output={output}", f"model.stages={plans}")
+    assert done.returncode == 0, done.stderr
+    draw = PlanDraw(load_recipe(output / "recipe.yaml").model.plans, seed=0)
+    assert [draw.of_step(step).name for step in range(5)] == ["fused", "fused", "fused", "dense", "dense"]
+    assert losses(output)[:3] == losses(whole)[:3]
+    assert losses(output)[3] != losses(whole)[3]
+    model = FusedAutoModel.from_pretrained(output / "final")
+    assert (model.resolve("trained"), model.resolve("dense")) == (Fused(StagePlan(1, 3)), Dense())
+    alone = folder / "plans_alone"
+    assert (
+        run(recipe, f"output={alone}", f"model.stages={plans.replace(', distill: {teacher: fused}', '')}").returncode
+        == 0
+    )
+    assert losses(alone)[:4] == losses(output)[:4]  # the loss on the labels of the first dense step
+    assert losses(alone)[4] != losses(output)[4]  # after it, the weights differ
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig
 
-from data.processor import ProcessorError, VisionProcessor, with_settings
+from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
 from models import run_decoder
 from models.families import family_of
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError
@@ -130,9 +130,12 @@ def _check_visual_tokens(recipe: Recipe, config: Any, visual: int) -> None:
             f"{key}: image_seq_length: got {config.image_seq_length}, expected {visual}, the tokens that the vision "
             "tower makes of an image"
         )
-    for layer, kept in (recipe.plan.keep if recipe.plan else {}).items():
-        if isinstance(kept, int) and kept > visual:
-            raise RecipeError(f"model.stages.keep.{layer}: got {kept}, expected at most {visual}, an image's tokens")
+    for plan in (named.stages for named in recipe.model.plans.values()):
+        for layer, kept in (plan.keep if plan else {}).items():
+            if isinstance(kept, int) and kept > visual:
+                raise RecipeError(
+                    f"model.stages.keep.{layer}: got {kept}, expected at most {visual}, an image's tokens"
+                )
 
 
 def _check_processor(recipe: Recipe, config: Any, visual: int | None) -> None:
@@ -159,16 +162,14 @@ def _check_processor(recipe: Recipe, config: Any, visual: int | None) -> None:
 
 def processor_is_here(model: ModelSection) -> bool:
     """Returns whether the processor of a recipe's model can be read without a hub."""
-    source = Path(model.config or model.checkpoint or "")
-    if model.language_model is not None:
-        return source.exists() and Path(model.language_model).exists()
-    return (source / "tokenizer_config.json").exists() or (source / "tokenizer.json").exists()
+    source, brings = processor_sources(model.config, model.checkpoint, model.language_model)
+    return Path(source).exists() and Path(brings or source).exists()
 
 
 def _check_deepstack(recipe: Recipe, model: Any) -> None:
     """Refuses a plan that leaves no layer to read the last DeepStack feature, as the first step of training would."""
-    if recipe.plan is not None:
+    for name in recipe.model.plans:
         try:
-            model.check_training(model.schedule)
+            model.check_training(model.resolve(name))
         except ValueError as error:
             raise RecipeError(f"model.{error}") from error

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from data.processor import ProcessorError, VisionProcessor, model_processor, save_processor
-from models import FusedLlavaForConditionalGeneration
-from models.families import family_of
+from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
+from models.families import family_of, is_original
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.errors import one_line
 from train.precision import resolve_dtype
@@ -39,16 +39,29 @@ def read_config(model: ModelSection) -> Any:
     Raises:
         RecipeError: config.json does not describe a model of a supported family that the plan fits.
     """
-    key = "model.config" if model.config is not None else "model.checkpoint"
-    source = model.config if model.config is not None else model.checkpoint or ""
+    key = "model.config" if model.checkpoint is None else "model.checkpoint"
+    source = model.checkpoint or model.config or ""
     try:
-        if model.config is not None:
-            fields = json.loads((Path(model.config) / "config.json").read_text(encoding="utf-8"))
-        else:
-            fields, _ = PreTrainedConfig.get_config_dict(source)
-        return _config_of(source, fields, stages=model.stages)
+        return _config_of(source, _fields_of(model), **model.plan_fields)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
+
+
+def _fields_of(model: ModelSection) -> Any:
+    """Returns the fields of the checkpoint's config.json; of the config folder's where it is not at hand, or original.
+
+    LLaVA's original format says little of the model; the config folder says what becomes of it.
+    """
+    if model.checkpoint is not None:
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(model.checkpoint)
+        except OSError:
+            if model.config is None:
+                raise
+        else:
+            if model.config is None or not is_original(fields):
+                return fields
+    return json.loads((Path(str(model.config)) / "config.json").read_text(encoding="utf-8"))
 
 
 def _config_of(source: Any, fields: Any, **more: Any) -> Any:
@@ -69,7 +82,7 @@ def read_processor(model: ModelSection) -> Any:
         RecipeError: a part is missing or cannot be fetched.
     """
     try:
-        return model_processor(str(model.config or model.checkpoint), model.language_model)
+        return model_processor(model.config, model.checkpoint, model.language_model)
     except ProcessorError as error:
         raise RecipeError(f"model: {error}") from error
 
@@ -116,8 +129,11 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
     Raises:
         RecipeError: the checkpoint cannot be read, or names of weights are missing, unexpected or of another shape.
     """
-    config = config or checkpoint_config(source)
     try:
+        if is_original(PreTrainedConfig.get_config_dict(source)[0]):
+            stages = None if config is None else config.stages
+            return FusedAutoModel.from_pretrained(source, stages=stages, dtype=dtype)
+        config = config or checkpoint_config(source)
         model, report = family_of(config.model_type).model_class.from_pretrained(
             source,
             config=config,
@@ -125,7 +141,7 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, together with the other faults
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnsupportedModelError) as error:
         raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
     refuse_faults(source, report)
     return model
@@ -211,7 +227,9 @@ def _tower(shape: PreTrainedModel, config: Any, source: str | None, dtype: torch
     if source is None:
         return AutoModel.from_config(config.vision_config, dtype=dtype)
     try:
-        return type(shape).from_pretrained(source, dtype=dtype)
+        # SigLIP's pooling head, which no projector reads, is left out where the config says so
+        head = {} if getattr(config.vision_config, "vision_use_head", True) else {"vision_use_head": False}
+        return type(shape).from_pretrained(source, dtype=dtype, **head)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model.vision_tower: '{source}' cannot be read: {error}") from error
 

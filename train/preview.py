@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from transformers import LlavaConfig
 from data.processor import ProcessorError, VisionProcessor, with_settings
 from data.sources import missing_paths
 from data.stream import ConversationStream
-from models.cost import plan_cost
+from models.cost import Cost, plan_cost
 from models.families import family_of
 from recipes.schema import Phase, Recipe, RecipeError
 from train.adapters import add_adapters
@@ -65,20 +65,39 @@ def _preview_phase(recipe: Recipe, phase: Phase, config: Any) -> Iterator[str]:
         yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
     if text is None or visual is None:
         return
-    cost = plan_cost(config.text_config, recipe.plan, visual=visual, text=text)
+    costs = {
+        name: plan_cost(config.text_config, plan.stages, visual=visual, text=text) for name, plan in phase.plans.items()
+    }
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
-    share = cost.flops / dense.flops
-    yield (
-        f"  a sample: {visual} visual + {text} text tokens; {cost.visual_token_layers:,} visual token-layers "
-        f"(dense {dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs ({share:.0%} of dense)"
-    )
-    if steps is not None:
-        samples = steps * phase.train.global_batch
-        passes = 3 if _trains_weights(phase) else 2
+    yield f"  a sample: {visual} visual + {text} text tokens"
+    for name, plan in phase.plans.items():
+        of_steps = f", {plan.weight / _weights(phase):.0%} of the steps" if len(costs) > 1 else ""
         yield (
-            f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder "
-            f"{passes * samples * cost.flops:.3g} FLOPs (dense {passes * samples * dense.flops:.3g})"
+            f"  {name}{of_steps}: {costs[name].visual_token_layers:,} visual token-layers (dense "
+            f"{dense.visual_token_layers:,}); decoder forward {costs[name].flops:.3g} FLOPs "
+            f"({costs[name].flops / dense.flops:.0%} of dense)"
         )
+    if steps is not None:
+        samples, passes = steps * phase.train.global_batch, 3 if _trains_weights(phase) else 2
+        flops = samples * _flops(phase, costs, passes)
+        yield (
+            f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
+            f"FLOPs (dense {passes * samples * dense.flops:.3g}, {passes * samples * dense.flops / flops:.2f} times as "
+            "many)"
+        )
+
+
+def _weights(phase: Phase) -> float:
+    return sum(plan.weight for plan in phase.plans.values())
+
+
+def _flops(phase: Phase, costs: Mapping[str, Cost], passes: int) -> float:
+    """Returns the decoder's FLOPs of a mean sample: each plan's share of `passes`, and its teacher's forward pass."""
+    total = 0.0
+    for name, plan in phase.plans.items():
+        teacher = 0 if plan.distill is None else costs[plan.distill.teacher].flops
+        total += plan.weight / _weights(phase) * (passes * costs[name].flops + teacher)
+    return total
 
 
 def _trains_weights(phase: Phase) -> bool:
@@ -117,11 +136,11 @@ def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int
 
 
 def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
-    """Returns the tokens of one image: of a LLaVA's, else of one of _TYPICAL pixels; None without a processor."""
+    """Returns the tokens of one image: a LLaVA's, else of _TYPICAL pixels, without a processor what the recipe says."""
     if isinstance(config, LlavaConfig):
         return config.image_seq_length
     if not processor_is_here(recipe.model):
-        return None
+        return phase.data.expected_visual_tokens
     try:
         processor = with_settings(read_processor(recipe.model), phase.data)
         return VisionProcessor(processor, aspect=phase.data.image_aspect).count(*_TYPICAL)

@@ -66,8 +66,8 @@ def save_model(
 def _saved_config(model: Any) -> Any:
     """Returns the config to save: Hugging Face's of the family for a dense model."""
     config, base = model.config, type(model).__bases__[-1]
-    if config.stages is None:
-        dropped = ("stages", "schedule", "model_type", "architectures", "auto_map")
+    if config.stages is None and not config.plans:
+        dropped = ("stages", "plans", "schedule", "model_type", "architectures", "auto_map")
         fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
         config = type(config).__bases__[-1](**fields)
     config.architectures = [base.__name__ if config is not model.config else type(model).__name__]

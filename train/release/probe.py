@@ -22,9 +22,9 @@ from transformers.utils import HF_MODULES_CACHE
 def _processor(release: str, trust: dict[str, bool]) -> Any:
     """Returns the release's processor; where torchvision is missing, without its part for videos, which needs it."""
     fields = json.loads((Path(release) / "processor_config.json").read_text(encoding="utf-8"))
-    kind = getattr(transformers, fields["processor_class"], None)
     if transformers.utils.is_torchvision_available() or "video_processor" not in fields:
         return AutoProcessor.from_pretrained(release, **trust)
+    kind = getattr(transformers, fields["processor_class"])
     names = [name for name in kind.get_attributes() if name != "video_processor"]
     kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: names)})
     own = {name: value for name, value in fields.items() if name != "processor_class" and not isinstance(value, dict)}
