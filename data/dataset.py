@@ -224,7 +224,7 @@ class Encoder:
 
         Args:
             record: the record.
-            sizes: width and height of each of its images, as `data.images.image_size` has them.
+            sizes: width and height of each of its images, as `data.images.inspect_image` has them.
             source: number of its source.
 
         Raises:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -76,7 +77,7 @@ def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Pa
     if folder is None:
         raise RowError(f"image {shown!r} without an image folder, expected data.images in the recipe")
     try:
-        base = folder.resolve()
+        base = _resolved(folder)
         plain = Path(base / name)
         file = plain.resolve()
         is_file = file.is_file()
@@ -97,7 +98,14 @@ def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Pa
     return file
 
 
-def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> list[str]:
+@lru_cache(64)
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()
+
+
+def inspect_image(
+    folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT
+) -> tuple[list[str], tuple[int, int]]:
     """Opens the header, and decodes the whole file only where it does not end with its format's end mark.
 
     Args:
@@ -106,7 +114,7 @@ def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageO
         options: with `decode`, the file is decoded in any case, and a JPEG strictly.
 
     Returns:
-        What is worth counting, keys of `rows.NOTES`.
+        What is worth counting, keys of `rows.NOTES`; and width and height as training sees them.
 
     Raises:
         RowError: as `resolve`; not an image, too many pixels, a mode without a known range, or truncated.
@@ -116,34 +124,25 @@ def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageO
         with _opened(place, name, options) as opened:
             opened.verify()  # a PNG's checksums; no pixel can be read after it
     with _opened(place, name, options) as opened:
-        kind = opened.format or ""
+        kind, (width, height) = opened.format or "", opened.size
         tail = _tail(place) if kind in _END_MARKS else b""
         notes = ["frames"] if getattr(opened, "is_animated", False) else []
         if options.decode or b"eXIf" in tail or not _has_end(tail, kind):  # a PNG's EXIF may stand behind its pixels
             opened.load()
-        if options.exif == "apply" and _orientation(opened) in _TURNS:
-            notes.append("turned")
+        turn = _orientation(opened) if options.exif == "apply" else 1
     if options.decode and kind in ("JPEG", "MPO"):
         _check_jpeg(place, name)
-    return notes
-
-
-def image_size(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> tuple[int, int]:
-    """Returns width and height of an image as training sees it, from its header; raises as `check_image`."""
-    name, place = _locate(folder, image, options)
-    with _opened(place, name, options) as opened:
-        width, height = opened.size
-        is_turned = options.exif == "apply" and _orientation(opened) in _SIDEWAYS
-    if is_turned:
+    notes += ["turned"] if turn in _TURNS else []
+    if turn in _SIDEWAYS:
         width, height = height, width
-    return (max(width, height),) * 2 if options.aspect == "pad" else (width, height)
+    return notes, (max(width, height),) * 2 if options.aspect == "pad" else (width, height)
 
 
 def open_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> Image.Image:
     """Returns the decoded RGB image, as `rgb` makes it.
 
     Raises:
-        RowError: as `check_image`.
+        RowError: as `inspect_image`.
     """
     name, place = _locate(folder, image, options)
     with _opened(place, name, options) as opened:

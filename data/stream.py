@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data.config import DataConfig, Source
 from data.dataset import Encoder, Sample, open_images
-from data.images import check_image, image_size
+from data.images import inspect_image
 from data.rows import DataError, Fault, Record, RowError, parse
 from data.sources import HUB, find_files, hub_rows, raw_rows
 from data.table import check_folders, folder_of, image_options, row_of
@@ -143,9 +143,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
     def _item(self, number: int, file: str, row: int, raw: Any) -> _Item:
         record = parse(raw)
         folder, options = folder_of(self.config.sources[number], file), image_options(self.config)
-        for image in record.images:
-            check_image(folder, image, options)
-        sizes = [image_size(folder, image, options) for image in record.images]
+        sizes = [inspect_image(folder, image, options)[1] for image in record.images]
         sample = self.encoder.encode(record, sizes, number)
         return _Item(number, file, row, sample)
 
@@ -177,8 +175,9 @@ def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
             try:
                 parsed = parse(raw)
                 for image in parsed.images:
-                    notes.update(check_image(folder, image, options))
-                    sizes += image_size(folder, image, options)
+                    seen, size = inspect_image(folder, image, options)
+                    notes.update(seen)
+                    sizes += size
                 record: Record | RowError = parsed
             except RowError as error:
                 record = error

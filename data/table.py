@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from data import built_in
 from data.config import DataConfig, Source, expand
-from data.images import ImageOptions, check_image, image_size
+from data.images import ImageOptions, inspect_image
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks, parse
 from data.sources import find_files, open_store, raw_rows, stamp
 
@@ -302,8 +302,9 @@ def _inspect(row: dict[str, Any], config: DataConfig) -> dict[str, Any]:
     sizes: list[int] = []
     try:
         for image in images_of(row):
-            notes.update(check_image(folder, image, options))
-            sizes += image_size(folder, image, options)
+            found, size = inspect_image(folder, image, options)
+            notes.update(found)
+            sizes += size
     except RowError as error:
         return {"fault": str(error), "notes": [], "sizes": []}
     return {"fault": "", "notes": [*row["notes"], *sorted(notes)], "sizes": sizes}

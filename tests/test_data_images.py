@@ -12,13 +12,18 @@ from transformers import CLIPImageProcessor
 from data.images import (
     MAX_PIXELS,
     ImageOptions,
-    check_image,
     framed,
+    inspect_image,
     open_image,
     pad_to_square,
     rgb,
 )
 from data.rows import RowError
+
+
+def check_image(*given):
+    return inspect_image(*given)[0]
+
 
 READS = (check_image, open_image)
 

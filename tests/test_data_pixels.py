@@ -12,11 +12,15 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.image_utils import load_image
 
-from data.images import ImageOptions, check_image, framed, open_image, read_image, rgb
+from data.images import ImageOptions, framed, inspect_image, open_image, read_image, rgb
 from data.rows import NOTES, EmbeddedImage, RowError
 
 DECODED = ImageOptions(decode=True)
 RAMP = np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)
+
+
+def check_image(*given):
+    return inspect_image(*given)[0]
 
 
 def saved(image, form, **options):
@@ -172,6 +176,7 @@ XMP = b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x='adobe:ns:meta/'><a tiff:O
 )
 def test_an_orientation_is_found_wherever_a_png_holds_it(image, options):
     assert check_image(None, image, options) == ["turned"]
+    assert inspect_image(None, image, ImageOptions(aspect="processor"))[1] == (1, 2)
     assert open_image(None, image).size == (1, 2)
     with Image.open(io.BytesIO(image.data)) as stored:
         assert load_image(stored).size == (1, 2)  # transformers and its servers

@@ -76,7 +76,7 @@ def test_a_second_check_reads_the_cache(folder, monkeypatch):
     given = config(folder, [line()] * 3)
     check_rows(given)
     monkeypatch.setattr("data.table.parse", lambda row: pytest.fail("parsed again"))
-    monkeypatch.setattr("data.table.check_image", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr("data.table.inspect_image", lambda *_: pytest.fail("checked again"))
     assert len(check_rows(given)) == 3
 
 
