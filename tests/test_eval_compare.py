@@ -16,7 +16,7 @@ from eval import bench, compare, measure, speed, stages
 from eval.arguments import UsageError, schedules_of
 from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.compare import main
+from eval.compare import arguments, main, prepare
 from eval.plots import Point, pareto_front, smooth
 from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text
 from eval.seeds import common_name, groups_of
@@ -419,12 +419,29 @@ def test_a_schedule_that_does_not_go_with_a_checkpoint_is_refused_before_anythin
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plans_of_a_checkpoint_are_rows_of_it(runs, tmp_path, capsys):
+    config = json.loads((Path(runs[1]) / "final/config.json").read_text())
+    plans = {"fused": config["stages"], "fast": {**config["stages"], "keep": {"3": 0.25}}, "dense": None}
+    shutil.copytree(runs[1], tmp_path / "elastic")
+    (tmp_path / "elastic/final/config.json").write_text(json.dumps({**config, "plans": plans}))
+    given = [runs[0], str(tmp_path / "elastic"), "--limit", "4", "--out", str(tmp_path / "out"), "--schedules"]
+    comparison, _ = prepare(arguments([*given, "trained,fast,vtw"]))
+    assert {name: list(chosen) for name, chosen in comparison.schedules.items()} == {
+        "dense": ["dense", "vtw"],
+        "elastic": ["trained", "fast", "vtw"],
+    }
+    assert comparison.schedules["elastic"]["fast"] == Fused(StagePlan(2, 5, keep={3: 0.25}))
+    with pytest.raises(SystemExit):
+        arguments([*given, "slow"])
+    assert "--schedules: got 'slow', expected trained, fused, fast, dense, visipruner" in capsys.readouterr().err
+
+
 RANKS = """
 import sys
 from eval import measure, speed
 measure.added_memory_each = lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
 speed.REPEATS, speed.STEPS = 1, 2
-from eval.compare import main
+from eval.compare import arguments, main, prepare
 sys.exit(main(sys.argv[1:]))
 """
 
