@@ -127,7 +127,7 @@ def test_a_finished_comparison_runs_nothing_again(compared, runs, monkeypatch, c
 
 def test_other_settings_in_one_folder_are_refused(compared, runs, capsys):
     assert main([*runs, "--limit", "41", "--out", str(compared)]) == 2
-    assert "holds cells made with limit 40, found 41" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds cells made with limit 40, got 41, expected the same" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_cell_is_kept_for_what_decides_it_alone(tmp_path):
@@ -213,7 +213,7 @@ def test_rows_that_are_asked_differently_are_refused(runs, tmp_path, capsys):
     assert Checkpoint.find(other).chat_format == "vicuna_v1"
     assert main([runs[0], str(other), "--limit", "4", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--chat-format: found chat_template (dense) and vicuna_v1 (other)" in error
+    assert "--chat-format: got chat_template (dense) and vicuna_v1 (other)" in error
     assert not (tmp_path / "out").exists()
     given = [runs[0], str(other), "--chat-format", "chat_template", "--limit", "4", "--out", str(tmp_path / "out")]
     assert main(given) == 0
@@ -288,7 +288,7 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path, runs):
         shutil.copytree(runs[0], tmp_path / seed / "dense")
     found = [Checkpoint.find(tmp_path / seed / "dense") for seed in ("seed0", "seed1")]
     assert list(named(found)) == ["seed0_dense", "seed1_dense"]
-    with pytest.raises(ComparisonError, match="found dense twice"):
+    with pytest.raises(ComparisonError, match="got dense twice"):
         named([found[0], found[0]])
 
 
