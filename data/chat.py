@@ -20,7 +20,7 @@ from jinja2.exceptions import TemplateError
 from data.config import shorten
 from data.rows import IMAGE_MARK, RowError, Turn, count_marks, split_marks
 
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's own
+IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -73,11 +73,11 @@ class ChatFormat:
 
     Attributes:
         image_token_id: the token that stands for an image.
-        stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's own. Empty
+        stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's. Empty
             for `plain`, which is for alignment and ends a caption by a newline.
 
     Raises:
-        TokenizerError: the tokenizer is slow, has no end mark or image token, ends every text by a token of its own,
+        TokenizerError: the tokenizer is slow, has no end mark or image token, adds an end mark to every text,
             or its chat template cannot be labelled, depends on the day, or ends answers by no single token.
     """
 
@@ -94,7 +94,7 @@ class ChatFormat:
             raise TokenizerError("tokenizer: has no eos_token, expected one that ends an answer")
         bare = tokenizer(image.token, add_special_tokens=False)["input_ids"]
         if tokenizer(image.token)["input_ids"][-len(bare) :] != bare:
-            raise TokenizerError("tokenizer: ends every text by a token of its own, expected add_eos_token false")
+            raise TokenizerError("tokenizer: adds an end mark to every text, expected add_eos_token false")
         self.name, self.tokenizer, self._mark = name, tokenizer, image.bordered(image.mark)
         self._template = ChatTemplate(tokenizer, image) if name == "chat_template" else None
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -106,7 +106,7 @@ class ChatFormat:
 
         Args:
             turns: user and assistant in turns.
-            system: system prompt; None is the format's own.
+            system: system prompt; None means the format's default.
 
         Raises:
             RowError: the chat template rewrites the conversation, or the format has no system prompt.
@@ -140,7 +140,7 @@ class ChatFormat:
     def _tokenise(self, rendered: Rendered) -> tuple[list[int], list[int]]:
         encoding = self.tokenizer(
             rendered.text,
-            add_special_tokens=self._template is None,  # a template writes its own
+            add_special_tokens=self._template is None,  # a template writes them itself
             return_offsets_mapping=True,
             verbose=False,
         )
@@ -460,10 +460,10 @@ def _trim(message: str, written: str, text: str, following: str) -> Callable[[st
 def frozen(template: str) -> str:
     """Returns a chat template whose text no longer depends on the day that it is rendered: it says FROZEN_DAY.
 
-    Else the rows of a run, and the questions asked of it later, would name different days.
+    Otherwise the rows of a run and later questions to its model would name different days.
 
     Raises:
-        TokenizerError: the template asks for the day in a way that cannot be replaced, or draws at random.
+        TokenizerError: the template uses the day in a way that cannot be replaced, or draws at random.
     """
     text = _NOW.sub(lambda found: repr(FROZEN_DAY.strftime(found[2])), template)
     if re.search(r"strftime_now(?!\s+is\s)|\|\s*random\b", text):

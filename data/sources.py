@@ -37,7 +37,7 @@ _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for 
 _TEXT_SUFFIXES: Final = (".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".md")
 _OTHER_SPLITS: Final = {"test", "val", "valid", "validation", "dev", "eval"}
 _HUB_NAME: Final = re.compile(
-    r"hf://(?:datasets/)?(?P<name>[^/@:]+/[^/@:]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/:]+|[^/:]+))?"
+    r"hf://(?:datasets/)?(?P<name>(?!datasets/)[^/@:]+/[^/@:]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/:]+|[^/:]+))?"
     r"(?:/(?P<subset>[^:]+))?(?::(?P<split>.+))?"
 )
 _HUB_HINT: Final = "and `hf auth login` for a private or gated set"

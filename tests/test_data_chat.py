@@ -193,7 +193,7 @@ def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
     [
         ({"image": False}, "has no token <image>"),
         ({"eos_token": None}, "has no eos_token"),
-        ({"single": "<s> $A </s>"}, "ends every text by a token of its own"),
+        ({"single": "<s> $A </s>"}, "adds an end mark to every text"),
         ({"chat_template": None}, "got chat_template, but the tokenizer has none"),
     ],
 )

@@ -109,7 +109,7 @@ PATHS = {
         ],
         [TWO, ONE, ONE],
     ),
-    "Cauldron and FineVision": (
+    "Cauldron, FineVision": (
         [{"images": ["a.png"], "texts": [{"user": "What is it?", "assistant": "Red.", "source": "x"}]}],
         [ONE],
     ),
@@ -130,6 +130,12 @@ def test_rows_in_json(folder, name, packed):
         data = (folder / "x.zst").read_bytes()
     (folder / f"data.{packed}").write_bytes(data)
     assert seen(folder, check(folder, folder / f"data.{packed}")) == expected
+
+
+def test_the_docs_list_every_format():
+    table = (ROOT / "docs/data.md").read_text().partition("| format |")[2].partition("\n\n")[0]
+    listed = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert listed == [name for name in PATHS if name != "LLaVA, several images"]
 
 
 def inside(colour, path=None):

@@ -240,7 +240,9 @@ def test_the_command_reads_hub_and_disk_together(read):
     assert [source["rows"] for source in report["data"]["sources"]] == [2, 1]
 
 
-@pytest.mark.parametrize("path", ["hf://name", "hf://org//x", "hf://org/", "hf://", "hf://org/name@/x"])
+@pytest.mark.parametrize(
+    "path", ["hf://name", "hf://org//x", "hf://org/", "hf://", "hf://org/name@/x", "hf://datasets/name"]
+)
 def test_a_name_without_organisation_or_set_is_refused(path):
     with pytest.raises(DataError, match=r"expected hf://org/name, hf://org/name/subset or"):
         HubSet.of(path)
