@@ -143,6 +143,12 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
         )
     except (OSError, SafetensorError, UnsupportedModelError) as error:
         raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
+    text = config.get_text_config()
+    if "lm_head.weight" in report["missing_keys"] and getattr(text, "tie_word_embeddings", False):
+        raise RecipeError(
+            f"model: checkpoint '{source}': config.json: tie_word_embeddings: got false, but text_config's is true and "
+            "there is no lm_head.weight; expected true in both"
+        )
     refuse_faults(source, report)
     return model
 
