@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
         RecipeError: the saved recipe cannot be read.
     """
     try:
-        before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        raw = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
+    with suppress(ValidationError):  # a key that is younger than the saved recipe had its default
+        raw = Recipe.model_validate(raw).model_dump()
+    before = _flat(raw)
     now = _flat(recipe.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

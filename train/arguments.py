@@ -77,9 +77,12 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         warmup_steps=train.warmup_ratio,  # below 1 it is a share
         weight_decay=train.weight_decay,
         adam_beta2=train.adam_beta2,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=train.max_grad_norm or 0.0,
         use_cpu=not torch.cuda.is_available(),
         bf16=resolve_precision(train) == "bf16",
+        fp16=resolve_precision(train) == "fp16",
+        optim="adamw_torch" if train.optimizer == "muon" else train.optimizer,
+        neftune_noise_alpha=train.neftune,
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="steps",

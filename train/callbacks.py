@@ -61,9 +61,10 @@ class RunCallback(TrainerCallback):
         """Ends the run on request, at the time limit, or where the model is dead; a run that ends is saved first."""
         trainer = self._trainer
         norm = trainer.deepspeed.get_global_grad_norm()
+        is_skipped = args.fp16 and trainer.deepspeed.optimizer.overflow  # the loss was scaled too high: it gets lower
         fault = self._health.fault(
             step=state.global_step,
-            norm=None if norm is None else float(norm),
+            norm=None if norm is None or is_skipped else float(norm),
             loss=trainer.last_step["loss"],
             had_images=trainer.last_step["image_labels"] > 0,
         )

@@ -207,12 +207,13 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
 
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
     """Returns the model with what the recipe lets learn, and its vocabulary's size."""
-    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train))
+    bits = phase.train.lora.bits if phase.train.lora is not None else None
+    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     vocabulary = model.config.text_config.vocab_size
     if phase.train.lora is not None:
         set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)
-    freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
+    freeze(model, phase.train)
     return model, vocabulary
 
 

@@ -89,7 +89,7 @@ def _meta_counts(phase: Phase, config: FusedLlavaConfig) -> dict[str, int]:
         model: Any = FusedLlavaForConditionalGeneration(config)
         if phase.train.lora is not None:
             model = add_adapters(model, phase.train.lora)
-    freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
+    freeze(model, phase.train)
     return trainable_counts(model)
 
 
