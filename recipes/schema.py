@@ -122,6 +122,18 @@ class Lora(_Section):
         return self
 
 
+class Profile(_Section):
+    """A torch.profiler trace of the steps [first, last], of rank 0, in the run folder's `profile/`."""
+
+    steps: list[int] = Field(min_length=2, max_length=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        if not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps: got {self.steps}, expected [first, last] with 1 <= first <= last")
+        return self
+
+
 class TrainSection(_Section):
     """How one phase trains.
 
@@ -138,6 +150,8 @@ class TrainSection(_Section):
         max_grad_norm: gradients are clipped to this norm; null does not clip.
         neftune: NEFTune's alpha, the noise on embedded text; null for none.
         precision: bf16, fp32, fp16 with loss scaling, or auto: bf16 where the hardware multiplies it, else fp32.
+        tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere.
+        profile: steps to write a trace of; null for none.
         save_steps: steps between two checkpoints; null saves at the end alone.
     """
 
@@ -163,6 +177,8 @@ class TrainSection(_Section):
     save_steps: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
     save_total_limit: int = Field(default=2, gt=0)
     log_steps: int = Field(default=1, gt=0, le=_MOST_STEPS)
+    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
+    profile: Profile | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:

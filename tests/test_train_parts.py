@@ -417,9 +417,9 @@ def test_a_server_that_does_not_answer_costs_seconds(monkeypatch, tmp_path, caps
         import wandb  # noqa: F401  # not part of the wait
 
         started = time.monotonic()
-        start_tracking("x", tmp_path)
+        start_tracking("wandb", "x", tmp_path)
         passed = time.monotonic() - started
-        stop_tracking()
+        stop_tracking("wandb")
         monkeypatch.setenv("WANDB_MODE", "offline")  # what it set
     assert "cannot be reached" in capsys.readouterr().out
     assert passed < 30  # 99 s before; wandb's own start takes some of it

@@ -134,7 +134,10 @@ def log(output):
 def test_a_stopped_run_goes_on_with_the_evaluations_of_one_that_was_not(train_here, tiny_recipe):
     """It was stopped at a step with an evaluation, which the next start makes up."""
     section = {"share": 0.25, "every": 2}
-    whole = train_here(tiny_recipe("whole") | {"eval": section})
+    whole = train_here(tiny_recipe("whole", tracker="none", profile={"steps": [2, 3]}) | {"eval": section})
+    (trace,) = (whole / "profile").iterdir()
+    assert trace.name == "steps-2-3.json"
+    assert "aten::embedding" in trace.read_text()
     stopped = tiny_recipe("stopped") | {"eval": section}
     assert not (train_here(stopped, stop_at=1) / "final").exists()
     assert [line["step"] for line in log(train_here(stopped))] == [1, 2, 2, 3, 4, 4]

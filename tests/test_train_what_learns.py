@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.integrations import is_tensorboard_available
 
 from recipes.schema import Recipe, RecipeError
 from train.checks import check_run
@@ -64,6 +65,22 @@ def test_adapters_on_every_part_and_its_last_tower_layer(train_here, tiny_recipe
     assert not any("embeddings" in name for name in names if "vision_tower" in name)
 
 
+def test_a_tracker_by_name(train_here, tiny_recipe):
+    event_file_loader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_file_loader", reason="TensorBoard is no dependency"
+    )
+    output = train_here(tiny_recipe("board", tracker="tensorboard", max_steps=2) | {"eval": {"share": 0.1}})
+    (file,) = (output / "tensorboard").glob("events*")
+    names = {v.tag for event in event_file_loader.EventFileLoader(str(file)).Load() for v in event.summary.value}
+    assert {"train/loss", "train/tokens_per_second", "eval/loss"} <= names
+
+
+@pytest.mark.skipif(is_tensorboard_available(), reason="TensorBoard is installed")
+def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe):
+    with pytest.raises(RecipeError, match=r"train.tracker: got tensorboard, which is not installed"):
+        check_run(Recipe.model_validate(tiny_recipe("refused", tracker="tensorboard")), 1)
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [
@@ -94,6 +111,7 @@ def test_what_cannot_learn_here_is_refused(tiny_recipe, monkeypatch, train, mess
         ({"lora": {"bits": 4, "parts": ["projector"]}}, "bits: got 4 without adapters on the language model"),
         ({"lora": {"layers": []}}, "layers: got an empty list"),
         ({"optimizer": "adafactor"}, "optimizer"),
+        ({"profile": {"steps": [3, 2]}}, r"steps: got \[3, 2\], expected \[first, last\] with 1 <= first"),
         ({"optimizer": "muon"}, "got max_grad_norm 1 with muon, expected null"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from transformers import TrainingArguments
@@ -63,6 +64,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
     rates = train.learning_rate
     micro_batch, accumulation = split_batch(train, distributed.count())
     peak = max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(phase.folder / "tensorboard")  # read when Trainer is built
     return TrainingArguments(
         output_dir=str(phase.folder),
         run_name=f"{recipe.name}-{phase.name}" if recipe.align else recipe.name,
@@ -94,7 +96,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         greater_is_better=None if phase.eval is None else phase.eval.metric == "accuracy",
         logging_steps=train.log_steps,
         logging_nan_inf_filter=False,  # the trainer stops instead
-        report_to=["wandb"],
+        report_to=[train.tracker],
         disable_tqdm=True,  # train/callbacks.py has its own line
         remove_unused_columns=False,
         ignore_data_skip=phase.data.streaming,  # a stream skips by itself, without opening images

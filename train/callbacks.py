@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from recipes.schema import Profile
 from train import distributed
 from train.checkpoints import Progress, keep_newest, mark
 from train.health import Health
@@ -173,6 +175,30 @@ class LogCallback(TrainerCallback):
         kept = [line for line in lines if 0 <= _step_of_line(line) <= step]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+class ProfileCallback(TrainerCallback):
+    """Writes a torch.profiler trace of some steps, for Perfetto or chrome://tracing."""
+
+    def __init__(self, profile: Profile, folder: Path) -> None:
+        self._first, self._last = profile.steps
+        self._folder = folder
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts with the first of the steps."""
+        if self._profiler is None and state.global_step + 1 == self._first:
+            self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self._profiler.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes the trace after the last of the steps, or after the run's."""
+        if self._profiler is None or not (state.global_step >= self._last or control.should_training_stop):
+            return
+        self._profiler.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._folder / f"steps-{self._first}-{state.global_step}.json"))
+        self._profiler, self._first = None, 0  # once
 
 
 def clock_words(seconds: float) -> str:

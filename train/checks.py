@@ -35,9 +35,9 @@ def check_run(recipe: Recipe, num_ranks: int) -> FusedLlavaConfig:
     Raises:
         RecipeError: the recipe cannot be run here.
     """
-    check_tracking()
     check_output(Path(recipe.output))
     for phase in recipe.phases:
+        check_tracking(phase.train.tracker)
         check_batches(phase.train, num_ranks)
         _check_workers(phase)
         _check_libraries(phase.train)

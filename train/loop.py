@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from data.dataset import Collator
 from data.rows import DataError
@@ -20,7 +20,7 @@ from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import add_adapters
 from train.arguments import is_timed, total_steps, training_arguments
-from train.callbacks import LogCallback, NothingToTrain, RunCallback
+from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback
 from train.checkpoints import (
     RECIPE,
     Progress,
@@ -173,6 +173,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         train_dataset=dataset,
         data_collator=Collator(processor.tokenizer.pad_token_id),
         processing_class=processor,
+        callbacks=_profilers(phase),
     )
     trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
     is_trained = _is_trained(phase, progress, total)
@@ -187,13 +188,13 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     )
     with stop.deferred(), _one_line_errors(trainer):
         if not is_trained:
-            start_tracking(arguments.run_name, phase.folder)
+            start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
         try:
             trainer.train(resume_from_checkpoint=str(source) if source else None)
         except NothingToTrain:
             trainer.clock.agreed = progress.seconds
         if not is_trained:
-            stop_tracking()
+            stop_tracking(phase.train.tracker)
         if trainer.is_stopping:
             where = phase.folder / f"checkpoint-{trainer.state.global_step}"
             reason = stop.reason or "a signal to another rank"
@@ -203,6 +204,12 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         distributed.barrier()
     distributed.print_rank0(f"{phase.name}: done, {phase.folder / FINAL}")
     return True
+
+
+def _profilers(phase: Phase) -> list[TrainerCallback]:
+    if phase.train.profile is None or distributed.rank() != 0:
+        return []
+    return [ProfileCallback(phase.train.profile, phase.folder / "profile")]
 
 
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
