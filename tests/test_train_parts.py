@@ -174,6 +174,18 @@ def test_metrics_tell_images_and_text_apart():
     assert (metrics.samples, metrics.tokens) == (12, 108)
 
 
+def test_metrics_tell_the_models_flops_and_their_share_of_the_peak():
+    seen = {}
+    metrics = TrainMetrics(image_token=7, flops=lambda sums: seen.update(sums) or 600.0, peak=1000.0)
+    step(metrics, 1.0, input_ids=torch.tensor([[7, 7, 5, 5]]), pixel_values=torch.zeros(1))
+    metrics.end_step(metrics.take_step().tolist())
+    report = metrics.report(seconds=2.0)
+    assert (report["model_flops_per_second"], report["mfu"]) == (300.0, 0.3)
+    assert (seen["samples"], seen["visual"], seen["tokens"], seen["image_labels"]) == (1, 2, 4, 2)
+    old = {"rows": [[1, 4, 1.0, 1.0, 2, 0, 0]], "seconds": 0.0}  # of a checkpoint that counted no visual tokens
+    assert TrainMetrics(window=old).report(2.0)["loss"] == 1.0
+
+
 def test_metrics_of_a_resumed_run_report_what_the_uninterrupted_one_reports():
     whole, first = TrainMetrics(), TrainMetrics()
     for loss in (0.1, 0.7, 0.3):

@@ -1,11 +1,11 @@
 """What a recipe lets learn, and by which optimizer, in whole runs."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers.integrations import is_tensorboard_available
 
 from recipes.schema import Recipe, RecipeError
 from train.checks import check_run
@@ -75,7 +75,7 @@ def test_a_tracker_by_name(train_here, tiny_recipe):
     assert {"train/loss", "train/tokens_per_second", "eval/loss"} <= names
 
 
-@pytest.mark.skipif(is_tensorboard_available(), reason="TensorBoard is installed")
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
 def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe):
     with pytest.raises(RecipeError, match=r"train.tracker: got tensorboard, which is not installed"):
         check_run(Recipe.model_validate(tiny_recipe("refused", tracker="tensorboard")), 1)

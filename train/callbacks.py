@@ -138,7 +138,8 @@ class LogCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            unknown = {"mfu": None} if "loss" in logs else {}
+            file.write(json.dumps({"step": state.global_step, **unknown, **logs}) + "\n")
         if "eval_loss" in logs:
             tqdm.write(_eval_line(state.global_step, logs), file=sys.stdout)
             sys.stdout.flush()

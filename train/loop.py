@@ -21,6 +21,7 @@ from train import distributed
 from train.adapters import add_adapters
 from train.arguments import is_timed, total_steps, training_arguments
 from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback
+from train.cards import peak_here
 from train.checkpoints import (
     RECIPE,
     Progress,
@@ -34,9 +35,10 @@ from train.checks import check_run
 from train.clock import Clock
 from train.deepspeed_config import deepspeed_fingerprint, read_deepspeed
 from train.errors import TrainingError, one_line
+from train.estimate import Estimate
 from train.groups import freeze, trainable_counts
 from train.health import Health
-from train.initial import INITIAL, build_initial, load_checkpoint, read_processor
+from train.initial import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.metrics import TrainMetrics
 from train.outcome import FINAL, ended_early, finished_steps, save_final
 from train.precision import resolve_dtype
@@ -152,6 +154,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     }
     if resumed is not None:
         _check_resumed(phase, resumed, progress, fingerprints, total)
+    metrics = _metrics(recipe, phase, progress)  # before DeepSpeed's configuration takes hold of every new model
     source, is_resharded = _loadable(resumed, progress)
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
@@ -163,7 +166,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         phase=phase,
         order=order,
         clock=Clock(before=progress.seconds),
-        metrics=TrainMetrics(samples=progress.samples, tokens=progress.tokens, window=progress.window),
+        metrics=metrics,
         watch=DataWatch(phase.data, len(dataset.skipped)),
         validation=validation,
         stop=stop,
@@ -210,6 +213,19 @@ def _profilers(phase: Phase) -> list[TrainerCallback]:
     if phase.train.profile is None or distributed.rank() != 0:
         return []
     return [ProfileCallback(phase.train.profile, phase.folder / "profile")]
+
+
+def _metrics(recipe: Recipe, phase: Phase, progress: Progress) -> TrainMetrics:
+    """Returns the sums of a run so far; rank 0, which logs, also knows what the model computes."""
+    config, peak = read_config(recipe.model), peak_here()
+    return TrainMetrics(
+        samples=progress.samples,
+        tokens=progress.tokens,
+        window=progress.window,
+        image_token=config.image_token_id,
+        flops=Estimate(config, phase.train).window_flops if distributed.rank() == 0 else None,
+        peak=None if peak is None else peak * distributed.count(),
+    )
 
 
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:

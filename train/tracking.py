@@ -7,10 +7,9 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
-
-from transformers.integrations import is_tensorboard_available
 
 from recipes.errors import RecipeError
 from train import distributed
@@ -21,7 +20,7 @@ _ANSWER_SECONDS: Final = 5.0
 
 def check_tracking(tracker: str) -> None:
     """Raises RecipeError when a tracker is not installed, or WANDB_MODE is none that Weights & Biases knows."""
-    if tracker == "tensorboard" and not is_tensorboard_available():
+    if tracker == "tensorboard" and find_spec("tensorboard") is None:
         raise RecipeError(
             "train.tracker: got tensorboard, which is not installed; expected wandb or none, or pip install tensorboard"
         )
