@@ -44,13 +44,19 @@ def names_of(option: str, text: str, known: Collection[str] | None = None) -> li
     return names
 
 
-def schedules_of(option: str, text: str) -> dict[str, Choice]:
+def schedules_of(option: str, text: str, plans: Collection[str] = ()) -> dict[str, Choice]:
     """Returns the schedules of a comma-separated list by what the list calls them: names, or `fastv(layer=2,drop=0.5)`.
+
+    Args:
+        option: of the command line.
+        text: the list.
+        plans: names of the checkpoints' plans, which are known beside those of schedules.
 
     Raises:
         UsageError: a name is not known, or settings are not `name=value` between commas.
     """
-    expected = ", ".join((TRAINED, *SCHEDULES))
+    known = list(dict.fromkeys((TRAINED, *plans, *SCHEDULES)))
+    expected = ", ".join(known)
     if not all(part.strip() for part in text.split(",")):
         raise UsageError(f"{option}: got '', expected {expected}")
     try:
@@ -63,7 +69,7 @@ def schedules_of(option: str, text: str) -> dict[str, Choice]:
     for node in named:
         label = re.sub(r"\s", "", ast.unparse(node))
         name = getattr(getattr(node, "func", node), "id", label)
-        if name not in (TRAINED, *SCHEDULES):
+        if name not in known:
             raise UsageError(f"{option}: got '{label}', expected {expected}")
         if isinstance(node, ast.Name):
             found[label] = name

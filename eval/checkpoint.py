@@ -201,6 +201,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.weights}: {error}") from error
 
 
+def plans_of(given: str | Path) -> list[str]:
+    """Returns the names of the plans of a checkpoint on this machine, where it was trained for several."""
+    for weights in (Path(given) / "final", Path(given)):
+        if (weights / "config.json").is_file():
+            return list(_config(weights).get("plans") or {})
+    return []
+
+
 def _config(weights: Path) -> dict[str, Any]:
     """Returns the fields of config.json.
 

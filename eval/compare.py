@@ -26,7 +26,7 @@ from eval import rows as tables
 from eval.arguments import UsageError, make_folder, names_of, schedules_of
 from eval.benchmarks import BENCHMARKS, missing_judge
 from eval.cells import Loaded, Record, Store, run_cell, run_speed
-from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
+from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError, plans_of
 from eval.lmms import Harness
 from eval.measure import positive
 from eval.paired import holm
@@ -243,9 +243,14 @@ class Comparison:
 
 
 def _schedules(checkpoint: Checkpoint, asked: Mapping[str, Choice]) -> dict[str, Schedule]:
-    """Returns the schedules of a checkpoint's rows by label: the trained plan of a dense one is `dense`."""
+    """Returns the schedules of a checkpoint's rows by label: the trained plan of a dense one is `dense`.
+
+    A plan's name is a row of the checkpoints that have it.
+    """
     if checkpoint.stages is None:
         asked = {"dense" if label == TRAINED else label: choice for label, choice in asked.items()}
+    known = (TRAINED, *SCHEDULES, *(checkpoint.config.plans or {}))
+    asked = {label: choice for label, choice in asked.items() if not isinstance(choice, str) or choice in known}
     return {label: checkpoint.schedule(choice) for label, choice in asked.items()}
 
 
@@ -307,7 +312,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(given)
     try:
         args.tasks = names_of("--tasks", args.tasks)
-        args.schedules = schedules_of("--schedules", args.schedules)
+        plans = [name for given in args.checkpoints for name in plans_of(given)]
+        args.schedules = schedules_of("--schedules", args.schedules, plans)
     except UsageError as error:
         parser.exit(2, f"{error}\n")
     if args.device_map is not None and ranks.world_size() > 1:

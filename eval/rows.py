@@ -226,9 +226,10 @@ def note(rows: Sequence[Row], baseline: str | None) -> str:
         f"Differences are to {baseline} on the same questions, in points, with the 95 % interval of a paired bootstrap "
         f"that resamples whole images{students}."
     )
+    told = "1 comparison" if compared == 1 else f"{compared} comparisons"
     said.append(
-        f"p is two-sided and corrected for the {compared} comparisons of this table by Holm's rule; gained and lost "
-        "count the questions that a row answers better, and worse."
+        f"p is two-sided and corrected for the {told} of this table by Holm's rule; gained and lost count the "
+        "questions that a row answers better, and worse."
     )
     return " ".join(said)
 

@@ -52,7 +52,7 @@ def settings_of(
             ours, theirs = getattr(first, attribute), getattr(other, attribute)
             if ours != theirs:
                 raise ComparisonError(
-                    f"{flag}: found {ours} ({first.name}) and {theirs} ({other.name}), accepted: rows that differ in "
+                    f"{flag}: got {ours} ({first.name}) and {theirs} ({other.name}), expected rows that differ in "
                     f"checkpoint and schedule alone; {flag} {ours} would ask both so"
                 )
     gpu = torch.cuda.is_available()
@@ -109,8 +109,8 @@ def check_settings(settings: dict[str, Any], out: Path) -> None:
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise ComparisonError(
-                    f"--out: {out} holds cells made with {key} {before.get(key)}, found {settings.get(key)}, "
-                    "accepted: the same, or another folder"
+                    f"--out: {out} holds cells made with {key} {before.get(key)}, got {settings.get(key)}, "
+                    "expected the same, or another folder"
                 )
     file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -124,7 +124,7 @@ def named(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
     paths = [found.weights.resolve() for found in checkpoints]
     for number, path in enumerate(paths):
         if path in paths[:number]:
-            raise ComparisonError(f"CHECKPOINT: found {checkpoints[number].name} twice, accepted: each once")
+            raise ComparisonError(f"CHECKPOINT: got {checkpoints[number].name} twice, expected each once")
     names = [found.name for found in checkpoints]
     folders = [path.parent if path.name == "final" else path for path in paths]
     for depth in range(2, max(len(folder.parts) for folder in folders) + 1):

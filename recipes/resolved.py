@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,7 @@ def saved_recipe(saved: Path) -> dict[str, Any]:
     Raises:
         RecipeError: the file holds none.
     """
-    try:
-        return _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
+    return _flat(_read(saved))
 
 
 def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
@@ -48,11 +46,21 @@ def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
     Raises:
         RecipeError: the saved recipe cannot be read.
     """
-    before = saved_recipe(saved)
+    raw = _read(saved)
+    with suppress(ValidationError):  # a key that is younger than the saved recipe had its default
+        raw = Recipe.model_validate(raw).model_dump()
+    before = _flat(raw)
     now = _flat(recipe.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
+
+
+def _read(saved: Path) -> Any:
+    try:
+        return yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

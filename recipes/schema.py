@@ -25,6 +25,23 @@ _MERGE = "tag:yaml.org,2002:merge"
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
 
+Optimizer = Literal[  # of Trainer's, those whose step treats each number alone: ZeRO cuts weights into flat pieces
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "sgd",
+    "muon",  # DeepSpeed's
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -143,11 +160,45 @@ class LearningRates(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters on every Linear layer of the language model, in place of its full weights."""
+    """Low-rank adapters on Linear layers, in place of the full weights of the parts that have them.
+
+    Attributes:
+        parts: which parts of the model have adapters.
+        modules: names of their Linear layers, such as q_proj; null takes all, the head excepted.
+        layers: of the language model: all, those that see vision under the stage plan, or numbers.
+        dora, rslora: the variants of the same names in peft.
+        bits: QLoRA: frozen weights of the language model are kept in 4 or 8 bits; null keeps them as they are.
+    """
 
     r: int = Field(default=128, gt=0)
     alpha: float = Field(default=256, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    parts: list[Literal["projector", "vision_tower", "language_model"]] = Field(["language_model"], min_length=1)
+    modules: list[str] | None = Field(default=None, min_length=1)
+    layers: Literal["all", "window"] | list[int] = "all"
+    dora: bool = False
+    rslora: bool = False
+    bits: Literal[4, 8] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Lora:
+        if isinstance(self.layers, list) and not self.layers:
+            raise ValueError("layers: got an empty list, expected numbers of layers, window or all")
+        if self.bits is not None and "language_model" not in self.parts:
+            raise ValueError(f"bits: got {self.bits} without adapters on the language model, expected null")
+        return self
+
+
+class Profile(_Section):
+    """A torch.profiler trace of the steps [first, last], of rank 0, in the run folder's `profile/`."""
+
+    steps: list[int] = Field(min_length=2, max_length=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        if not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps: got {self.steps}, expected [first, last] with 1 <= first <= last")
+        return self
 
 
 class TrainSection(_Section):
@@ -160,13 +211,24 @@ class TrainSection(_Section):
         max_steps: optimizer steps.
         max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.
         warmup_ratio: share of the run in which the learning rate rises from 0.
-        precision: bf16, fp32, or auto: bf16 where the hardware multiplies it, else fp32.
+        layers: decoder layers [first, end) that learn, without embeddings, head and last norm; null is everything.
+        tower_layers: the last so many layers of the vision tower learn; null is everything.
+        optimizer: AdamW, Muon or what else Trainer has by this name.
+        max_grad_norm: gradients are clipped to this norm; null does not clip.
+        neftune: NEFTune's alpha, the noise on embedded text; null for none.
+        precision: bf16, fp32, fp16 with loss scaling, or auto: bf16 where the hardware multiplies it, else fp32.
+        tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere.
+        profile: steps to write a trace of; null for none.
         save_steps: steps between two checkpoints; null saves at the end alone.
     """
 
     deepspeed: str = Field(min_length=1)
     learning_rate: LearningRates
     lora: Lora | None = None
+    layers: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    tower_layers: int | None = Field(default=None, gt=0)
+    optimizer: Optimizer = "adamw_torch_fused"
+    neftune: float | None = Field(default=None, gt=0)
     global_batch: int = Field(gt=0, le=_MOST_SAMPLES)
     per_device_batch: int = Field(gt=0, le=_MOST_SAMPLES)
     epochs: float = Field(default=1.0, gt=0, le=1_000_000)
@@ -176,12 +238,14 @@ class TrainSection(_Section):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["bf16", "fp32", "auto"] = "bf16"
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["bf16", "fp16", "fp32", "auto"] = "bf16"
     gradient_checkpointing: bool = True
     save_steps: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
     save_total_limit: int = Field(default=2, gt=0)
     log_steps: int = Field(default=1, gt=0, le=_MOST_STEPS)
+    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
+    profile: Profile | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
@@ -190,11 +254,25 @@ class TrainSection(_Section):
                 f"got global_batch {self.global_batch} with per_device_batch {self.per_device_batch}, "
                 "expected a multiple of it"
             )
-        if self.lora is not None and self.learning_rate.language_model is None:
+        for part in self.lora.parts if self.lora is not None else ():
+            if getattr(self.learning_rate, part) is None:
+                raise ValueError(f"got lora with learning_rate.{part} null, expected a number > 0, the adapters' rate")
+        self._check_layers()
+        if self.optimizer == "muon" and self.max_grad_norm is not None:
             raise ValueError(
-                "got lora with learning_rate.language_model null, expected a number > 0, the adapters' rate"
+                f"got max_grad_norm {self.max_grad_norm:g} with muon, expected null: DeepSpeed clips after Muon made "
+                "each matrix's update, whose size the rate alone decides"
             )
         return self
+
+    def _check_layers(self) -> None:
+        adapted = self.lora.parts if self.lora is not None else []
+        for key, part in (("layers", "language_model"), ("tower_layers", "vision_tower")):
+            if getattr(self, key) is not None and (getattr(self.learning_rate, part) is None or part in adapted):
+                reason = "adapters there: lora.layers" if part in adapted else f"learning_rate.{part} null"
+                raise ValueError(f"got {key} with {reason}, expected {key} null")
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers: got {self.layers}, expected [first, end) with 0 <= first < end")
 
 
 class EvalSection(_Section):

@@ -2,18 +2,21 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval import bench, compare, measure, stages
+from eval import bench, compare, measure, speed, stages
 from eval.arguments import UsageError, schedules_of
 from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.compare import main
+from eval.compare import arguments, main, prepare
 from eval.plots import Point, pareto_front, smooth
 from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text
 from eval.seeds import common_name, groups_of
@@ -22,13 +25,15 @@ from eval.settings import ComparisonError, meaning, named
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
-from tests.conftest import QUICKSTART, write_run
+from tests.conftest import QUICKSTART, ROOT, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def memory_is_not_measured():
+def little_is_measured():
     """A fresh process for each checkpoint takes ten seconds; tests/test_eval_speed.py measures once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "REPEATS", 1)
+        patch.setattr(speed, "STEPS", 2)
         patch.setattr(measure, "added_memory_each", lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20))
         yield
 
@@ -122,7 +127,7 @@ def test_a_finished_comparison_runs_nothing_again(compared, runs, monkeypatch, c
 
 def test_other_settings_in_one_folder_are_refused(compared, runs, capsys):
     assert main([*runs, "--limit", "41", "--out", str(compared)]) == 2
-    assert "holds cells made with limit 40, found 41" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds cells made with limit 40, got 41, expected the same" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_cell_is_kept_for_what_decides_it_alone(tmp_path):
@@ -208,7 +213,7 @@ def test_rows_that_are_asked_differently_are_refused(runs, tmp_path, capsys):
     assert Checkpoint.find(other).chat_format == "vicuna_v1"
     assert main([runs[0], str(other), "--limit", "4", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--chat-format: found chat_template (dense) and vicuna_v1 (other)" in error
+    assert "--chat-format: got chat_template (dense) and vicuna_v1 (other)" in error
     assert not (tmp_path / "out").exists()
     given = [runs[0], str(other), "--chat-format", "chat_template", "--limit", "4", "--out", str(tmp_path / "out")]
     assert main(given) == 0
@@ -283,7 +288,7 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path, runs):
         shutil.copytree(runs[0], tmp_path / seed / "dense")
     found = [Checkpoint.find(tmp_path / seed / "dense") for seed in ("seed0", "seed1")]
     assert list(named(found)) == ["seed0_dense", "seed1_dense"]
-    with pytest.raises(ComparisonError, match="found dense twice"):
+    with pytest.raises(ComparisonError, match="got dense twice"):
         named([found[0], found[0]])
 
 
@@ -317,11 +322,11 @@ def seed_runs(folder, runs):
 
 
 def test_runs_that_differ_in_seed_alone_are_pooled(runs, tmp_path):
-    given = [*seed_runs(tmp_path / "seeds", runs), "--schedules", "trained,vtw", "--limit", "8"]
+    given = [*seed_runs(tmp_path / "seeds", runs), "--limit", "8"]
     assert main([*given, "--out", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/table.json").read_text())
     rows = {(row["run"], row["schedule"]): row for row in record["rows"]}
-    for label, schedule in (("dense, 2 seeds", "dense"), ("fused, 2 seeds", "trained"), ("fused, 2 seeds", "vtw")):
+    for label, schedule in (("dense, 2 seeds", "dense"), ("fused, 2 seeds", "trained")):
         together, kind = rows[label, schedule], label.split(",")[0]
         alone = [rows[f"{kind}_seed{seed}", schedule] for seed in (0, 1)]
         assert {row["pooled_in"] for row in alone} == {label}
@@ -335,7 +340,7 @@ def test_runs_that_differ_in_seed_alone_are_pooled(runs, tmp_path):
     assert "| enter 2, exit 5 |" in next(line for line in text.splitlines() if "| fused, 2 seeds | trained |" in line)
     assert "fused_seed0 | trained" not in text
     assert "Student's t over seeds and images" in text
-    assert "3 comparisons of this table by Holm's rule" in text
+    assert "1 comparison of this table by Holm's rule" in text
     assert "fused, 2 seeds, trained" in (tmp_path / "out/report.html").read_text()
 
 
@@ -412,6 +417,46 @@ def test_a_schedule_that_does_not_go_with_a_checkpoint_is_refused_before_anythin
         assert main([runs[0], "--schedules", given, "--out", str(tmp_path / "out")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plans_of_a_checkpoint_are_rows_of_it(runs, tmp_path, capsys):
+    config = json.loads((Path(runs[1]) / "final/config.json").read_text())
+    plans = {"fused": config["stages"], "fast": {**config["stages"], "keep": {"3": 0.25}}, "dense": None}
+    shutil.copytree(runs[1], tmp_path / "elastic")
+    (tmp_path / "elastic/final/config.json").write_text(json.dumps({**config, "plans": plans}))
+    given = [runs[0], str(tmp_path / "elastic"), "--limit", "4", "--out", str(tmp_path / "out"), "--schedules"]
+    comparison, _ = prepare(arguments([*given, "trained,fast,vtw"]))
+    assert {name: list(chosen) for name, chosen in comparison.schedules.items()} == {
+        "dense": ["dense", "vtw"],
+        "elastic": ["trained", "fast", "vtw"],
+    }
+    assert comparison.schedules["elastic"]["fast"] == Fused(StagePlan(2, 5, keep={3: 0.25}))
+    with pytest.raises(SystemExit):
+        arguments([*given, "slow"])
+    assert "--schedules: got 'slow', expected trained, fused, fast, dense, visipruner" in capsys.readouterr().err
+
+
+RANKS = """
+import sys
+from eval import measure, speed
+measure.added_memory_each = lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
+speed.REPEATS, speed.STEPS = 1, 2
+from eval.compare import arguments, main, prepare
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_answer_each_their_part(runs, compared, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = [runs[0], "--schedules", "vtw", "--limit", "5", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, str(tmp_path / "ranks.py"), *given], env=environment, cwd=ROOT, check=True)
+    cells = [json.loads((out / "cells/dense/vtw/easy_vqa.json").read_text()) for out in (tmp_path / "out", compared)]
+    answers = [[(one["id"], one["answer"], one["value"]) for one in cell["samples"]] for cell in cells]
+    assert answers[0] == answers[1][:5]
+    assert cells[0]["metrics"]["accuracy"] == pytest.approx(sum(value for *_, value in answers[0]) / 5)
+    assert "| dense | vtw |" in (tmp_path / "out/table.md").read_text()
 
 
 def test_a_failed_row_and_a_score_in_points_are_shown():

@@ -29,7 +29,7 @@ from train.checkpoints import (
     whole_checkpoints,
 )
 from train.clock import Clock, rate_factor
-from train.groups import freeze, parameter_groups, part_of, trainable_counts
+from train.groups import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.health import Health
 from train.metrics import TrainMetrics
 from train.order import ShuffledSampler, WholeBatches
@@ -90,10 +90,52 @@ def test_rates_over_time_are_transformers_rates_over_steps(kind):
     assert rate_factor(kind, 1.5, warmup=0.1) == (1.0 if kind == "constant" else 0.0)
 
 
+def trained(**more):
+    return load_recipe("recipes/quickstart.yaml").train.model_copy(update=more)
+
+
+def test_only_the_named_layers_learn(make_model):
+    model = make_model("llama")
+    freeze(model, trained(layers=[2, 4], tower_layers=1))
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name.split(".layers.")[1][0] for name in learning if "language_model" in name} == {"2", "3"}
+    assert {name.split(".layers.")[1][0] for name in learning if "vision_tower" in name} == {"1"}  # the last of 2
+    assert "model.multi_modal_projector.linear_1.weight" in learning
+    assert not any("embed" in name or "lm_head" in name or name.endswith("norm.weight") for name in learning - {
+        name for name in learning if ".layers." in name
+    })  # fmt: skip
+    every = {name for name, _ in model.named_parameters() if ".layers.2." in name or ".layers.3." in name}
+    assert {name for name in every if "language_model" in name} <= learning
+
+
+def test_muon_takes_matrices_and_its_updates_have_the_size_of_adamws(make_model):
+    model = make_model("llama")
+    rates = LearningRates(projector=1e-3, vision_tower=None, language_model=2e-3)
+    freeze(model, trained(learning_rate=rates))
+    groups = muon_groups(
+        model, parameter_groups(model, rates, decayed=[], weight_decay=0.0), betas=(0.9, 0.95), eps=1e-8
+    )
+    by_muon = {id(weight) for group in groups if group["use_muon"] for weight in group["params"]}
+    names = {name for name, weight in model.named_parameters() if id(weight) in by_muon}
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in names
+    assert "model.multi_modal_projector.linear_1.weight" in names
+    assert not any("embed_tokens" in name or "lm_head" in name or "norm" in name or "bias" in name for name in names)
+    assert sum(len(group["params"]) for group in groups) == sum(w.requires_grad for w in model.parameters())
+    assert all("betas" in group for group in groups if not group["use_muon"])
+    for group in groups:
+        rows, columns = group["params"][0].shape if group["use_muon"] else (1, 1)
+        if group["use_muon"]:
+            direction, _ = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns)))
+            update = (
+                group["lr"] * direction * max(1, rows / columns) ** 0.5
+            )  # what DeepSpeed's Muon makes of a gradient
+            assert update.square().mean().sqrt() == pytest.approx(0.2 * getattr(rates, group["name"]), rel=0.01)
+
+
 def test_a_group_without_a_rate_is_frozen_and_the_others_have_their_own(make_model):
     model = make_model("llama")
     rates = LearningRates(projector=1e-3, vision_tower=None, language_model=2e-5)
-    freeze(model, rates, adapters=False)
+    freeze(model, trained(learning_rate=rates))
     assert not any(weight.requires_grad for weight in model.model.vision_tower.parameters())
     assert part_of(model, "lm_head.weight") == "language_model"
     decayed = [name for name, weight in model.named_parameters() if weight.dim() > 1]
@@ -130,6 +172,18 @@ def test_metrics_tell_images_and_text_apart():
     }
     assert metrics.report(seconds=4.0) == expected
     assert (metrics.samples, metrics.tokens) == (12, 108)
+
+
+def test_metrics_tell_the_models_flops_and_their_share_of_the_peak():
+    seen = {}
+    metrics = TrainMetrics(image_token=7, flops=lambda sums: seen.update(sums) or 600.0, peak=1000.0)
+    step(metrics, 1.0, input_ids=torch.tensor([[7, 7, 5, 5]]), pixel_values=torch.zeros(1))
+    metrics.end_step(metrics.take_step().tolist())
+    report = metrics.report(seconds=2.0)
+    assert (report["model_flops_per_second"], report["mfu"]) == (300.0, 0.3)
+    assert (seen["samples"], seen["visual"], seen["tokens"], seen["image_labels"]) == (1, 2, 4, 2)
+    old = {"rows": [[1, 4, 1.0, 1.0, 2, 0, 0]], "seconds": 0.0}  # of a checkpoint that counted no visual tokens
+    assert TrainMetrics(window=old).report(2.0)["loss"] == 1.0
 
 
 def test_metrics_of_a_resumed_run_report_what_the_uninterrupted_one_reports():
@@ -375,9 +429,9 @@ def test_a_server_that_does_not_answer_costs_seconds(monkeypatch, tmp_path, caps
         import wandb  # noqa: F401  # not part of the wait
 
         started = time.monotonic()
-        start_tracking("x", tmp_path)
+        start_tracking("wandb", "x", tmp_path)
         passed = time.monotonic() - started
-        stop_tracking()
+        stop_tracking("wandb")
         monkeypatch.setenv("WANDB_MODE", "offline")  # what it set
     assert "cannot be reached" in capsys.readouterr().out
     assert passed < 30  # 99 s before; wandb's own start takes some of it

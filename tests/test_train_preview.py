@@ -8,6 +8,7 @@ from models import StagePlan
 from models.cost import plan_cost
 from recipes.errors import RecipeError
 from recipes.schema import load_recipe
+from train.cards import parse_card
 from train.initial import read_config
 from train.preview import preview
 
@@ -86,6 +87,18 @@ def test_steps_and_seconds_that_the_command_sets_are_the_run_s():
     assert "as many of 128 samples as 60 s allow" in check("llava_fused", "train.max_seconds=60")
 
 
+def test_it_says_whether_a_run_fits_and_how_long_it_takes():
+    recipe = load_recipe("recipes/llava_fused.yaml", ["align=null"])
+    text = "\n".join(preview(recipe, card=parse_card("8xH100", count=1), mfu=0.5))
+    assert "memory of a GPU, ZeRO-3 on 8, 16 such samples a forward pass, in GiB: weights 1.6, gradients 1.6" in text
+    assert "80 GB: fits (" in text
+    hours = 1.49e19 / (8 * 989e12 * 0.5) / 3600
+    assert f"time: {hours:.1f} hours at 50% of 8 x 989 TFLOP/s (MFU; 1.49e+19 model FLOPs)" in text
+    small = "\n".join(preview(recipe, card=parse_card("8x16", count=1)))
+    assert "16 GB: does not fit: lower train.per_device_batch" in small
+    assert "time: unknown" in small
+
+
 def test_held_out_rows_are_no_steps():
     text = check("llava_fused", "eval={share: 0.01, every: 500}")
     assert "steps: 5,146 of 128 samples" in text  # 665,298 - 6,653 rows
@@ -133,4 +146,4 @@ def test_the_recipes_of_todays_models_are_valid_without_a_hub(name, said):
 def test_vica_s_layers_are_an_override(name, layers):
     override = f"model.stages={{update: kv, layers: {layers}}}"
     assert override.replace("=", "='", 1) + "'" in Path(f"recipes/{name}.yaml").read_text()
-    assert load_recipe(f"recipes/{name}.yaml", [override]).plan.layers == layers
+    assert load_recipe(f"recipes/{name}.yaml", [override]).plan.layers == tuple(layers)

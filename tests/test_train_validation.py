@@ -14,7 +14,15 @@ from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from recipes.schema import EvalSection, Recipe, RecipeError
 from train.validation import Validation, rank_batches
 
-SEEN = ("seconds", "tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+SEEN = (
+    "seconds",
+    "tokens_per_second",
+    "model_flops_per_second",
+    "mfu",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +142,19 @@ def log(output):
 def test_a_stopped_run_goes_on_with_the_evaluations_of_one_that_was_not(train_here, tiny_recipe):
     """It was stopped at a step with an evaluation, which the next start makes up."""
     section = {"share": 0.25, "every": 2}
-    whole = train_here(tiny_recipe("whole") | {"eval": section})
+    whole = train_here(tiny_recipe("whole", tracker="none", profile={"steps": [2, 3]}) | {"eval": section})
+    (trace,) = (whole / "profile").iterdir()
+    assert trace.name == "steps-2-3.json"
+    assert "aten::embedding" in trace.read_text()
     stopped = tiny_recipe("stopped") | {"eval": section}
     assert not (train_here(stopped, stop_at=1) / "final").exists()
     assert [line["step"] for line in log(train_here(stopped))] == [1, 2, 2, 3, 4, 4]
     for found, expected in zip(log(train_here(stopped)), log(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-6)
     assert [("eval_loss" in line, "loss" in line) for line in log(whole)[-2:]] == [(False, True), (True, False)]
+    first = json.loads((whole / "log.jsonl").read_text().splitlines()[0])
+    assert first["mfu"] is None  # of a CPU
+    assert first["model_flops_per_second"] > 0
     figures = json.loads((whole / "final/run.json").read_text())
     assert figures["eval_loss"] == pytest.approx(log(whole)[-1]["eval_loss"])
     assert sum(figures["sources"].values()) == 18

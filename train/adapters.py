@@ -1,8 +1,8 @@
-"""LoRA on the language model, and the merge that makes its result an ordinary checkpoint."""
+"""Low-rank adapters, and the merge that makes its result an ordinary checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,22 +10,66 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from recipes.schema import Lora
+from recipes.schema import Lora, RecipeError
 from train.errors import TrainingError
+from train.groups import layer_of, part_of
 from train.initial import load_checkpoint
 
 _TOLERANCE: Final = 1e-3  # float32, relative to the largest logit
 
 
 def add_adapters(model: Any, lora: Lora) -> PeftModel:
-    """Returns the model with low-rank adapters on every Linear layer of its language model, but not on the head."""
-    decoder = model.model.get_decoder()
-    place = next(name for name, module in model.named_modules() if module is decoder)
-    targets = [f"{place}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    """Returns the model with the adapters of a recipe; errors as adapted_layers."""
     return get_peft_model(
         model,
-        LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets),
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+            target_modules=list(adapted_layers(model, lora)),
+        ),
     )
+
+
+def adapted_layers(model: Any, lora: Lora) -> dict[str, nn.Linear]:
+    """Returns the Linear layers that get adapters, by name.
+
+    Raises:
+        RecipeError: `modules` or `layers` names one that the model does not have.
+    """
+    numbers = _numbers(model, lora)
+    linear: dict[str, nn.Linear] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and part_of(model, name) in lora.parts and module is not model.lm_head
+    }
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for name in lora.modules or ():
+        if name not in known:
+            raise RecipeError(f"train.lora.modules: got '{name}', expected {', '.join(known)}")
+    return {
+        name: module
+        for name, module in linear.items()
+        if (lora.modules is None or name.rpartition(".")[2] in lora.modules)
+        and (part_of(model, name) != "language_model" or layer_of(name) in numbers)
+    }
+
+
+def _numbers(model: Any, lora: Lora) -> Container[int | None]:
+    """Returns the layers of the language model that get adapters."""
+    depth = model.config.text_config.num_hidden_layers
+    if lora.layers == "all":
+        return range(depth)
+    if lora.layers == "window":
+        if model.plan is None:
+            raise RecipeError("train.lora.layers: got window with model.stages null, expected all or numbers of layers")
+        return [layer for layer in range(depth) if model.plan.sees(layer)]
+    for number in lora.layers:
+        if not 0 <= number < depth:
+            raise RecipeError(f"train.lora.layers: got {number}, expected numbers from 0 to {depth - 1}")
+    return lora.layers
 
 
 def merged(weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: torch.dtype) -> Any:
@@ -48,10 +92,21 @@ def merged(weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: t
     tokens = torch.arange(3, 19)[None] % base.config.text_config.vocab_size  # text alone: no image token
     tokens[tokens == base.config.image_token_id] = 0
     with torch.no_grad():
-        before = adapted(input_ids=tokens).logits
+        before = _outputs(adapted, tokens)
         model = adapted.merge_and_unload(safe_merge=True)
-        after = model(input_ids=tokens).logits
-    error = float((before - after).abs().max() / before.abs().max())
-    if not error <= _TOLERANCE:
-        raise TrainingError(f"merge: logits differ by {error:.1e}, expected at most {_TOLERANCE:.0e}")
+        after = _outputs(model, tokens)
+    for what, expected in before.items():
+        error = float((expected - after[what]).abs().max() / expected.abs().max())
+        if not error <= _TOLERANCE:
+            raise TrainingError(f"merge: {what} differ by {error:.1e}, expected at most {_TOLERANCE:.0e}")
     return model.to(dtype)
+
+
+def _outputs(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Returns the logits of a text and the features of an image."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    image = type(inner).family_blank(inner.config)
+    torch.manual_seed(0)
+    image = {name: torch.rand_like(one) if one.is_floating_point() else one for name, one in image.items()}
+    features = inner.model.get_image_features(**image, return_dict=True).pooler_output
+    return {"logits": model(input_ids=tokens).logits, "image features": torch.cat(list(features))}

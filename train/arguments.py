@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from transformers import TrainingArguments
@@ -63,6 +64,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
     rates = train.learning_rate
     micro_batch, accumulation = split_batch(train, distributed.count())
     peak = max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(phase.folder / "tensorboard")  # read when Trainer is built
     return TrainingArguments(
         output_dir=str(phase.folder),
         run_name=f"{recipe.name}-{phase.name}" if recipe.align else recipe.name,
@@ -77,9 +79,12 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         warmup_steps=train.warmup_ratio,  # below 1 it is a share
         weight_decay=train.weight_decay,
         adam_beta2=train.adam_beta2,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=train.max_grad_norm or 0.0,
         use_cpu=not torch.cuda.is_available(),
         bf16=resolve_precision(train) == "bf16",
+        fp16=resolve_precision(train) == "fp16",
+        optim="adamw_torch" if train.optimizer == "muon" else train.optimizer,
+        neftune_noise_alpha=train.neftune,
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="steps",
@@ -91,7 +96,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         greater_is_better=None if phase.eval is None else phase.eval.metric == "accuracy",
         logging_steps=train.log_steps,
         logging_nan_inf_filter=False,  # the trainer stops instead
-        report_to=["wandb"],
+        report_to=[train.tracker],
         disable_tqdm=True,  # train/callbacks.py has its own line
         remove_unused_columns=False,
         ignore_data_skip=phase.data.streaming,  # a stream skips by itself, without opening images

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from recipes.schema import Profile
 from train import distributed
 from train.checkpoints import Progress, keep_newest, mark
 from train.health import Health
@@ -61,9 +63,10 @@ class RunCallback(TrainerCallback):
         """Ends the run on request, at the time limit, or where the model is dead; a run that ends is saved first."""
         trainer = self._trainer
         norm = trainer.deepspeed.get_global_grad_norm()
+        is_skipped = args.fp16 and trainer.deepspeed.optimizer.overflow  # the loss was scaled too high: it gets lower
         fault = self._health.fault(
             step=state.global_step,
-            norm=None if norm is None else float(norm),
+            norm=None if norm is None or is_skipped else float(norm),
             loss=trainer.last_step["loss"],
             had_images=trainer.last_step["image_labels"] > 0,
         )
@@ -135,7 +138,8 @@ class LogCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            unknown = {"mfu": None} if "loss" in logs else {}
+            file.write(json.dumps({"step": state.global_step, **unknown, **logs}) + "\n")
         if "eval_loss" in logs:
             tqdm.write(_eval_line(state.global_step, logs), file=sys.stdout)
             sys.stdout.flush()
@@ -172,6 +176,30 @@ class LogCallback(TrainerCallback):
         kept = [line for line in lines if 0 <= _step_of_line(line) <= step]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+class ProfileCallback(TrainerCallback):
+    """Writes a torch.profiler trace of some steps, for Perfetto or chrome://tracing."""
+
+    def __init__(self, profile: Profile, folder: Path) -> None:
+        self._first, self._last = profile.steps
+        self._folder = folder
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts with the first of the steps."""
+        if self._profiler is None and state.global_step + 1 == self._first:
+            self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self._profiler.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes the trace after the last of the steps, or after the run's."""
+        if self._profiler is None or not (state.global_step >= self._last or control.should_training_stop):
+            return
+        self._profiler.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._folder / f"steps-{self._first}-{state.global_step}.json"))
+        self._profiler, self._first = None, 0  # once
 
 
 def clock_words(seconds: float) -> str:

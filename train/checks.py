@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from copy import copy
@@ -15,14 +16,17 @@ from transformers import LlavaConfig
 from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
 from models import run_decoder
 from models.families import family_of
-from recipes.schema import ModelSection, Phase, Recipe, RecipeError
+from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
+from train.adapters import adapted_layers
 from train.arguments import check_batches
 from train.checkpoints import check_same_run
 from train.errors import one_line
+from train.groups import tower_depth
 from train.initial import CONFIG_FAULTS, check_tokens, read_config, read_processor
 from train.tracking import check_tracking
 
 _WORKERS_A_CORE = 16
+_BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these from there
 
 
 def check_run(recipe: Recipe, num_ranks: int) -> Any:
@@ -35,11 +39,12 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
     Raises:
         RecipeError: the recipe cannot be run here.
     """
-    check_tracking()
     check_output(Path(recipe.output))
     for phase in recipe.phases:
+        check_tracking(phase.train.tracker)
         check_batches(phase.train, num_ranks)
         _check_workers(phase)
+        _check_libraries(phase.train)
     config = read_config(recipe.model)
     _check_model(recipe, config)
     check_same_run(recipe, Path(recipe.output))
@@ -75,6 +80,22 @@ def _check_workers(phase: Phase) -> None:
         raise RecipeError(f"data.workers: got {phase.data.workers}, expected at most {limit} on this machine")
 
 
+def _check_libraries(train: TrainSection) -> None:
+    """Refuses what bitsandbytes does where there is no GPU, or no bitsandbytes."""
+    bits = train.lora.bits if train.lora is not None else None
+    key, found, instead = "optimizer", str(train.optimizer), "adamw_torch_fused"
+    if bits is not None:
+        key, found, instead = "lora.bits", str(bits), "null"
+    elif not train.optimizer.startswith(_BITSANDBYTES):
+        return
+    if not torch.cuda.is_available():
+        raise RecipeError(f"train.{key}: got {found}, expected {instead} here: it needs an NVIDIA GPU")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"train.{key}: got {found} without bitsandbytes, expected {instead}, or pip install bitsandbytes"
+        )
+
+
 def _check_model(recipe: Recipe, config: Any) -> None:
     """Builds the model without weights and, of a LLaVA, passes an image through its tower: shapes have to fit."""
     key = "model.config" if recipe.model.config is not None else "model.checkpoint"
@@ -95,15 +116,25 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     if visual is not None:
         _check_visual_tokens(recipe, config, visual)
     _check_processor(recipe, config, visual)
-    widths = [
-        min(module.in_features, module.out_features) for module in decoder.modules() if isinstance(module, nn.Linear)
-    ]
     for phase in recipe.phases:
-        if phase.train.lora is not None and phase.train.lora.r > min(widths):
-            raise RecipeError(
-                f"train.lora.r: got {phase.train.lora.r}, expected at most {min(widths)}, the width of the language "
-                "model's narrowest layer"
-            )
+        _check_trained(phase.train, model)
+
+
+def _check_trained(train: TrainSection, model: Any) -> None:
+    """Refuses adapters and layers that the model does not have."""
+    depths = {"layers": model.config.text_config.num_hidden_layers}
+    depths["tower_layers"] = tower_depth(model)
+    for key, last in (("layers", train.layers and train.layers[1]), ("tower_layers", train.tower_layers)):
+        if last is not None and last > depths[key]:
+            raise RecipeError(f"train.{key}: got {last}, expected at most {depths[key]}, as many as there are")
+    if train.lora is None:
+        return
+    layers = adapted_layers(model, train.lora).values()
+    narrowest = min((min(layer.in_features, layer.out_features) for layer in layers), default=0)
+    if train.lora.r > narrowest:
+        raise RecipeError(
+            f"train.lora.r: got {train.lora.r}, expected at most {narrowest}, their narrowest layer's width"
+        )
 
 
 def _check_decoder(key: str, decoder: nn.Module, config: Any) -> None:

@@ -71,7 +71,7 @@ def check_deepspeed(train: TrainSection, *, per_device_batch: int, accumulation:
         "train_micro_batch_size_per_gpu": per_device_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": per_device_batch * accumulation * num_ranks,
-        "gradient_clipping": train.max_grad_norm,
+        "gradient_clipping": train.max_grad_norm or 0.0,
     }
     for key, value in derived.items():
         if key not in config and key == "train_micro_batch_size_per_gpu":
@@ -94,16 +94,28 @@ def _check_zero(train: TrainSection, config: Mapping[str, Any]) -> None:
             f"zero_optimization.{_GATHER}",
             f"got {zero.get(_GATHER)!r}, expected true: without it no weights can be written at the end",
         )
+    if stage == 3 and train.optimizer == "muon" and zero.get("reduce_scatter", True) is not False:
+        _refuse(train, "zero_optimization.reduce_scatter", "got true, expected false: Muon needs whole gradients")
     for part in ("offload_optimizer", "offload_param"):
         section = zero.get(part)
+        if section and part == "offload_optimizer" and not train.optimizer.startswith("adamw_torch"):
+            _refuse(
+                train, f"zero_optimization.{part}", f"got one with train.optimizer {train.optimizer}, expected none"
+            )
         if isinstance(section, dict) and section.get("device") == "nvme" and not section.get("nvme_path"):
             _refuse(train, f"zero_optimization.{part}.nvme_path", "got nothing, expected a folder on the NVMe")
 
 
 def _check_precision(train: TrainSection, config: Mapping[str, Any]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
     precision = resolve_precision(train)
-    for key, here in (("bf16", precision == "bf16"), ("fp16", False)):
-        section = config.get(key, {"enabled": here})
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise RecipeError("train.precision: got fp16, expected fp32 or auto: this device does not compute in it")
+    for key, here in (("bf16", precision == "bf16"), ("fp16", precision == "fp16")):
+        if here and key not in config:
+            _refuse(train, f"{key}.enabled", 'got nothing, expected "auto"')
+        section = config.get(key, {"enabled": False})
         enabled = section.get("enabled", False) if isinstance(section, dict) else section
         if not isinstance(section, dict) or not (enabled == "auto" or enabled is here):
             said = f'"auto" or {json.dumps(here)}, because train.precision is {precision} here'

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from torch import nn
 
 from models.families import PARTS, family_of
-from recipes.schema import LearningRates
+from recipes.schema import LearningRates, TrainSection
+
+_LAYER: Final = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|$)")
 
 
 def part_of(model: Any, name: str) -> str:
@@ -16,14 +20,34 @@ def part_of(model: Any, name: str) -> str:
     return family_of(model.config.model_type).part_of(name)
 
 
-def freeze(model: nn.Module, rates: LearningRates, *, adapters: bool) -> None:
-    """Lets exactly the parameters learn whose group has a rate; with adapters, of the language model only those."""
+def layer_of(name: str) -> int | None:
+    """Returns the number of the layer that a parameter or module is in, or None outside of all layers."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
+
+
+def tower_depth(model: Any) -> int:
+    """Returns the number of layers of the vision tower."""
+    numbers = [layer_of(name) for name, _ in model.named_parameters() if part_of(model, name) == "vision_tower"]
+    return 1 + max((number for number in numbers if number is not None), default=-1)
+
+
+def freeze(model: nn.Module, train: TrainSection) -> None:
+    """Lets exactly the parameters learn whose group has a rate and, where the recipe names some, whose layer it names.
+
+    Of a part with adapters only those learn.
+    """
+    adapted = train.lora.parts if train.lora is not None else ()
+    depth = tower_depth(model)
+    chosen = {
+        "language_model": None if train.layers is None else range(*train.layers),
+        "vision_tower": None if train.tower_layers is None else range(depth - train.tower_layers, depth),
+    }
     for name, parameter in model.named_parameters():
         group = part_of(model, name)
-        learns = getattr(rates, group) is not None
-        if adapters and group == "language_model":
-            learns = learns and "lora_" in name
-        parameter.requires_grad_(learns)
+        layers = chosen.get(group)
+        learns = getattr(train.learning_rate, group) is not None and (layers is None or layer_of(name) in layers)
+        parameter.requires_grad_(learns and (group not in adapted or "lora_" in name))
 
 
 def trainable_counts(model: nn.Module) -> dict[str, int]:
@@ -46,22 +70,36 @@ def parameter_groups(
         decayed: names of the parameters that weight decay applies to.
         weight_decay: their decay.
     """
-    decayed, groups = set(decayed), []
-    for group in trainable_counts(model):
-        for decay in (True, False):
-            parameters = [
-                parameter
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad and part_of(model, name) == group and (name in decayed) == decay
-            ]
-            if parameters:
-                decay_rate = weight_decay if decay else 0.0
-                groups.append(
-                    {
-                        "params": parameters,
-                        "lr": getattr(rates, group),
-                        "weight_decay": decay_rate,
-                        "name": group,
-                    }
-                )
-    return groups
+    decayed, groups = set(decayed), trainable_counts(model)
+    members: dict[str, tuple[list[Any], list[Any]]] = {group: ([], []) for group in groups}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[part_of(model, name)][name not in decayed].append(parameter)
+    return [
+        {"params": parameters, "lr": getattr(rates, group), "weight_decay": decay, "name": group}
+        for group, both in members.items()
+        for parameters, decay in zip(both, (weight_decay, 0.0), strict=True)
+        if parameters
+    ]
+
+
+def muon_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]], **adam: Any) -> list[dict[str, Any]]:
+    """Returns the groups for DeepSpeed's MuonWithAuxAdam: Muon for matrices, Adam for what else learns.
+
+    Embeddings and the head are Adam's too. A matrix's rate is scaled so that its update has the size of AdamW's at
+    the recipe's rate: DeepSpeed's update of an m x n matrix has a root mean square of sqrt(max(1, m / n) / max(m, n)),
+    AdamW's about 0.2. Source: Moonlight (arXiv 2502.16982), section 2.2.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables |= {id(weight) for name, weight in model.named_parameters() if "lm_head" in name}
+    split: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for weight in group["params"]:
+            shape = tuple(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 keeps a flat piece
+            weight.use_muon = len(shape) == 2 and id(weight) not in tables
+            rows, columns = shape if weight.use_muon else (1, 1)
+            scale = 0.2 * math.sqrt(max(rows, columns) / max(1.0, rows / columns)) if weight.use_muon else 1.0
+            own = {"lr": group["lr"] * scale, "use_muon": weight.use_muon, **({} if weight.use_muon else adam)}
+            key = number, weight.use_muon, scale
+            split.setdefault(key, {**group, **own, "params": []})["params"].append(weight)
+    return list(split.values())

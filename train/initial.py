@@ -15,10 +15,12 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data.processor import ProcessorError, VisionProcessor, model_processor, save_processor
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
@@ -118,13 +120,14 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
     partial.rename(folder)
 
 
-def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtype) -> Any:
+def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtype, bits: int | None = None) -> Any:
     """Loads a checkpoint of any family, all of it; under ZeRO-3 each rank keeps its share.
 
     Args:
         source: folder or hub id.
         config: in place of the checkpoint's own.
         dtype: of the weights.
+        bits: 4 or 8 keeps the language model's weights in so many, by bitsandbytes; None in `dtype`.
 
     Raises:
         RecipeError: the checkpoint cannot be read, or names of weights are missing, unexpected or of another shape.
@@ -140,11 +143,35 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, together with the other faults
+            **({} if bits is None else _quantized(bits, dtype)),
         )
     except (OSError, SafetensorError, UnsupportedModelError) as error:
         raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
+    text = config.get_text_config()
+    if "lm_head.weight" in report["missing_keys"] and getattr(text, "tie_word_embeddings", False):
+        raise RecipeError(
+            f"model: checkpoint '{source}': config.json: tie_word_embeddings: got false, but text_config's is true and "
+            "there is no lm_head.weight; expected true in both"
+        )
     refuse_faults(source, report)
     return model
+
+
+def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns what from_pretrained takes for QLoRA (arXiv 2305.14314): NF4 with double quantization, or 8 bits."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # so that ZeRO-3 can split it like any weight
+        llm_int8_skip_modules=[r"(?!model\.language_model\.).*"],  # all others, the head too
+    )
+    if is_deepspeed_zero3_enabled():  # which places weights itself
+        return {"quantization_config": config}
+    place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def checkpoint_config(source: str | Path) -> Any:

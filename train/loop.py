@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from data.dataset import Collator
 from data.rows import DataError
@@ -20,7 +20,8 @@ from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import add_adapters
 from train.arguments import is_timed, total_steps, training_arguments
-from train.callbacks import LogCallback, NothingToTrain, RunCallback
+from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback
+from train.cards import peak_here
 from train.checkpoints import (
     RECIPE,
     Progress,
@@ -34,9 +35,10 @@ from train.checks import check_run
 from train.clock import Clock
 from train.deepspeed_config import deepspeed_fingerprint, read_deepspeed
 from train.errors import TrainingError, one_line
+from train.estimate import Estimate
 from train.groups import freeze, trainable_counts
 from train.health import Health
-from train.initial import INITIAL, build_initial, load_checkpoint, read_processor
+from train.initial import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.metrics import TrainMetrics
 from train.outcome import FINAL, ended_early, finished_steps, save_final
 from train.precision import resolve_dtype
@@ -152,6 +154,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     }
     if resumed is not None:
         _check_resumed(phase, resumed, progress, fingerprints, total)
+    metrics = _metrics(recipe, phase, progress)  # before DeepSpeed's configuration takes hold of every new model
     source, is_resharded = _loadable(resumed, progress)
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
@@ -163,7 +166,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         phase=phase,
         order=order,
         clock=Clock(before=progress.seconds),
-        metrics=TrainMetrics(samples=progress.samples, tokens=progress.tokens, window=progress.window),
+        metrics=metrics,
         watch=DataWatch(phase.data, len(dataset.skipped)),
         validation=validation,
         stop=stop,
@@ -173,6 +176,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         train_dataset=dataset,
         data_collator=Collator(processor.tokenizer.pad_token_id),
         processing_class=processor,
+        callbacks=_profilers(phase),
     )
     trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
     is_trained = _is_trained(phase, progress, total)
@@ -187,13 +191,13 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     )
     with stop.deferred(), _one_line_errors(trainer):
         if not is_trained:
-            start_tracking(arguments.run_name, phase.folder)
+            start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
         try:
             trainer.train(resume_from_checkpoint=str(source) if source else None)
         except NothingToTrain:
             trainer.clock.agreed = progress.seconds
         if not is_trained:
-            stop_tracking()
+            stop_tracking(phase.train.tracker)
         if trainer.is_stopping:
             where = phase.folder / f"checkpoint-{trainer.state.global_step}"
             reason = stop.reason or "a signal to another rank"
@@ -205,14 +209,34 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     return True
 
 
+def _profilers(phase: Phase) -> list[TrainerCallback]:
+    if phase.train.profile is None or distributed.rank() != 0:
+        return []
+    return [ProfileCallback(phase.train.profile, phase.folder / "profile")]
+
+
+def _metrics(recipe: Recipe, phase: Phase, progress: Progress) -> TrainMetrics:
+    """Returns the sums of a run so far; rank 0, which logs, also knows what the model computes."""
+    config, peak = read_config(recipe.model), peak_here()
+    return TrainMetrics(
+        samples=progress.samples,
+        tokens=progress.tokens,
+        window=progress.window,
+        image_token=config.image_token_id,
+        flops=Estimate(config, phase.train, phase.plans).window_flops if distributed.rank() == 0 else None,
+        peak=None if peak is None else peak * distributed.count(),
+    )
+
+
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
     """Returns the model with what the recipe lets learn, and its vocabulary's size."""
-    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train))
+    bits = phase.train.lora.bits if phase.train.lora is not None else None
+    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     vocabulary = model.config.text_config.vocab_size
     if phase.train.lora is not None:
         set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)
-    freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
+    freeze(model, phase.train)
     return model, vocabulary
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -11,20 +11,38 @@ from torch import Tensor
 
 from data.chat import IGNORE_INDEX
 
-_SUMS: Final = ("samples", "tokens", "loss", "image_loss", "image_labels", "text_loss", "text_labels")
+_SUMS: Final = ("samples", "tokens", "loss", "image_loss", "image_labels", "text_loss", "text_labels", "visual")
 
 
 class TrainMetrics:
     """Adds up what the run saw, step by step; every rank holds the same sums.
 
+    Args:
+        image_token: the visual tokens' id.
+        flops: model FLOPs of training on these sums of samples, visual tokens, tokens and labels; None does not say.
+        peak: FLOP/s of all GPUs at most; None where it is not known.
+
     Attributes:
         samples, tokens: of the whole run, all ranks.
     """
 
-    def __init__(self, *, samples: int = 0, tokens: int = 0, window: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        samples: int = 0,
+        tokens: int = 0,
+        window: Mapping[str, Any] | None = None,
+        image_token: int | None = None,
+        flops: Callable[[Mapping[str, float]], float] | None = None,
+        peak: float | None = None,
+    ) -> None:
         self.samples, self.tokens = samples, tokens
+        self._image_token, self._flops, self._peak = image_token, flops, peak
         window = window or {}
-        self._rows: list[list[float]] = [list(row) for row in window.get("rows", ())]  # a step each, since the last log
+        self._rows: list[list[float]] = [
+            [*row, *[0.0] * (len(_SUMS) - len(row))]  # of a checkpoint without the last sum
+            for row in window.get("rows", ())
+        ]  # a step each, since the last log
         self._logged_seconds = float(window.get("seconds", 0.0))
         self._step: Tensor | None = None
 
@@ -42,11 +60,12 @@ class TrainMetrics:
         zero = torch.zeros_like(summed)
         of_kind = [summed, labelled, zero, zero] if "pixel_values" in batch else [zero, zero, summed, labelled]
         samples, tokens = zero + len(batch["labels"]), batch["attention_mask"].sum()
-        row = torch.stack([value.double() for value in (samples, tokens, part, *of_kind)])
+        visual = zero if self._image_token is None else (batch["input_ids"] == self._image_token).sum()
+        row = torch.stack([value.double() for value in (samples, tokens, part, *of_kind, visual)])
         self._step = row if self._step is None else self._step + row
 
     def take_step(self) -> Tensor:
-        """Returns this rank's sums of the current step, float64 (7,), and starts the next step."""
+        """Returns this rank's sums of the current step, float64 (8,), and starts the next step."""
         sums, self._step = self._step, None
         return torch.zeros(len(_SUMS), dtype=torch.float64) if sums is None else sums
 
@@ -66,7 +85,8 @@ class TrainMetrics:
 
         Returns:
             loss, the mean of the steps' losses; loss_image and loss_text, each the mean over labelled tokens, where
-            there were any; tokens_per_second; samples and tokens of the whole run.
+            there were any; tokens_per_second; model_flops_per_second and mfu, where they are known; samples and tokens
+            of the whole run.
         """
         columns = zip(*self._rows, strict=True) if self._rows else [[]] * len(_SUMS)
         sums = {name: math.fsum(column) for name, column in zip(_SUMS, columns, strict=True)}
@@ -76,6 +96,9 @@ class TrainMetrics:
             if sums[f"{kind}_labels"]:
                 report[f"loss_{kind}"] = sums[f"{kind}_loss"] / sums[f"{kind}_labels"]
         report["tokens_per_second"] = round(sums["tokens"] / passed, 1)
+        if self._flops is not None and sums["samples"]:
+            report["model_flops_per_second"] = rate = self._flops(sums) / passed
+            report |= {} if self._peak is None else {"mfu": rate / self._peak}
         self._rows, self._logged_seconds = [], seconds
         return report | {"samples": self.samples, "tokens": self.tokens}
 

@@ -8,11 +8,11 @@ import torch
 
 from recipes.schema import TrainSection
 
-DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_precision(train: TrainSection) -> str:
-    """Returns bf16 or fp32; `auto` is bf16 where the hardware multiplies it, because emulation is ten times slower."""
+    """Returns bf16, fp16 or fp32; `auto` is bf16 where the hardware multiplies it, as emulation is slow."""
     if train.precision != "auto":
         return train.precision
     if torch.cuda.is_available():

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from transformers import LlavaConfig
 
 from data.processor import ProcessorError, VisionProcessor, with_settings
 from data.sources import missing_paths
 from data.stream import ConversationStream
-from models.cost import Cost, plan_cost
-from models.families import family_of
+from models.cost import plan_cost
 from recipes.schema import Phase, Recipe, RecipeError
-from train.adapters import add_adapters
-from train.arguments import is_timed
+from train.arguments import is_timed, split_batch
+from train.cards import Card
 from train.checks import check_run, processor_is_here
-from train.groups import freeze, trainable_counts
+from train.deepspeed_config import read_deepspeed
+from train.estimate import Batch, Estimate
 from train.initial import read_processor
 from train.samples import hold_out, read_samples
 
+_KEPT_BACK: Final = 0.08  # share of a card's memory
 _TYPICAL: Final = 640, 480  # width and height of a photo, as COCO's are
 
 
-def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
+def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu: float = 0.4) -> Iterator[str]:
     """Yields the lines of a check; data and weights that are not at hand are notes, not errors.
 
     Args:
         recipe: the recipe.
         num_ranks: processes that it is to run on.
+        card: the GPUs that it is to run on; None says neither whether it fits nor how long it takes.
+        mfu: share of the cards' peak that the run is assumed to reach.
 
     Raises:
         RecipeError: the recipe cannot be run, here or anywhere.
     """
+    num_ranks = num_ranks if card is None else card.count
     config = check_run(recipe, num_ranks)
     yield f"{recipe.name}: the recipe is valid"
     for part in ("checkpoint", "language_model", "vision_tower"):
@@ -43,14 +46,22 @@ def preview(recipe: Recipe, num_ranks: int = 1) -> Iterator[str]:
         if place is not None and not Path(place).exists():
             yield f"note: model.{part}: {place} is no folder here; the run fetches it from the hub"
     for phase in recipe.phases:
-        yield from _preview_phase(recipe, phase, config)
+        rows, visual, text, note = _measure(recipe, phase, config)
+        estimate = Estimate(config, phase.train, phase.plans)
+        yield f"{phase.name}:"
+        yield from _preview_phase(phase, estimate, (rows, visual, text, note))
+        if text is not None and visual is not None:
+            batch = Batch(phase.train.global_batch, visual, text)
+            yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
+            yield from _hours(estimate, batch, steps=_steps(phase, rows), card=card, mfu=mfu)
 
 
-def _preview_phase(recipe: Recipe, phase: Phase, config: Any) -> Iterator[str]:
-    yield f"{phase.name}:"
-    counts = [f"{group} {count:,}" for group, count in _meta_counts(phase, config).items() if count]
+def _preview_phase(
+    phase: Phase, estimate: Estimate, measured: tuple[int | None, int | None, int | None, str]
+) -> Iterator[str]:
+    config, (rows, visual, text, note) = estimate.config, measured
+    counts = [f"{group} {count:,}" for group, count in estimate.counts.items() if count]
     yield f"  trainable parameters: {', '.join(counts)}"
-    rows, visual, text, note = _measure(recipe, phase, config)
     if note:
         yield f"  note: {note}"
     steps = _steps(phase, rows)
@@ -65,54 +76,67 @@ def _preview_phase(recipe: Recipe, phase: Phase, config: Any) -> Iterator[str]:
         yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
     if text is None or visual is None:
         return
-    costs = {
-        name: plan_cost(config.text_config, plan.stages, visual=visual, text=text) for name, plan in phase.plans.items()
-    }
+    costs = estimate.costs(visual=visual, text=text)
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
     yield f"  a sample: {visual} visual + {text} text tokens"
-    for name, plan in phase.plans.items():
-        of_steps = f", {plan.weight / _weights(phase):.0%} of the steps" if len(costs) > 1 else ""
+    for name, cost in costs.items():
+        of_steps = f", {estimate.ratios[name]:.0%} of the steps" if len(costs) > 1 else ""
         yield (
-            f"  {name}{of_steps}: {costs[name].visual_token_layers:,} visual token-layers (dense "
-            f"{dense.visual_token_layers:,}); decoder forward {costs[name].flops:.3g} FLOPs "
-            f"({costs[name].flops / dense.flops:.0%} of dense)"
+            f"  {name}{of_steps}: {cost.visual_token_layers:,} visual token-layers (dense "
+            f"{dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs "
+            f"({cost.flops / dense.flops:.0%} of dense)"
         )
     if steps is not None:
-        samples, passes = steps * phase.train.global_batch, 3 if _trains_weights(phase) else 2
-        flops = samples * _flops(phase, costs, passes)
+        samples = steps * phase.train.global_batch
+        flops, without = samples * estimate.decoder_flops(costs), samples * estimate.passes * dense.flops
         yield (
             f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
-            f"FLOPs (dense {passes * samples * dense.flops:.3g}, {passes * samples * dense.flops / flops:.2f} times as "
-            "many)"
+            f"FLOPs (dense {without:.3g}, {without / flops:.2f} times as many)"
         )
 
 
-def _weights(phase: Phase) -> float:
-    return sum(plan.weight for plan in phase.plans.values())
+def _memory(phase: Phase, estimate: Estimate, batch: Batch, *, num_ranks: int, card: Card | None) -> Iterator[str]:
+    """Yields the memory of one GPU, of a batch of mean samples and of the longest ones, and whether it fits."""
+    train, deepspeed, visual, text = phase.train, read_deepspeed(phase.train), batch.visual, batch.text
+    stage = deepspeed["zero_optimization"]["stage"]
+    samples, _ = split_batch(train, num_ranks)
+    mean = Batch(samples, visual, text)
+    longest = Batch(samples, visual, max(text, phase.data.max_length - visual))
+    states = {one: estimate.states(deepspeed, stage=one, ranks=num_ranks) for one in (1, 2, 3)}
+    with_it, without = (estimate.activations(mean, checkpointing=one) for one in (True, False))
+    peak, most = (estimate.activations(one, checkpointing=train.gradient_checkpointing) for one in (mean, longest))
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(states[stage]).items())
+    yield f"  memory of a GPU, ZeRO-{stage} on {num_ranks}, {samples} such samples a forward pass, in GiB: {parts}"
+    yield (
+        f"    activations {_gib(with_it)} with checkpointing, {_gib(without)} without; "
+        f"{'with' if train.gradient_checkpointing else 'without'}, for samples of {phase.data.max_length:,} tokens "
+        f"{_gib(most)}"
+    )
+    stages = ", ".join(f"ZeRO-{one} {_gib(memory.total + peak)}" for one, memory in states.items())
+    whole, highest = states[stage].total + peak, states[stage].total + most
+    yield f"    in all {_gib(whole)}, at most {_gib(highest)}; by stage: {stages}"
+    if card is not None:
+        room = card.gigabytes * 2**30 * (1 - _KEPT_BACK)
+        sizes = (highest, "fits"), (whole, "fits, but not the longest samples")
+        words = next((words for size, words in sizes if size <= room), "does not fit: lower train.per_device_batch")
+        yield f"    {card.gigabytes:g} GB: {words} ({_KEPT_BACK:.0%} are kept for CUDA and fragmentation)"
 
 
-def _flops(phase: Phase, costs: Mapping[str, Cost], passes: int) -> float:
-    """Returns the decoder's FLOPs of a mean sample: each plan's share of `passes`, and its teacher's forward pass."""
-    total = 0.0
-    for name, plan in phase.plans.items():
-        teacher = 0 if plan.distill is None else costs[plan.distill.teacher].flops
-        total += plan.weight / _weights(phase) * (passes * costs[name].flops + teacher)
-    return total
+def _hours(estimate: Estimate, batch: Batch, *, steps: int | None, card: Card | None, mfu: float) -> Iterator[str]:
+    """Yields how long the steps of a global batch take at a share of the cards' peak."""
+    if card is None or steps is None:
+        return
+    if card.peak is None:
+        yield "  time: unknown; --gpu with the name of a card tells"
+        return
+    flops = steps * estimate.step_flops(batch)
+    hours = flops / (card.count * card.peak * mfu) / 3600
+    at = f"{mfu:.0%} of {card.count} x {card.peak / 1e12:g} TFLOP/s"
+    yield f"  time: {hours:.1f} hours at {at} (MFU; {flops:.3g} model FLOPs)"
 
 
-def _trains_weights(phase: Phase) -> bool:
-    """Returns whether backward also makes gradients of the decoder's weights: two passes' worth, else one."""
-    return phase.train.learning_rate.language_model is not None and phase.train.lora is None
-
-
-def _meta_counts(phase: Phase, config: Any) -> dict[str, int]:
-    """Returns {group: parameters that learn}, from shapes alone."""
-    with torch.device("meta"):
-        model: Any = family_of(config.model_type).model_class(config)
-        if phase.train.lora is not None:
-            model = add_adapters(model, phase.train.lora)
-    freeze(model, phase.train.learning_rate, adapters=phase.train.lora is not None)
-    return trainable_counts(model)
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
 
 
 def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int | None, int | None, str]:

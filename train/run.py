@@ -54,10 +54,12 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         distributed.connect()  # from here on, ranks hear of one another's faults
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.check:
+        from train.cards import parse_card
         from train.preview import preview
 
         if distributed.rank() == 0:
-            print("\n".join(preview(recipe, distributed.count())))
+            card = parse_card(arguments.gpu, count=distributed.count()) if arguments.gpu else None
+            print("\n".join(preview(recipe, distributed.count(), card=card, mfu=arguments.mfu)))
         return 0
     from train.loop import run_phase
 
@@ -75,9 +77,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("recipe", help="YAML file, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=20")
     parser.add_argument("--check", action="store_true", help="validate, say what it will do, stop")
+    parser.add_argument("--gpu", metavar="GPU", help="with --check: 24 (GB), A100, or 8xH100: does it fit, how long")
+    parser.add_argument("--mfu", type=_share, default=0.4, metavar="SHARE", help="with --gpu: of the peak; default 0.4")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--phase", type=int, default=0, help=argparse.SUPPRESS)  # set by run_next
     return parser.parse_intermixed_args()
+
+
+def _share(text: str) -> float:
+    value = float(text)  # a ValueError is argparse's to tell
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0, up to 1")
+    return value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weights & Biases: offline unless the user is logged in and its server answers; it never asks or stops a run."""
+"""Trackers. Weights & Biases is offline unless its server answers and the user is logged in; it never asks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -17,18 +18,24 @@ _MODES: Final = ("online", "offline", "shared", "disabled", "dryrun", "run")
 _ANSWER_SECONDS: Final = 5.0
 
 
-def check_tracking() -> None:
-    """Raises RecipeError when WANDB_MODE is none that Weights & Biases knows."""
+def check_tracking(tracker: str) -> None:
+    """Raises RecipeError when a tracker is not installed, or WANDB_MODE is none that Weights & Biases knows."""
+    if tracker == "tensorboard" and find_spec("tensorboard") is None:
+        raise RecipeError(
+            "train.tracker: got tensorboard, which is not installed; expected wandb or none, or pip install tensorboard"
+        )
     mode = os.environ.get("WANDB_MODE")
     if mode is not None and mode not in _MODES:
         raise RecipeError(f"environment: WANDB_MODE: got '{mode}', expected online, offline or disabled")
 
 
-def start_tracking(name: str, folder: Path) -> None:
-    """Opens the Weights & Biases run that transformers' callback writes to, on rank 0.
+def start_tracking(tracker: str, name: str, folder: Path) -> None:
+    """Opens the Weights & Biases run that transformers' callback writes to, on rank 0, where this is the tracker.
 
     A server that does not answer in five seconds makes the run go offline.
     """
+    if tracker != "wandb":
+        return
     os.environ["WANDB_DIR"] = str(folder)  # no ./wandb folder, which would pass for the package
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_PROJECT", "fused-llava")
@@ -49,9 +56,9 @@ def start_tracking(name: str, folder: Path) -> None:
         wandb.init(project=os.environ["WANDB_PROJECT"], name=name, mode="offline")
 
 
-def stop_tracking() -> None:
+def stop_tracking(tracker: str) -> None:
     """Closes the Weights & Biases run."""
-    if distributed.rank() == 0:
+    if tracker == "wandb" and distributed.rank() == 0:
         import wandb
 
         wandb.finish()

@@ -19,7 +19,7 @@ from train.checkpoints import whole_checkpoints
 from train.clock import Clock, rate_factor
 from train.errors import TrainingError
 from train.extensions import build_cpu_adam
-from train.groups import parameter_groups
+from train.groups import muon_groups, parameter_groups
 from train.metrics import TrainMetrics
 from train.order import WholeBatches
 from train.plans import PlanDraw, divergence, predicting
@@ -110,7 +110,7 @@ class FusedTrainer(Trainer):
         self.control.should_evaluate = self.control.should_save = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Returns AdamW over the recipe's groups; DeepSpeed's CPU version where it keeps the states there."""
+        """Returns the recipe's optimizer over its groups; DeepSpeed's AdamW where the states are kept on the CPU."""
         if self.optimizer is None:
             model = self.model if model is None else model
             groups = parameter_groups(
@@ -125,6 +125,11 @@ class FusedTrainer(Trainer):
                 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
                 chosen, options = DeepSpeedCPUAdam, {"betas": options["betas"], "eps": options["eps"]}
+            elif self.phase.train.optimizer == "muon":
+                from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+                groups = muon_groups(model, groups, betas=options["betas"], eps=options["eps"])
+                chosen, options = MuonWithAuxAdam, {}
             self.optimizer = chosen(groups, **options)
             self._group_settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return self.optimizer

@@ -1,0 +1,263 @@
+"""What a phase takes before it runs: memory on each GPU by ZeRO stage, and floating-point operations.
+
+DeepSpeed's estimators take every weight as trained by Adam in 16 bits; adapters, frozen parts and activations are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import LlavaConfig
+
+from models.attention import CacheShim, project_visual_kv, rotary, rotary_kind, run_layer, uses_mrope
+from models.cost import Cost, plan_cost
+from models.families import family_of
+from recipes.schema import NamedPlan, TrainSection
+from train.adapters import add_adapters
+from train.groups import freeze, trainable_counts
+from train.precision import resolve_dtype
+
+_STATES: Final = {"sgd": 0, "lion_32bit": 4, "lion_8bit": 1, "paged_lion_32bit": 4, "paged_lion_8bit": 1, "muon": 4}
+_EIGHT_BIT: Final = ("adamw_8bit", "paged_adamw_8bit")
+_PARTS: Final = ("optimizer", "param")
+_ATTENTION: Final = {  # torch leaves it out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    )
+}
+_MASTER: Final = 4  # bytes of DeepSpeed's float32 copy of a weight that learns
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All together, without activations."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are computed together, and the tokens of each, or their mean."""
+
+    samples: int
+    visual: int
+    text: int
+
+
+class Estimate:
+    """The costs of training one phase of a model, from its shapes alone.
+
+    Args:
+        config: of the model.
+        train: the phase's.
+        plans: the stage plans of which each step draws one; None: the config's.
+
+    Attributes:
+        weights: parameters; `trained`: those that learn; `counts`: these by part of the model.
+        ratios: each stage plan's share of the steps.
+    """
+
+    def __init__(self, config: Any, train: TrainSection, plans: Mapping[str, NamedPlan] | None = None) -> None:
+        self.config, self.train, self.dtype = config, train, resolve_dtype(train)
+        self._plans = plans or {"trained": NamedPlan(name="trained", plan=config.stages)}
+        weights = sum(plan.weight for plan in self._plans.values())
+        self.ratios = {name: plan.weight / weights for name, plan in self._plans.items()}
+        with torch.device("meta"):
+            model: Any = family_of(config.model_type).model_class._from_config(config, dtype=self.dtype)
+            self._model = model
+            if train.lora is not None:
+                model = add_adapters(model, train.lora)
+        freeze(model, train)
+        self._mode = FakeTensorMode()
+        with self._mode:
+            _fill(model)
+        self._weights = {id(one): one for one in model.parameters()}
+        self.weights = sum(one.numel() for one in self._weights.values())
+        self.trained = sum(one.numel() for one in self._weights.values() if one.requires_grad)
+        self.counts = trainable_counts(model)
+        self._learns = {part: count > 0 for part, count in self.counts.items()}
+        self._known: dict[tuple[int, int, int, bool], float] = {}  # bytes kept by a layer
+
+    def states(self, deepspeed: Mapping[str, Any], *, stage: int, ranks: int) -> Memory:
+        """Returns the memory of weights, gradients and optimizer under a ZeRO stage on so many ranks.
+
+        `deepspeed` is the phase's configuration, whose buckets and offloading count.
+        """
+        zero, size = deepspeed.get("zero_optimization", {}), self.dtype.itemsize
+        states = 2 if self.train.optimizer in _EIGHT_BIT else _STATES.get(self.train.optimizer, 8)
+        is_offloaded = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in _PARTS}
+        buffers = 2 * size * _number(zero.get("reduce_bucket_size"), 5e8)
+        live = min(self.weights, _number(zero.get("stage3_max_live_parameters"), 1e9))
+        return Memory(
+            weights=0 if stage == 3 and is_offloaded["param"] else self._weight_bytes() / (ranks if stage == 3 else 1),
+            gradients=self.trained * size / (ranks if stage >= 2 else 1),
+            optimizer=0 if is_offloaded["optimizer"] else self.trained * (_MASTER + states) / ranks,
+            buffers=buffers + (size * live if stage == 3 and ranks > 1 else 0),
+        )
+
+    def activations(self, batch: Batch, *, checkpointing: bool) -> float:
+        """Returns the bytes that forward keeps for backward, and what backward needs on top at its peak.
+
+        Every text token counts as labelled. `checkpointing` is of the decoder; a tower that learns counts in full.
+        """
+        layers, text, size = self._layers(batch), self.config.text_config, self.dtype.itemsize
+        logits = batch.samples * batch.text * text.vocab_size * (size + 8)  # float32 ones and their gradient too
+        kept, largest = sum(saved for saved, _ in layers), 0.0
+        if checkpointing:
+            kept = sum(batch.samples * rows * text.hidden_size * size for saved, rows in layers if saved)
+            largest = max(saved for saved, _ in layers)
+        gradients = 3 * batch.samples * max(rows for _, rows in layers) * text.intermediate_size * size  # of an MLP
+        return self._image[0] * self._images(batch) + kept + max(logits, largest + gradients)
+
+    def step_flops(self, batch: Batch, *, labels: float | None = None) -> float:
+        """Returns the model FLOPs of forward and backward of a batch: decoder, head, tower and projector.
+
+        `labels`: labelled tokens of the batch, on which alone the head runs; None takes every text token. What
+        checkpointing computes again does not count, as usual for MFU.
+        """
+        text = self.config.text_config
+        decoder = self.decoder_flops(self.costs(visual=batch.visual, text=batch.text)) * batch.samples
+        labels = batch.samples * batch.text if labels is None else labels
+        head = 2 * labels * text.hidden_size * text.vocab_size
+        tower = self._image[1] * self._images(batch) * (3 if self._learns["vision_tower"] else 1)
+        return decoder + head * self.passes + tower
+
+    @property
+    def passes(self) -> int:
+        """The FLOPs of forward and backward, in forward passes; backward makes no gradients of frozen weights."""
+        return 3 if self._learns["language_model"] and self.train.lora is None else 2
+
+    def costs(self, *, visual: int, text: int) -> dict[str, Cost]:
+        """Returns the cost of a sample's forward pass under each stage plan."""
+        config = self.config.text_config
+        return {name: plan_cost(config, plan.stages, visual=visual, text=text) for name, plan in self._plans.items()}
+
+    def decoder_flops(self, costs: Mapping[str, Cost]) -> float:
+        """Returns the decoder's FLOPs of training on a sample, the mean over the plans, teachers' passes included."""
+        flops = 0.0
+        for name, plan in self._plans.items():
+            teacher = 0 if plan.distill is None else costs[plan.distill.teacher].flops
+            flops += self.ratios[name] * (self.passes * costs[name].flops + teacher)
+        return flops
+
+    def window_flops(self, sums: Mapping[str, float]) -> float:
+        """Returns the model FLOPs of training on samples of the mean length: see `TrainMetrics`.
+
+        Attention grows with the square of a length, so a mixed batch takes a little more.
+        """
+        samples, text = round(sums["samples"]), sums["tokens"] - sums["visual"]
+        batch = Batch(samples, round(sums["visual"] / samples), round(text / samples))
+        return self.step_flops(batch, labels=sums["image_labels"] + sums["text_labels"])
+
+    @cached_property
+    def _image(self) -> tuple[float, float]:
+        """The bytes that tower and projector keep of one image, and the FLOPs of their forward; 0 if not known."""
+        if not isinstance(self.config, LlavaConfig):  # the others look at values, which there are none of here
+            return 0.0, 0.0
+        with self._mode:
+            blank = type(self._model).family_blank(self.config)
+            image = {name: one.to(self.dtype) if one.is_floating_point() else one for name, one in blank.items()}
+        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        with counter:
+            saved = self._saved(lambda: self._model.model.get_image_features(**image, return_dict=True))
+        return saved, float(counter.get_total_flops())
+
+    def _images(self, batch: Batch) -> float:
+        return batch.samples * batch.visual / getattr(self.config, "image_seq_length", batch.visual or 1)
+
+    def _weight_bytes(self) -> float:
+        bits = self.train.lora.bits if self.train.lora is not None else None
+        if bits is None:
+            return self.weights * self.dtype.itemsize
+        frozen = sum(
+            module.weight.numel()
+            for module in self._model.model.get_decoder().modules()
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad
+        )
+        return (self.weights - frozen) * self.dtype.itemsize + frozen * bits / 8
+
+    def _layers(self, batch: Batch) -> list[tuple[float, int]]:
+        """Returns of each decoder layer the bytes that it keeps, 0 without a graph, and its rows of a sample."""
+        depth, costs = self.config.text_config.num_hidden_layers, self.costs(visual=batch.visual, text=batch.text)
+        plan = self._plans[max(costs, key=lambda name: costs[name].flops)].stages  # memory is that of the dearest
+        counts = [batch.visual] * depth if plan is None else plan.visual_counts(batch.visual, depth)
+        is_kv = plan is not None and plan.update == "kv"
+        found, known = [], self._known
+        has_graph = self._learns["language_model"] and self.train.lora is None and self.train.layers is None
+        for number, visual in enumerate(counts):
+            learns = any(one.requires_grad for one in self._model.model.get_decoder().layers[number].parameters())
+            has_graph = has_graph or visual > 0 or learns
+            rows, kv = batch.text + (0 if is_kv else visual), visual if is_kv else 0
+            key = batch.samples, rows, kv, learns
+            if has_graph and key not in known:
+                known[key] = self._saved(partial(self._layer, number, batch.samples, rows, kv))
+            found.append((known[key] if has_graph else 0.0, rows))
+        return found
+
+    def _layer(self, number: int, samples: int, rows: int, kv: int) -> Tensor:
+        decoder = self._model.model.get_decoder()
+        width = self.config.text_config.hidden_size
+
+        def tokens(count: int) -> tuple[Tensor, Tensor, Any]:
+            hidden = torch.empty(samples, count, width, dtype=self.dtype).requires_grad_()
+            positions = torch.arange(count).expand(samples, count)
+            at = positions.expand(3, samples, count) if uses_mrope(decoder) else positions
+            return hidden, positions, rotary(decoder, rotary_kind(decoder, number), hidden, at)
+
+        hidden, positions, at = tokens(rows)
+        layer, mask, shim = decoder.layers[number], None, None
+        if kv:
+            visual, _, of_visual = tokens(kv)
+            shim = CacheShim(None, partial(project_visual_kv, layer, visual, of_visual), None)
+            mask = torch.ones(samples, 1, rows, kv + rows, dtype=torch.bool)
+        return run_layer(layer, hidden, mask, None if uses_mrope(decoder) else positions, shim, at)
+
+    def _saved(self, run: Callable[[], Any]) -> float:
+        """Returns the bytes that autograd keeps of a forward, weights excepted."""
+        weights = {one.untyped_storage()._cdata for one in self._weights.values()}
+        kept: dict[int, Tensor] = {}  # by storage
+
+        def pack(one: Tensor) -> Tensor:
+            kept.setdefault(one.untyped_storage()._cdata, one)
+            return one
+
+        with self._mode, saved_tensors_hooks(pack, lambda one: one):
+            output = run()
+        found = sum(one.untyped_storage().nbytes() for key, one in kept.items() if key not in weights)
+        del output
+        return float(found)
+
+
+def _fill(model: nn.Module) -> None:
+    """Puts tensors of the current mode in the place of a model's, of the same shapes."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, one in tensors.items():
+                if one is not None and id(one) not in made:
+                    empty = torch.empty(one.shape, dtype=one.dtype)
+                    is_weight = isinstance(one, nn.Parameter)
+                    made[id(one)] = nn.Parameter(empty, requires_grad=one.requires_grad) if is_weight else empty
+                if one is not None:
+                    tensors[name] = made[id(one)]
+
+
+def _number(value: Any, default: float) -> float:
+    """Returns a number of a DeepSpeed configuration; "auto" and nothing are `default`."""
+    return float(value) if isinstance(value, int | float) else default
