@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LlavaConfig
@@ -218,7 +218,11 @@ class Estimate:
             hidden = torch.empty(samples, count, width, dtype=self.dtype).requires_grad_()
             positions = torch.arange(count).expand(samples, count)
             at = positions.expand(3, samples, count) if uses_mrope(decoder) else positions
-            return hidden, positions, rotary(decoder, rotary_kind(decoder, number), hidden, at)
+            try:
+                return hidden, positions, rotary(decoder, rotary_kind(decoder, number), hidden, at)
+            except DataDependentOutputException:  # dynamic scaling looks at positions, which have no values here
+                size = 2 * decoder.rotary_emb.inv_freq.numel()
+                return hidden, positions, (torch.empty(samples, count, size, dtype=self.dtype),) * 2
 
         hidden, positions, at = tokens(rows)
         layer, mask, shim = decoder.layers[number], None, None
