@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data.dataset import Collator
 from data.processor import save_processor
@@ -22,7 +23,7 @@ from eval.prompts import Asked
 from eval.stages import main as find_stages
 from eval.stages_recipe import starting_recipe
 from models import FusedAutoModel
-from recipes.schema import load_recipe
+from recipes.schema import RecipeError, load_recipe
 from tests.tiny_processors import PROCESSORS
 from tests.tiny_vlms import TINY
 from train.checks import check_run
@@ -186,6 +187,18 @@ def answers_are_compared(checkpoint, image):
         assert (costs["visual_token_layers"] < costs["dense"]["visual_token_layers"]) is (name != "dense")
 
 
+def test_a_checkpoint_whose_flags_of_tied_embeddings_disagree_is_one_line_that_names_the_key(tmp_path):
+    write_checkpoint(tmp_path, "idefics3")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["tie_word_embeddings"], fields["text_config"]["tie_word_embeddings"] = False, True
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("lm_head.weight"))]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="tie_word_embeddings: got false, but text_config's is true"):
+        load_checkpoint(tmp_path, dtype=torch.float32)
+
+
 def command(name, *arguments, ranks=None):
     """Runs one of the project's commands; returns its output."""
     words = [sys.executable]
@@ -279,3 +292,4 @@ def test_a_run_is_released_and_loads_where_this_repository_is_not(finished, tmp_
     assert fields["stages"]["enter"] == STAGES["enter"]
     assert (tmp_path / "released/modeling_fused.py").is_file()
     assert "video_processor" in json.loads((tmp_path / "released/processor_config.json").read_text())
+    assert "`torch`, `torchvision`" in (tmp_path / "released/README.md").read_text()

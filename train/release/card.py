@@ -104,9 +104,17 @@ def write_card(
         plain: it is a plain Hugging Face checkpoint.
     """
     place = repo or "path/to/this/folder"
-    text = render("card.md.jinja", **_values(run, config, comparison, place=place, plain=plain))
+    values = _values(run, config, comparison, place=place, plain=plain)
+    text = render("card.md.jinja", **values, packages=_packages(folder))
     metadata = _metadata(run, comparison, plain=plain)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def _packages(folder: Path) -> list[str]:
+    """Returns what the release needs beside transformers and torch, by its processor."""
+    fields = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    packages = ["torchvision"] if "video_processor" in fields else []
+    return [*packages, "num2words"] if fields.get("processor_class") == "SmolVLMProcessor" else packages
 
 
 def plan_words(plan: StagePlan | None, depth: int) -> str:
