@@ -156,10 +156,9 @@ run_tests() {
   for argument in "$@"; do
     if [[ $argument == --all ]]; then all=yes; else rest+=("$argument"); fi
   done
-  if [[ -n $all ]]; then
-    exec "$VENV/bin/python" -m pytest "${rest[@]}"
-  fi
-  exec "$VENV/bin/python" -m pytest -m "not slow" "${rest[@]}"
+  [[ -n $all ]] || rest=(-m "not slow" "${rest[@]}")
+  # one thread a worker, so that the numbers are those of every machine; a worker takes up to 3 GiB
+  OMP_NUM_THREADS=1 exec "$VENV/bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "${rest[@]}"
 }
 
 quickstart() {

@@ -19,7 +19,7 @@ def is_built_in(file: str) -> bool:
 
 
 def version(file: str) -> str:
-    """Returns the version of a built-in set: what was cached of another is not taken for it."""
+    """Returns the version of a built-in set; caches of other versions are not used."""
     return str(_set(file).VERSION)
 
 

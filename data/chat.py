@@ -20,7 +20,7 @@ from jinja2.exceptions import TemplateError
 from data.config import shorten
 from data.rows import IMAGE_MARK, RowError, Turn, count_marks, split_marks
 
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's own
+IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -28,6 +28,7 @@ VICUNA_SYSTEM = (
 FROZEN_DAY: Final = datetime(2024, 7, 26)  # the day that Llama 3's template falls back to
 _EXPECTED = "expected one that writes turns one after the other and alike (or data.format vicuna_v1)"
 _NOW: Final = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+Parts = list[str | None]  # of a message: texts, and None for an image
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 
 
@@ -35,39 +36,67 @@ class TokenizerError(ValueError):
     """The tokenizer cannot render or label conversations; the text says why."""
 
 
+@dataclass(frozen=True)
+class ImageText:
+    """How a text holds an image, before the processor replaces its token.
+
+    Attributes:
+        token: the token that the processor replaces, one an image.
+        mark: what `vicuna_v1` and `plain` write for an image: the token, and what the family writes around it.
+        template: the chat template; None is the tokenizer's.
+        has_parts: the template takes content in parts; else content is text and holds the token.
+        before: ordinary text that the processor puts in front of the tokens of an image (Gemma 3: two newlines).
+        after: likewise, behind them.
+    """
+
+    token: str = IMAGE_MARK
+    mark: str = IMAGE_MARK
+    template: str | None = None
+    has_parts: bool = False
+    before: str = ""
+    after: str = ""
+
+    def bordered(self, text: str) -> str:
+        """Returns a text with `before` and `after` around each image token."""
+        if not self.before + self.after:
+            return text
+        return text.replace(self.token, self.before + self.token + self.after)
+
+
 class ChatFormat:
     """Turns conversations into ids and labels, for one tokenizer and one of the three formats.
 
     Args:
         name: `vicuna_v1`, `chat_template` or `plain`.
-        tokenizer: a fast Hugging Face tokenizer that knows the image mark as one token.
+        tokenizer: a fast Hugging Face tokenizer that knows the image token as one.
+        image: how a text holds an image; without it, as LLaVA's do.
 
     Attributes:
         image_token_id: the token that stands for an image.
-        stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's own. Empty
+        stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's. Empty
             for `plain`, which is for alignment and ends a caption by a newline.
 
     Raises:
-        TokenizerError: the tokenizer is slow, has no end mark or image token, ends every text by a token of its own,
+        TokenizerError: the tokenizer is slow, has no end mark or image token, adds an end mark to every text,
             or its chat template cannot be labelled, depends on the day, or ends answers by no single token.
     """
 
-    def __init__(self, name: str, tokenizer: Any) -> None:
+    def __init__(self, name: str, tokenizer: Any, image: ImageText = ImageText()) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerError(
                 f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, because labels need the "
                 "characters of each token"
             )
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image.token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise TokenizerError(f"tokenizer: has no token {IMAGE_MARK}, expected one that has")
+            raise TokenizerError(f"tokenizer: has no token {image.token}, expected one that has")
         if tokenizer.eos_token is None:
             raise TokenizerError("tokenizer: has no eos_token, expected one that ends an answer")
-        bare = tokenizer(IMAGE_MARK, add_special_tokens=False)["input_ids"]
-        if tokenizer(IMAGE_MARK)["input_ids"][-len(bare) :] != bare:
-            raise TokenizerError("tokenizer: ends every text by a token of its own, expected add_eos_token false")
-        self.name, self.tokenizer = name, tokenizer
-        self._template = ChatTemplate(tokenizer) if name == "chat_template" else None
+        bare = tokenizer(image.token, add_special_tokens=False)["input_ids"]
+        if tokenizer(image.token)["input_ids"][-len(bare) :] != bare:
+            raise TokenizerError("tokenizer: adds an end mark to every text, expected add_eos_token false")
+        self.name, self.tokenizer, self._mark = name, tokenizer, image.bordered(image.mark)
+        self._template = ChatTemplate(tokenizer, image) if name == "chat_template" else None
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special - {tokenizer.unk_token_id} | {self.image_token_id}
         self.stop_ids = [] if name == "plain" else self._stops()
@@ -77,7 +106,7 @@ class ChatFormat:
 
         Args:
             turns: user and assistant in turns.
-            system: system prompt; None is the format's own.
+            system: system prompt; None means the format's default.
 
         Raises:
             RowError: the chat template rewrites the conversation, or the format has no system prompt.
@@ -93,8 +122,8 @@ class ChatFormat:
         if self._template is not None:
             return self._template.render(turns, system)
         if self.name == "plain":
-            return plain(turns, system)
-        return vicuna(turns, self.tokenizer.eos_token, system)
+            return plain(turns, system, mark=self._mark)
+        return vicuna(turns, self.tokenizer.eos_token, system, mark=self._mark)
 
     def _stops(self) -> list[int]:
         """Returns the token that training labels as an answer's last, and the tokenizer's end mark."""
@@ -111,7 +140,7 @@ class ChatFormat:
     def _tokenise(self, rendered: Rendered) -> tuple[list[int], list[int]]:
         encoding = self.tokenizer(
             rendered.text,
-            add_special_tokens=self._template is None,  # a template writes its own
+            add_special_tokens=self._template is None,  # a template writes them itself
             return_offsets_mapping=True,
             verbose=False,
         )
@@ -169,10 +198,10 @@ class Rendered:
 
 
 class Writer:
-    """Writes a text piece by piece and keeps the spans."""
+    """Writes a text piece by piece and keeps the spans; `mark` is what stands for an image."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, mark: str = IMAGE_MARK) -> None:
+        self.text, self._mark = "", mark
         self._answers: list[Span] = []
         self._user_spans: list[Span] = []
 
@@ -184,7 +213,7 @@ class Writer:
         """Writes a user's text; its image marks stay marks."""
         for place, part in enumerate(split_marks(text)):
             if place > 0:
-                self.literal(IMAGE_MARK)
+                self.literal(self._mark)
             self.user_text(part)
 
     def user_text(self, text: str) -> None:
@@ -215,7 +244,7 @@ class Writer:
         return Rendered(self.text, tuple(self._answers), tuple(self._user_spans))
 
 
-def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None) -> Rendered:
+def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None, *, mark: str = IMAGE_MARK) -> Rendered:
     """Returns the system prompt (None is LLaVA's), then `USER: question ASSISTANT: answer</s>` for each pair.
 
     The prompt ends with `ASSISTANT:`, so the space after it belongs to the answer; most tokenizers write it into the
@@ -223,7 +252,7 @@ def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None) -> R
 
     Source: LLaVA's conv_vicuna_v1. An empty answer differs: LLaVA leaves out the space and the end mark.
     """
-    writer = Writer()
+    writer = Writer(mark)
     if system is None:
         writer.literal(VICUNA_SYSTEM)
     else:
@@ -239,7 +268,7 @@ def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None) -> R
     return writer.rendered()
 
 
-def plain(turns: Sequence[Turn], system: str | None = None) -> Rendered:
+def plain(turns: Sequence[Turn], system: str | None = None, *, mark: str = IMAGE_MARK) -> Rendered:
     """Returns image, newline, caption, newline; the question is left out.
 
     Source: LLaVA's conv_llava_plain. The newline between image and caption differs: a caption's first token is
@@ -250,35 +279,39 @@ def plain(turns: Sequence[Turn], system: str | None = None) -> Rendered:
     writer = Writer()
     for turn in turns:
         if turn.role == "user":
-            writer.literal(IMAGE_MARK * count_marks(turn.text) + "\n")
+            writer.literal(mark * count_marks(turn.text) + "\n")
         else:
             writer.answer(turn.text, prefix="", end_mark="\n", is_trained=turn.is_trained)
     return writer.rendered()
 
 
 class ChatTemplate:
-    """Writes conversations as the tokenizer's template does, and knows the spans of their answers.
+    """Writes conversations as a chat template does, and knows the spans of their answers.
 
     An answer is what a model has to generate: it begins where the generation prompt ends, and its end mark, which is
     the first special token that follows every answer, belongs to it. Both are learned once, from two made-up pairs.
 
     Args:
-        tokenizer: whose `chat_template` it is.
+        tokenizer: whose `chat_template` it is, unless the image's text names one.
+        image: how a text holds an image. Where content is in parts, texts and images stand without the newline that
+            LLaVA's rows have between them.
 
     Raises:
         TokenizerError: the template is missing or fails, rewrites messages, ends answers by nothing, or writes an
             answer otherwise than its generation prompt or its place suggests: training would not fit generation.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
+    def __init__(self, tokenizer: Any, image: ImageText = ImageText()) -> None:
+        if not tokenizer.chat_template and image.template is None:
             raise TokenizerError("data.format: got chat_template, but the tokenizer has none, expected vicuna_v1")
-        self._tokenizer, self._text = tokenizer, frozen(tokenizer.get_chat_template())
-        self._pieces: dict[tuple[int, bool], list[str]] = {}
+        self._tokenizer, self._image = tokenizer, image
+        self._text = frozen(image.template or tokenizer.get_chat_template())
+        self._pieces: dict[tuple[Any, bool], list[str]] = {}
         messages = _stand_ins(4)
+        contents: list[Parts] = [[message] for message in messages]
         try:
-            whole = self._apply(messages)
-            prompts = [self._apply(messages[:1]), self._apply(messages[:3])]
+            whole = self._apply(contents)
+            prompts = [self._apply(contents[:1]), self._apply(contents[:3])]
             around = _around(whole, messages)
         except TemplateError as error:
             raise _refused(f"fails: {error}") from None
@@ -300,50 +333,85 @@ class ChatTemplate:
         Raises:
             RowError: the template does more to these messages than trim them.
         """
-        texts = [IMAGE_MARK.join(split_marks(turn.text)) if turn.role == "user" else turn.text for turn in turns]
+        contents = [self._parts(turn) for turn in turns]
         try:
-            expected = self._apply(texts, system)
-            before, *after = self._around(len(turns), system is not None)
+            expected = self._image.bordered(self._apply(contents, system))
+            before, *after = self._around(contents, system is not None)
         except TemplateError as error:
             raise RowError(f"the chat template fails: {shorten(str(error))}") from None
-        writer = Writer()
+        writer = Writer(self._image.bordered(self._image.token))
         if system is not None:
             trim = _trim(system, system, expected[len(before) :], after[0])
             writer.literal(before)
             writer.user_text(trim(system))
             before, *after = after
-        for turn, text, following in zip(turns, texts, after, strict=True):
-            trim = _trim(text, turn.text, expected[len(writer.text) + len(before) :], following)
-            if turn.role == "user":
-                writer.literal(before)
-                writer.question(trim(turn.text))
-                before = following
-            else:
-                writer.literal(before.removesuffix(self._prefix))
-                writer.answer(trim(text), prefix=self._prefix, end_mark=self._end_mark, is_trained=turn.is_trained)
-                before = following.removeprefix(self._end_mark)
+        for turn, content in zip(turns, contents, strict=True):
+            for text in content:
+                if text is None:
+                    continue
+                shown = self._image.bordered(text)
+                following, *after = after
+                trim = _trim(shown, turn.text, expected[len(writer.text) + len(before) :], following)
+                if turn.role == "user":
+                    writer.literal(before)
+                    if not self._image.has_parts:
+                        writer.question(trim(turn.text))
+                    else:
+                        writer.user_text(trim(text))
+                    before = following
+                else:
+                    writer.literal(before.removesuffix(self._prefix))
+                    writer.answer(trim(text), prefix=self._prefix, end_mark=self._end_mark, is_trained=turn.is_trained)
+                    before = following.removeprefix(self._end_mark)
         writer.literal(before)
         if writer.text != expected:
             raise RowError("the chat template rewrites this conversation")
         return writer.rendered()
 
-    def _around(self, count: int, has_system: bool) -> list[str]:
-        """Returns what the template writes before, between and after a system prompt and `count` messages."""
-        key = count, has_system
+    def _parts(self, turn: Turn) -> Parts:
+        """Returns a turn's content: one text that holds the image tokens, or texts and images in their order."""
+        if turn.role != "user":
+            return [turn.text]
+        texts = split_marks(turn.text)
+        if not self._image.has_parts:
+            return [self._image.token.join(texts)]
+        parts: Parts = []
+        for place, text in enumerate(texts):
+            text = text.removeprefix("\n") if place > 0 else text
+            text = text.removesuffix("\n") if place < len(texts) - 1 else text
+            parts += [None] if place > 0 else []
+            parts += [text] if text or len(texts) == 1 else []
+        return parts
+
+    def _around(self, contents: Sequence[Parts], has_system: bool) -> list[str]:
+        """Returns what the template writes before, between and after a system prompt and the texts of the contents."""
+        key = tuple(tuple(part is None for part in content) for content in contents), has_system
         if key not in self._pieces:
-            messages, system = _stand_ins(count), _STAND_IN_SYSTEM if has_system else None
-            written = [system, *messages] if system else messages
-            self._pieces[key] = _around(self._apply(messages, system), written)
+            texts = _stand_ins(sum(part is not None for content in contents for part in content))
+            places, system = iter(texts), _STAND_IN_SYSTEM if has_system else None
+            stand_ins: list[Parts] = [
+                [None if part is None else next(places) for part in content] for content in contents
+            ]
+            written = [system, *texts] if system else texts
+            pieces = _around(self._apply(stand_ins, system), written)
+            self._pieces[key] = [self._image.bordered(piece) for piece in pieces]
         return self._pieces[key]
 
-    def _apply(self, messages: Sequence[str], system: str | None = None) -> str:
+    def _apply(self, contents: Sequence[Parts], system: str | None = None) -> str:
         """Returns the template's text; up to where an answer begins when the last message is a question."""
         roles = ("user", "assistant")
-        conversation = [] if system is None else [{"role": "system", "content": system}]
-        conversation += [{"role": roles[place % 2], "content": text} for place, text in enumerate(messages)]
+        conversation = [] if system is None else [{"role": "system", "content": self._content([system])}]
+        conversation += [
+            {"role": roles[place % 2], "content": self._content(content)} for place, content in enumerate(contents)
+        ]
         return self._tokenizer.apply_chat_template(
-            conversation, chat_template=self._text, tokenize=False, add_generation_prompt=len(messages) % 2 == 1
+            conversation, chat_template=self._text, tokenize=False, add_generation_prompt=len(contents) % 2 == 1
         )
+
+    def _content(self, parts: Parts) -> Any:
+        if not self._image.has_parts:
+            return parts[0]
+        return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
 
     def _end_mark_of(self, between: str, end: str) -> str:
         """Returns what follows both answers, up to its first special token; with none, all but its trailing space."""
@@ -392,14 +460,14 @@ def _trim(message: str, written: str, text: str, following: str) -> Callable[[st
 def frozen(template: str) -> str:
     """Returns a chat template whose text no longer depends on the day that it is rendered: it says FROZEN_DAY.
 
-    Else the rows of a run, and the questions asked of it later, would name different days.
+    Otherwise the rows of a run and later questions to its model would name different days.
 
     Raises:
-        TokenizerError: the template asks for the day in a way that cannot be replaced.
+        TokenizerError: the template uses the day in a way that cannot be replaced, or draws at random.
     """
     text = _NOW.sub(lambda found: repr(FROZEN_DAY.strftime(found[2])), template)
-    if re.search(r"strftime_now\s*\(", text):
-        raise _refused("depends on the day in a way that cannot be frozen")
+    if re.search(r"strftime_now(?!\s+is\s)|\|\s*random\b", text):
+        raise _refused("depends on the day, or on chance, in a way that cannot be frozen")
     return text
 
 
@@ -409,3 +477,5 @@ def freeze_templates(processor: Any) -> None:
         template = getattr(part, "chat_template", None)
         if isinstance(template, str):
             part.chat_template = frozen(template)
+        elif isinstance(template, dict):  # by name
+            part.chat_template = {name: frozen(text) for name, text in template.items()}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import datasets
@@ -20,11 +20,12 @@ import yaml
 from pydantic import ValidationError
 
 from data.chat import TokenizerError
-from data.config import DataConfig, expand, shorten
+from data.config import DataConfig, expand, first_fault, shorten
 from data.dataset import Encoder
-from data.rows import IMAGE_MARK, NOTES, DataError, Fault, RowError, group_faults
+from data.processor import ProcessorError, model_processor, with_settings
+from data.rows import NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
-from data.table import check_rows, record_of
+from data.table import check_rows, record_of, sizes_of
 
 _BATCH: Final = 500  # rows whose texts are in memory together
 _SHOWN_KEYS: Final = 12
@@ -54,11 +55,19 @@ def main(given: Sequence[str] | None = None) -> int:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
     if arguments.json:
-        print(json.dumps(reports))
+        _print(json.dumps(reports))
     else:
         for name, found in reports.items():
-            print("\n".join(_lines(name, found, each=arguments.all)))
+            _print("\n".join(_lines(name, found, each=arguments.all)))
     return 2 if failed or any(found["faults"] for found in reports.values()) else 0
+
+
+def _print(text: str) -> None:
+    """Prints, also where the reader of a pipe has seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
@@ -76,7 +85,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
     """
     rows = checked_rows(config) if config.streaming else _each(check_rows(config, anew=True))
     try:
-        processor = _processor(model)
+        processor = _processor(model, config)
     except TokenizerError as error:
         processor, note = None, f"answers that are too long were not looked for: {error}"
     else:
@@ -149,9 +158,9 @@ def _is_answer_cut(row: dict[str, Any], encoder: Encoder) -> bool:
     """
     record = record_of(row)
     rendered = encoder.chats[row["source"]].render(record.turns, record.system)
-    if not encoder.may_be_long(rendered, len(record.images)):
+    if not encoder.may_be_long(rendered, sizes_of(row)):
         return False
-    return encoder.encode(record, row["source"]).is_answer_cut
+    return encoder.encode(record, sizes_of(row), row["source"]).is_answer_cut
 
 
 def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
@@ -172,34 +181,28 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
         )
         yield from (f"  rows that {NOTES[note]}: {count:,}" for note, count in source["notes"].items() if count)
         if source["ignored"]:
-            shown = [f"{shorten(key, 30)} ({count:,})" for key, count in source["ignored"].items()]
+            shown = [f"{shorten(key, 30) or repr(key)} ({count:,})" for key, count in source["ignored"].items()]
             more = f" and {len(shown) - _SHOWN_KEYS} more" if len(shown) > _SHOWN_KEYS else ""
             yield f"  ignored keys: {', '.join(shown[:_SHOWN_KEYS])}{more}"
 
 
-def _processor(model: Any) -> Any:
-    """Returns what counts a sample's tokens: the tokenizer and the shape of the images of a recipe's model section.
+def _processor(model: Any, config: DataConfig) -> Any:
+    """Returns the processor of a recipe's model section, which counts a sample's tokens.
 
     Raises:
         TokenizerError: they are not at hand.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, logging  # slow to import
+    from transformers import logging  # slow to import
 
     if not isinstance(model, dict) or not (model.get("config") or model.get("checkpoint")):
         raise TokenizerError("the recipe names no model")
-    source, decoder = (expand(str(model.get("config") or model.get("checkpoint"))), model.get("language_model"))
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(decoder or source)
-        if decoder:
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
-        images = AutoImageProcessor.from_pretrained(source)
-        shape = json.loads((Path(source) / "processor_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, ImportError) as error:
-        raise TokenizerError(f"the processor of {decoder or source}: {shorten(str(error), 120)}") from None
-    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
-    shape = {name: shape.get(name) for name in names}
-    return SimpleNamespace(tokenizer=tokenizer, image_processor=images, **shape)
+        given = (model.get(name) for name in ("config", "checkpoint", "language_model"))
+        found = model_processor(*(expand(str(place)) if place else None for place in given))
+        return with_settings(found, config)
+    except ProcessorError as error:
+        raise TokenizerError(shorten(str(error), 160)) from None
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
@@ -255,11 +258,8 @@ def _section(recipe: Path, name: str, fields: Any) -> DataConfig:
     try:
         return DataConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (name, *first["loc"])))
-        if first["type"] == "value_error":
-            raise DataError(f"{recipe}: {key}: {first['ctx']['error']}") from None
-        raise DataError(f"{recipe}: {key}: {first['msg']}, got {shorten(repr(first['input']))}") from None
+        where, reason = first_fault(error, DataConfig)
+        raise DataError(f"{recipe}: {'.'.join(filter(None, (name, where)))}: {reason}") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,8 +22,8 @@ class Source(BaseModel):
         weight: share of the samples of an epoch, relative to the weights of the other sources: all sources have one,
             or none has. Without weights an epoch has every row once.
         limit: number of rows to read, from the first on.
-        images: folder that the image paths of this source start from; None is `data.images`.
-        format: of this source; None is `data.format`.
+        images: folder that the image paths of this source start from; without it, `data.images`.
+        format: of this source; without it, `data.format`.
     """
 
     model_config = _SECTION
@@ -34,18 +36,29 @@ class Source(BaseModel):
 
 
 def _read_source(given: Any) -> Any:
-    if given == "":
-        raise ValueError("got '', expected a path")
-    if not isinstance(given, dict):
+    if isinstance(given, str) and given:
         return given
-    try:
-        return Source.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        known = ", ".join(Source.model_fields)
-        reason = f"unknown key, expected {known}" if first["type"] == "extra_forbidden" else first["msg"].lower()
-        raise ValueError(f"{where}: {reason}, got {shorten(repr(first['input']))}") from None
+    if isinstance(given, dict):
+        try:
+            return Source.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(": ".join(first_fault(error, Source))) from None
+    known = ", ".join(Source.model_fields)
+    raise ValueError(f"got {shorten(repr(given))}, expected a path or a mapping of {known}")
+
+
+def first_fault(error: ValidationError, schema: type[BaseModel]) -> tuple[str, str]:
+    """Returns the dotted key of the first fault that pydantic found, and what was found and is expected there."""
+    fault = error.errors()[0]
+    where, found = ".".join(map(str, fault["loc"])), shorten(repr(fault["input"]))
+    if fault["type"] == "extra_forbidden":
+        return where, f"unknown key, expected {', '.join(schema.model_fields)}"
+    if fault["type"] == "missing":
+        return where, "missing key"
+    if fault["type"] == "value_error":
+        return where, str(fault["ctx"]["error"])
+    expected = re.sub(r"^.*? should (be |have )?| after validation.*| or instance of .*", "", fault["msg"])
+    return where, f"got {found}, expected {expected}"
 
 
 Files = list[Annotated[str | Source, BeforeValidator(_read_source)]]
@@ -57,20 +70,23 @@ class DataConfig(BaseModel):
     Attributes:
         files: sources of conversations: each a path (see `Source`) or a mapping of path, weight, limit, images, format.
         images: folder that the rows' image paths start from; a built-in set brings its folder.
-        format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's own) or `plain`
+        format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's) or `plain`
             (image and caption, for alignment).
         max_length: tokens of a sample, visual tokens included; a longer one is cut at a turn border.
-        long_answers: a first answer that ends after `max_length` is a fault (`refuse`), or ends there (`cut`, LLaVA's).
+        long_answers: a first answer that ends after `max_length` is a fault (`refuse`), or is cut (`cut`, as in LLaVA).
         image_aspect: `pad` to a square first, as LLaVA-1.5 does, or the image `processor`'s default.
+        processor: settings of the family's image processor, such as {max_pixels: 1003520}.
+        chat_template: file with a chat template in place of the processor's.
         exif: `apply` turns photos upright, as viewers and servers do; `ignore` leaves them as stored, as LLaVA does.
         follow_links: links inside the image folder may lead out of it.
-        decode: the check decodes every image whole, which also finds damage in the middle of a file.
+        decode: the check decodes every image, which also finds damage in the middle of a file.
         streaming: reads rows while training, without a first pass over them and without a copy on the disk.
-        max_bad_rows: rows with a fault that may be skipped, counted and listed; 0 fails at the first.
+        max_bad_rows: rows with a fault that may be skipped, counted and listed; 0 allows none.
         group_by_length: batches of samples of like length, with images or without.
         workers: processes that check rows and then open images, for each rank.
         expected_rows: published number of rows, for estimates where the files are not at hand.
         expected_text_tokens: text tokens of a mean sample, likewise.
+        expected_visual_tokens: visual tokens of a mean image, likewise; of a LLaVA the config says it.
     """
 
     model_config = _SECTION
@@ -81,6 +97,8 @@ class DataConfig(BaseModel):
     max_length: int = Field(default=2048, gt=0)
     long_answers: Literal["refuse", "cut"] = "refuse"
     image_aspect: Literal["pad", "processor"] = "pad"
+    processor: dict[str, Any] = Field(default_factory=dict)
+    chat_template: str | None = Field(default=None, min_length=1)
     exif: Literal["apply", "ignore"] = "apply"
     follow_links: bool = False
     decode: bool = False
@@ -90,6 +108,7 @@ class DataConfig(BaseModel):
     workers: int = Field(default=4, ge=0)
     expected_rows: int | None = Field(default=None, gt=0)
     expected_text_tokens: int | None = Field(default=None, gt=0)
+    expected_visual_tokens: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -100,7 +119,7 @@ class DataConfig(BaseModel):
 
     @property
     def sources(self) -> list[Source]:
-        """The entries of `files`, each with its own or the section's image folder and format."""
+        """The entries of `files`; what an entry leaves out is the section's."""
         given = [Source(path=entry) if isinstance(entry, str) else entry for entry in self.files]
         return [
             source.model_copy(update={"images": source.images or self.images, "format": source.format or self.format})
@@ -114,7 +133,8 @@ class DataConfig(BaseModel):
         for source in self.sources:
             plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
             name = plain[-1].partition(".")[0] if plain else source.path
-            names.append(f"{name}_{len(names)}" if name in names else name)
+            others = (f"{name}_{number}" for number in itertools.count(1))
+            names.append(next(one for one in itertools.chain([name], others) if one not in names))
         return names
 
 
@@ -124,6 +144,6 @@ def expand(path: str) -> str:
 
 
 def shorten(text: str, limit: int = 80) -> str:
-    """Returns one line of at most `limit` characters, for messages: a payload is never shown whole."""
+    """Returns one line of at most `limit` characters, for messages, so that no payload is printed whole."""
     line = " ".join(text[: 4 * limit].split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[: limit - 3]}..."

@@ -10,13 +10,16 @@ from typing import Any, Final
 
 import datasets
 import torch
+from PIL import Image
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from data.chat import IGNORE_INDEX, ChatFormat, Rendered, TokenizerError, freeze_templates
 from data.config import DataConfig
-from data.images import open_image, pixel_values, visual_tokens
+from data.images import open_image
+from data.processor import TYPES, EncodedImages, ProcessorError, VisionProcessor
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, group_faults
 from data.table import (
     check_rows,
@@ -29,9 +32,12 @@ from data.table import (
     images_of,
     processes,
     record_of,
+    sizes_of,
+    source_stamp,
     usable_cache,
 )
 
+_TRAINERS: Final = ("source", "faults")  # of a sample: not the model's
 SHOWN_FAULTS: Final = 5  # faults that an error lists
 _POOL: Final = 50  # batches whose samples are sorted by length together: like lengths, and still a random mix
 _EXTRA_TOKENS: Final = 16  # a beginning, and spaces that tokenizers write by themselves
@@ -44,6 +50,7 @@ _TOKENS: Final = {
     "ids": datasets.List(datasets.Value("int32")),
     "labels": datasets.List(datasets.Value("int32")),
     "length": datasets.Value("int32"),
+    "visual": datasets.Value("int32"),
     "is_cut": datasets.Value("bool"),
     "is_answer_cut": datasets.Value("bool"),
 }
@@ -57,10 +64,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     Args:
         config: the recipe's data section.
-        processor: a LlavaProcessor; a chat template of it that depends on the day is replaced by a frozen one.
+        processor: the family's; a chat template of it that depends on the day is replaced by a frozen one.
 
     Attributes:
         lengths: tokens of each sample, visual tokens included.
+        visual_tokens: of all samples, what the processor writes around them included.
         has_image: whether each sample has an image.
         source: number of each sample's source in `config.sources`.
         source_rows: samples of each source.
@@ -83,6 +91,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _take(self, rows: datasets.Dataset) -> None:
         self.rows = rows
         self.lengths: list[int] = rows["length"][:]
+        self.visual_tokens: int = sum(rows["visual"][:])
         self.has_image: list[bool] = [bool(names) for names in rows["images"][:]]
         self.source: list[int] = rows["source"][:]
         self.source_rows = [self.source.count(number) for number in range(len(self.config.sources))]
@@ -92,7 +101,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns input_ids (S,), labels (S,), source and, with images, pixel_values (images, 3, height, width).
+        """Returns input_ids (S,), labels (S,), source and, with images, what the processor makes of them.
 
         Where an image has changed since it was checked, or is broken inside, the sample is that of a later row, and
         `faults` lists the rows passed over: who trains decides whether that may be.
@@ -137,21 +146,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return draw(self.source, [source.weight for source in self.config.sources], generator)
 
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        sample: dict[str, Any] = {**self.encoder.expand(row["ids"], row["labels"]), "source": row["source"]}
-        if row["images"]:
-            folder = folder_of(self.config.sources[row["source"]], row["file"])
-            sample["pixel_values"] = read_pixels(images_of(row), folder, self.config, self.processor)
-        return sample
+        folder = folder_of(self.config.sources[row["source"]], row["file"])
+        images = open_images(images_of(row), folder, self.config)
+        return {**self.encoder.expand(row["ids"], row["labels"], images), "source": row["source"]}
 
 
-def read_pixels(images: Sequence[str | EmbeddedImage], folder: Any, config: DataConfig, processor: Any) -> Tensor:
-    """Returns (images, 3, height, width).
+def open_images(images: Sequence[str | EmbeddedImage], folder: Any, config: DataConfig) -> list[Image.Image]:
+    """Returns the images of one row, in RGB.
 
     Raises:
         RowError: an image cannot be opened.
     """
-    opened = [open_image(folder, image, image_options(config)) for image in images]
-    return torch.cat([pixel_values(one, processor.image_processor, aspect=config.image_aspect) for one in opened])
+    return [open_image(folder, image, image_options(config)) for image in images]
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ class Sample:
         images: its image paths.
         ids: token ids, one image token an image.
         labels: ids where supervised, IGNORE_INDEX elsewhere.
-        length: tokens when each image token has become its visual tokens.
+        length: tokens when each image token has become what the processor writes for its image.
+        visual: how many of them these are.
         is_cut: turns at its end were cut off.
         is_answer_cut: its first answer ends where `max_length` does.
     """
@@ -171,6 +178,7 @@ class Sample:
     ids: list[int]
     labels: list[int]
     length: int
+    visual: int = 0
     is_cut: bool = False
     is_answer_cut: bool = False
 
@@ -181,13 +189,13 @@ class Encoder:
 
     Attributes:
         chats: the format of each source.
-        image_tokens: visual tokens of one image.
+        vision: turns images into tokens and inputs.
         max_length: tokens that a sample may have, visual tokens included.
         cuts_answers: a first answer that is too long ends at `max_length`, and is no fault.
     """
 
     chats: tuple[ChatFormat, ...]
-    image_tokens: int
+    vision: VisionProcessor
     max_length: int
     cuts_answers: bool = False
 
@@ -195,56 +203,86 @@ class Encoder:
     def of(cls, config: DataConfig, processor: Any) -> Encoder:
         """Returns the encoder of a recipe's data section; raises TokenizerError where the processor does not fit."""
         freeze_templates(processor)
+        try:
+            vision = VisionProcessor(processor, aspect=config.image_aspect)
+        except ProcessorError as error:
+            raise TokenizerError(str(error)) from None
         formats = {
-            name: ChatFormat(name, processor.tokenizer)
+            name: ChatFormat(name, vision.tokenizer, vision.text)
             for name in dict.fromkeys(source.format or config.format for source in config.sources)
         }
-        try:
-            image_tokens = visual_tokens(processor)
-        except ValueError as error:
-            raise TokenizerError(str(error)) from None
         chats = tuple(formats[source.format or config.format] for source in config.sources)
-        return cls(chats, image_tokens, config.max_length, config.long_answers == "cut")
+        return cls(chats, vision, config.max_length, config.long_answers == "cut")
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens at which generation has to stop: those that training labels as the end of an answer."""
         return list(dict.fromkeys(token for chat in self.chats for token in chat.stop_ids))
 
-    def encode(self, record: Record, source: int = 0) -> Sample:
+    def encode(self, record: Record, sizes: Sequence[tuple[int, int]], source: int = 0) -> Sample:
         """Returns the record's sample; one too long ends after the last answer that fits, its later images go too.
 
+        Args:
+            record: the record.
+            sizes: width and height of each of its images, as `data.images.image_size` has them.
+            source: number of its source.
+
         Raises:
-            RowError: no label is left.
+            RowError: no label is left, or the processor refuses an image of these sides.
         """
         chat = self.chats[source]
         ids, labels = chat.encode(record.turns, record.system)
         marks = ids.count(chat.image_token_id)
         if marks != len(record.images):
             raise RowError(f"got {marks} image tokens for {len(record.images)} images: the tokenizer misses a mark")
-        lengths = list(accumulate(self.image_tokens if token == chat.image_token_id else 1 for token in ids))
-        kept, is_answer_cut = self._kept(labels, lengths)
-        images = record.images[: ids[:kept].count(chat.image_token_id)]
-        is_cut = kept < len(ids) and not is_answer_cut
-        return Sample(images, ids[:kept], labels[:kept], lengths[kept - 1], is_cut, is_answer_cut)
+        return self._fitting(ids, labels, record.images, sizes, chat.image_token_id)
 
-    def expand(self, ids: Sequence[int], labels: Sequence[int]) -> dict[str, Tensor]:
-        """Returns input_ids (S,) and labels (S,), each image token repeated for its visual tokens."""
-        tokens = torch.tensor(ids, dtype=torch.int64)
-        repeats = torch.where(tokens == self.chats[0].image_token_id, self.image_tokens, 1)
+    def _fitting(
+        self,
+        ids: list[int],
+        labels: list[int],
+        images: tuple[str | EmbeddedImage, ...],
+        sizes: Sequence[tuple[int, int]],
+        image_token: int,
+    ) -> Sample:
+        """Returns what fits of a tokenised record, once the images that stay are known."""
+        stays, kept = len(images) + 1, len(ids)
+        while stays != (stays := ids[:kept].count(image_token)):  # fewer images may take more tokens each
+            counts = [*self.vision.counts(sizes[:stays]), *[self.max_length + 1] * (len(sizes) - stays)]
+            places = iter(counts)
+            lengths = list(accumulate(next(places) if token == image_token else 1 for token in ids))
+            kept, is_answer_cut = self._kept(labels, lengths)
+        is_cut = kept < len(ids) and not is_answer_cut
+        visual = sum(counts[:stays])
+        return Sample(images[:stays], ids[:kept], labels[:kept], lengths[kept - 1], visual, is_cut, is_answer_cut)
+
+    def expand(self, ids: Sequence[int], labels: Sequence[int], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Returns input_ids (S,), labels (S,), and what the model needs beside them.
+
+        Each image token becomes what the processor writes for its image; all of it carries no label.
+        """
+        encoded = self.vision.encode(images) if images else EncodedImages([], {})
+        spans, tokens, targets = iter(encoded.spans), list[int](), list[int]()
+        for token, label in zip(ids, labels, strict=True):
+            span = next(spans) if token == self.vision.image_token_id else [token]
+            tokens += span
+            targets += [label] if token != self.vision.image_token_id else [IGNORE_INDEX] * len(span)
+        input_ids = torch.tensor(tokens, dtype=torch.int64)
         return {
-            "input_ids": tokens.repeat_interleave(repeats),
-            "labels": torch.tensor(labels, dtype=torch.int64).repeat_interleave(repeats),
+            "input_ids": input_ids,
+            "labels": torch.tensor(targets, dtype=torch.int64),
+            **self.vision.type_ids(input_ids),
+            **encoded.inputs,
         }
 
-    def may_be_long(self, rendered: Rendered, images: int) -> bool:
+    def may_be_long(self, rendered: Rendered, sizes: Sequence[tuple[int, int]]) -> bool:
         """Returns whether the first answer may end after `max_length`; False is certain, without any token counted.
 
         No token stands for less than a byte; a tokenizer's normalisation may make three of one that is not ASCII.
         """
         text = rendered.text[: rendered.answers[0][1]]
         most = len(text) if text.isascii() else 3 * len(text.encode())
-        return most + _EXTRA_TOKENS + images * self.image_tokens > self.max_length
+        return most + _EXTRA_TOKENS + sum(self.vision.counts(sizes)) > self.max_length
 
     def _kept(self, labels: Sequence[int], lengths: Sequence[int]) -> tuple[int, bool]:
         """Returns how many ids to keep: all, or up to the end of an answer; and whether that answer itself is cut."""
@@ -274,6 +312,9 @@ class Encoder:
 class Collator:
     """Pads to the batch's longest sample, on the right.
 
+    What a processor makes of images is joined by one rule, whatever the family: every axis but the first is padded to
+    the batch's largest, the first is concatenated, and a sample without an image brings nothing.
+
     Args:
         pad_token_id: the tokenizer's, or None; padding is masked, its id is ignored.
     """
@@ -282,27 +323,39 @@ class Collator:
         self.pad_token_id = pad_token_id or 0
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns input_ids, attention_mask, labels (B, S) and pixel_values (images, 3, height, width).
+        """Returns input_ids, attention_mask, labels (B, S), inputs of types (B, S), and the inputs of all images.
 
-        `pixel_values` is absent from a batch without an image: the model passes a dummy then. `sources` (B,), the
-        number of each sample's source, and `faults`, the rows passed over, are there where samples bring them; they
-        are the trainer's, not the model's.
+        The inputs of images are absent from a batch without one: the model encodes a blank image then. `sources`
+        (B,), the number of each sample's source, and `faults`, the rows passed over, are there where samples bring
+        them; they are the trainer's, not the model's.
         """
-        ids = [sample["input_ids"] for sample in samples]
+        values = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, **dict.fromkeys(TYPES, 0)}
+        texts = {name: value for name, value in values.items() if name in samples[0]}
         batch: dict[str, Any] = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
+            name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+            for name, value in texts.items()
         }
-        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        if images:
-            batch["pixel_values"] = torch.cat(images)
+        ones = [torch.ones_like(sample["input_ids"]) for sample in samples]
+        batch["attention_mask"] = pad_sequence(ones, batch_first=True)
+        names = dict.fromkeys(name for sample in samples for name in sample)
+        for name in (name for name in names if name not in values and name not in _TRAINERS):
+            batch[name] = joined([sample[name] for sample in samples if name in sample])
         if all("source" in sample for sample in samples):
             batch["sources"] = torch.tensor([sample["source"] for sample in samples])
         faults = [fault for sample in samples for fault in sample.get("faults", ())]
         if faults:
             batch["faults"] = faults
         return batch
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns tensors concatenated along their first axis, every other axis padded with 0 to the largest."""
+    sizes = [max(axis) for axis in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - axis for size, axis in zip(sizes, tensor.shape[1:], strict=True)]
+        padded.append(pad(tensor, [side for axis in reversed(missing) for side in (0, axis)]))
+    return torch.cat(padded)
 
 
 def draw(source: Sequence[int], weights: Sequence[float | None], generator: Generator) -> list[int]:
@@ -399,11 +452,13 @@ def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> 
             desc="tokenising rows",
             new_fingerprint=fingerprint(
                 "tokens",
-                code_stamp("rows", "chat", "dataset"),
+                code_stamp("rows", "chat"),
+                source_stamp(Encoder, Sample, _tokenise),
                 rows._fingerprint,  # of the rows without a fault
                 [source.format for source in config.sources],
                 encoder.max_length,
-                encoder.image_tokens,
+                encoder.vision.settings() if any(map(len, rows["sizes"][:])) else "",
+                encoder.vision.text,
                 encoder.cuts_answers,
                 tokenizer.chat_template,
                 tokenizer.special_tokens_map,
@@ -416,7 +471,7 @@ def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> 
 
 def _tokenise(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
     try:
-        return {"fault": "", **vars(encoder.encode(record_of(row), row["source"]))}
+        return {"fault": "", **vars(encoder.encode(record_of(row), sizes_of(row), row["source"]))}
     except RowError as error:
         return {"fault": str(error), **vars(Sample((), [], [], 0))}
 

@@ -63,7 +63,7 @@ def conversations(name: str) -> Iterator[dict[str, Any]]:
 
 
 def questions(split: str) -> list[Question]:
-    """Returns a split's questions, each to be asked alone, in the package's order: 9,673 of test."""
+    """Returns a split's questions in the package's order, one a prompt: 9,673 of test."""
     folder = image_folder(split)
     return [
         Question(folder / f"{number}.png", text, answer, _kind(answer)) for text, answer, number in _questions(split)
@@ -71,7 +71,7 @@ def questions(split: str) -> list[Question]:
 
 
 def answers_by_words() -> dict[str, str]:
-    """Returns the most frequent training answer to each question text: what can be known without any image."""
+    """Returns the most frequent training answer to each question text: the best guess without an image."""
     counts: dict[str, Counter[str]] = {}
     for text, answer, _ in _questions("train"):
         counts.setdefault(text, Counter())[answer] += 1

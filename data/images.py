@@ -1,4 +1,4 @@
-"""Images: found below their folder, opened lazily and safely, as a person sees them, turned into pixel values."""
+"""Images: finds them below their folder, opens them as a person sees them, makes pixel values of them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from data.config import shorten
+from data.kinds import HEAD, kind_of
 from data.rows import EmbeddedImage, RowError
 
 MAX_PIXELS: Final = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's limit against decompression bombs
-MAX_RATIO: Final = 1_000  # a longer side of more shorter ones is no picture, and costs its square to pad
+MAX_RATIO: Final = 1_000  # longer side : shorter side; padding makes a square of the longer one
 _END_MARKS: Final = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _TAIL: Final = 1 << 10  # bytes at a file's end that are read for its end mark
 _ORIENTATION: Final = 0x0112  # EXIF tag
@@ -36,8 +36,15 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SCALED: Final = ("PNG", "PPM", "JPEG2000")  # formats whose mode I holds 16 bits; elsewhere it may hold 32
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+_SIDEWAYS: Final = (5, 6, 7, 8)  # orientations that swap width and height
+_PNG_EXIF: Final = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where Pillow finds an orientation
+_SIXTEEN: Final = {  # formats whose grey of more than 8 bits is unsigned, by mode; I may hold 32 bits elsewhere
+    "I": ("PNG", "PPM", "JPEG2000"),
+    "I;16": (None, "PNG", "PPM", "JPEG2000", "TIFF"),  # None: an image in memory
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_WHITE_IS_ZERO, _SIGNED = 0, (2,)  # values of the last two
+_BY_PROGRAM: Final = ("EPS", "WMF")  # formats that Pillow has another program decode
 
 Exif = Literal["apply", "ignore"]
 
@@ -62,7 +69,9 @@ def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Pa
         RowError: no folder is given, the path leads out of it (`..`, absolute, link), or nothing is there.
     """
     shown = shorten(name)
-    if "://" in name[:12] or name.startswith("data:"):
+    if name.startswith("data:"):
+        raise RowError(f"image {shown!r} is an address without an image, expected data:image/...;base64,")
+    if "://" in name[:12]:
         raise RowError(f"image {shown!r} is an address, expected a path below the image folder: download it first")
     if folder is None:
         raise RowError(f"image {shown!r} without an image folder, expected data.images in the recipe")
@@ -103,22 +112,31 @@ def check_image(folder: Path | None, image: str | EmbeddedImage, options: ImageO
         RowError: as `resolve`; not an image, too many pixels, a mode without a known range, or truncated.
     """
     name, place = _locate(folder, image, options)
+    if options.decode:
+        with _opened(place, name, options) as opened:
+            opened.verify()  # a PNG's checksums; no pixel can be read after it
     with _opened(place, name, options) as opened:
         kind = opened.format or ""
-        notes = ["turned"] if options.exif == "apply" and _orientation(opened) in _TURNS else []
-        if getattr(opened, "is_animated", False):
-            notes.append("frames")
-        mark = _END_MARKS.get(kind)
-        if options.decode and kind == "PNG":
-            opened.verify()  # checksums; the file cannot be decoded after it
-        elif options.decode or mark is None or not _tail(place).rstrip(b"\0\r\n").endswith(mark):
+        tail = _tail(place) if kind in _END_MARKS else b""
+        notes = ["frames"] if getattr(opened, "is_animated", False) else []
+        if options.decode or b"eXIf" in tail or not _has_end(tail, kind):  # a PNG's EXIF may stand behind its pixels
             opened.load()
-    if options.decode and kind == "PNG":
-        with _opened(place, name, options) as opened:
-            opened.load()
-    elif options.decode and kind in ("JPEG", "MPO"):
+        if options.exif == "apply" and _orientation(opened) in _TURNS:
+            notes.append("turned")
+    if options.decode and kind in ("JPEG", "MPO"):
         _check_jpeg(place, name)
     return notes
+
+
+def image_size(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> tuple[int, int]:
+    """Returns width and height of an image as training sees it, from its header; raises as `check_image`."""
+    name, place = _locate(folder, image, options)
+    with _opened(place, name, options) as opened:
+        width, height = opened.size
+        is_turned = options.exif == "apply" and _orientation(opened) in _SIDEWAYS
+    if is_turned:
+        width, height = height, width
+    return (max(width, height),) * 2 if options.aspect == "pad" else (width, height)
 
 
 def open_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT) -> Image.Image:
@@ -145,7 +163,7 @@ def read_image(file: str | Path, options: ImageOptions = _DEFAULT) -> Image.Imag
 def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
     """Returns the image in RGB as a person sees it: upright, on white where it is transparent, 16 bits scaled to 8.
 
-    An image that went through it comes back unchanged. Colour profiles are not applied; LLaVA does not either.
+    A second call changes nothing. Colour profiles are not applied, as in LLaVA.
 
     Args:
         image: of any mode.
@@ -169,26 +187,19 @@ def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
         image = image.convert("RGB")
     if orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
-    image.info = {}  # the orientation with it: nobody turns it twice
+    image.info = {}  # without the orientation, so that the image is not turned again
     return image
 
 
-def pixel_values(image: Image.Image, image_processor: Any, *, aspect: str) -> Tensor:
-    """Returns (1, 3, height, width) as the tower wants it.
-
-    Args:
-        image: of any mode; `rgb` is applied.
-        image_processor: Hugging Face's.
-        aspect: `pad` to a square in the processor's mean colour first (LLaVA-1.5), or `processor` for its default.
+def framed(image: Image.Image, aspect: str, mean: Sequence[float] | None) -> Image.Image:
+    """Returns the image as the image processor gets it: `rgb`, and under `pad` in a square of the colour `mean`.
 
     Raises:
         RowError: the sides differ too much.
     """
-    _check_size(image.size, "image", aspect)
+    check_size(image.size, "image", aspect)
     image = rgb(image)
-    if aspect == "pad":
-        image = pad_to_square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
-    return image_processor(image, return_tensors="pt")["pixel_values"]
+    return pad_to_square(image, tuple(int(255 * part) for part in mean or ())) if aspect == "pad" else image
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -202,34 +213,14 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return square
 
 
-def visual_tokens(processor: Any) -> int:
-    """Returns the visual tokens of one image: patches of the processor's crop, and the class token where kept.
-
-    Source: transformers' LlavaProcessor.
-
-    Raises:
-        ValueError: the processor does not say how large its images or patches are.
-    """
-    images = processor.image_processor
-    size = getattr(images, "crop_size", None) or images.size
-    try:
-        height, width = size["height"], size["width"]
-    except (KeyError, TypeError):
-        raise ValueError(f"preprocessor_config.json: got size {size}, expected height and width") from None
-    if not processor.patch_size:
-        raise ValueError("processor_config.json: got no patch_size, expected the vision tower's")
-    patches = (height // processor.patch_size) * (width // processor.patch_size)
-    dropped = 1 if processor.vision_feature_select_strategy == "default" else 0
-    return patches + processor.num_additional_image_tokens - dropped
-
-
 def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptions) -> tuple[str, Path | bytes]:
     """Returns an image's name for messages, and its file or its bytes."""
     if isinstance(image, EmbeddedImage):
         return shorten(image.name), image.data
     if image.startswith("data:image/"):
         try:
-            return shorten(image, 40), base64.b64decode(image.partition(",")[2], validate=True)
+            text = "".join(image.partition(",")[2].split())  # base64 may be wrapped
+            return shorten(image, 40), base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             raise RowError(f"image {shorten(image, 40)!r} is broken: its base64 cannot be read") from None
     return shorten(image), resolve(folder, image, follow_links=options.follow_links)
@@ -237,12 +228,12 @@ def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptio
 
 @contextmanager
 def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[Image.Image]:
-    """Opens an image's header; whatever goes wrong with the file inside is a fault of the row."""
+    """Opens an image's header; an error in the `with` block that is the file's becomes a RowError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's: what is wrong is refused here, in the row's words
             with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
-                _check_size(image.size, f"image {name!r}", options.aspect)
+                check_size(image.size, f"image {name!r}", options.aspect)
                 _check_mode(image, f"image {name!r}")
                 yield image
     except RowError:
@@ -250,12 +241,16 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
     except Image.DecompressionBombError as error:
         raise RowError(f"image {name!r} is huge: {error}") from None
     except UnidentifiedImageError:
-        raise RowError(f"image {name!r} is not an image, or its header is broken") from None
+        head = _head(place)
+        kind = "an empty file" if not head else kind_of(head)
+        looks = f": it looks like {kind}" if kind else ""
+        raise RowError(f"image {name!r} is not an image that Pillow reads, or its header is broken{looks}") from None
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error, zlib.error) as error:
         raise RowError(f"image {name!r} is truncated or broken: {shorten(str(error))}") from None
 
 
-def _check_size(size: tuple[int, int], what: str, aspect: str) -> None:
+def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
+    """Raises RowError where an image has too many pixels, or sides that differ too much."""
     width, height = size
     longer, shorter = max(size), min(size)
     if width * height > MAX_PIXELS:
@@ -270,32 +265,57 @@ def _check_size(size: tuple[int, int], what: str, aspect: str) -> None:
 
 
 def _check_mode(image: Image.Image, what: str) -> None:
+    """Refuses pixels without a known range, and formats that Pillow cannot decode alone."""
+    found = ""
     if image.mode == "F":
-        raise RowError(f"{what} has floating-point pixels (mode F), expected 8 or 16 bits, whose range is known")
-    if image.mode == "I" and image.format not in _SCALED:
-        raise RowError(f"{what} has 32-bit pixels (mode I), expected 8 or 16 bits, whose range is known")
+        found = "floating-point pixels (mode F)"
+    elif image.mode == "I" and image.format not in _SIXTEEN["I"]:
+        found = "32-bit pixels (mode I)"
+    elif image.mode.startswith("I;16") and image.format not in _SIXTEEN["I;16"]:
+        found = f"pixels of format {image.format} (mode {image.mode})"
+    elif getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())[:1] == _SIGNED:
+        found = "signed pixels"
+    if found:
+        raise RowError(f"{what} has {found}, expected unsigned 8 or 16 bits, whose range is known")
+    if image.format in _BY_PROGRAM:
+        raise RowError(f"{what} is {image.format}, which another program decodes, expected PNG or JPEG")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Returns a grey image of more than 8 bits scaled to 8; others as they are."""
+    """Returns a grey image of more than 8 bits scaled to 8, transparency white; others as they are."""
     if not image.mode.startswith("I"):
         return image
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
-    grey = np.asarray(image).astype(np.int64) >> ((bits[0] if isinstance(bits, tuple) else bits) - 8)
+    values = np.asarray(image).astype(np.int64)
+    grey = values >> ((bits[0] if isinstance(bits, tuple) else bits) - 8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
+    if "transparency" in image.info:  # one value, of all 16 bits
+        grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation; 1, upright, where there is none that can be read."""
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+    if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
         return 1  # asking further would decode the file
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return 1
+
+
+def _has_end(tail: bytes, kind: str) -> bool:
+    """Returns whether a file ends as its format does; False for a format without an end mark."""
+    return kind in _END_MARKS and tail.rstrip(b"\0\r\n").endswith(_END_MARKS[kind])
+
+
+def _head(place: Path | bytes) -> bytes:
+    if isinstance(place, bytes):
+        return place[:HEAD]
+    with place.open("rb") as stream:
+        return stream.read(HEAD)
 
 
 def _tail(place: Path | bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""One row of any chat format -> a checked Record; what a row says is used, or is a fault that names it.
+"""One row of any chat format -> a checked Record. Every key of a row is used, ignored and counted, or a fault.
 
 Formats: LLaVA and ShareGPT (`conversations` of from/value), OpenAI and Hugging Face (`messages` of role/content, the
 content a text or a list of parts), the Cauldron and FineVision (`texts` of user/assistant pairs).
@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from data.config import shorten
@@ -21,7 +22,7 @@ DUPLICATE: Final = "\0duplicate key"  # set by the JSON reader where an object h
 
 _ROLES: Final = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "model", "ai", "bot", "chatgpt", "bing", "bard"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
 _TOOL_ROLES: Final = {"tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_calls"} | {
@@ -30,23 +31,39 @@ _TOOL_ROLES: Final = {"tool", "tools", "function", "function_call", "function_re
 _CONVERSATIONS: Final = ("conversations", "conversation", "messages", "texts")
 _SYSTEM: Final = ("system", "system_prompt", "system_message")
 _IMAGES: Final = ("image", "images")
-_ROW_SWITCHES: Final = frozenset({"weight", "loss", "loss_weight", "loss_mask", "sample_weight", "train"})
-_TURN_SWITCHES: Final = frozenset({"weight", "loss", "loss_weight", "loss_mask", "train", "trainable"})
+_TURN_SWITCHES: Final = frozenset(
+    {"weight", "loss", "loss_weight", "loss_mask", "loss_scale", "output_with_loss"}
+    | {"train", "trainable", "training", "train_on_turn"}
+)
+_ROW_SWITCHES: Final = _TURN_SWITCHES | {"sample_weight"}
 # Keys that other tools act on and this one does not.
 _MEDIA: Final = frozenset({"video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url"})
 _OTHER_IMAGES: Final = frozenset(
-    {"image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "img", "imgs", "img_path"}
-    | {"picture", "pictures", "photo", "photos"}
+    {"image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "image_base64"}
+    | {"image_bytes", "img", "imgs", "img_path", "picture", "pictures", "photo", "photos"}
 )
 _TOOLS: Final = frozenset({"tools", "functions", "tool_calls", "function_call", "tool_call_id"})
-_ROW_REFUSED: Final = _MEDIA | _OTHER_IMAGES | _TOOLS | {"mask", "labels", "chosen", "rejected", "rejected_response"}
-_TURN_REFUSED: Final = (
-    _MEDIA | _OTHER_IMAGES | _TOOLS | {"mask", "labels", "image", "images", "chosen", "rejected"}
-) | {"reasoning", "reasoning_content", "thinking"}
-_NEVER_IMAGES: Final = frozenset({"id", "source", "url", "license", "dataset", "origin"})
-_IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_CHOICES: Final = frozenset({"chosen", "rejected", "rejected_response"})
+_VERDICTS: Final = ("label", "kto_tag")  # of preference tuning, where they are true or false
+_REFUSED: Final = _MEDIA | _OTHER_IMAGES | _TOOLS | _CHOICES | {"mask", "labels"}
+_ROW_REFUSED: Final = _REFUSED | {"history"}
+_TURN_REFUSED: Final = _REFUSED | {"image", "images", "refusal"} | {
+    "reasoning", "reasoning_content", "reasoning_details", "thinking", "thought"
+}  # fmt: skip
+_ROW_KEYS: Final = _ROW_REFUSED | _ROW_SWITCHES | {*_CONVERSATIONS, *_SYSTEM, *_IMAGES}
+_TURN_KEYS: Final = _TURN_REFUSED | _TURN_SWITCHES | {"from", "value", "role", "content", "user", "assistant"}
+_NEVER_MEDIA: Final = frozenset({"id", "source", "url", "license", "dataset", "origin"})
+_MEDIA_SUFFIXES: Final = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a"),
+)
+_MEDIA_TEXTS: Final = ("data:image/", "data:video/", "data:audio/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # base64
+_MEDIA_BYTES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")
+_MEDIA_FIELDS: Final = frozenset({"bytes", "path", "url"})
+_NAMED_IN_TEXT: Final = re.compile(r"<(img|video|audio)>\s*[^<>\s]+\.\w{2,5}\s*</\1>", re.IGNORECASE)
 _TEXT_PARTS: Final = {"text", "input_text", "output_text"}
 _IMAGE_PARTS: Final = {"image", "image_url", "input_image"}
+_PART_IMAGES: Final = ("image", "image_url", "url", "path", "base64", "source")
 
 
 class DataError(ValueError):
@@ -99,9 +116,9 @@ class Record:
     Attributes:
         images: paths as written in the row, or embedded images, in the order of their marks.
         turns: user and assistant in turns, a user first.
-        system: the system prompt, or None for the format's own.
+        system: the system prompt; None means the format's default.
         notes: what is worth counting, keys of NOTES.
-        ignored: keys of the row that mean nothing here.
+        ignored: keys of the row and of its turns that have no meaning here.
     """
 
     images: tuple[str | EmbeddedImage, ...]
@@ -115,13 +132,15 @@ NOTES: Final = {
     "answer_first": "begin with an answer, which is left out, as LLaVA does",
     "question_last": "end with a question that has no answer",
     "empty_answer": "have an empty answer, which trains its end mark alone",
+    "empty_question": "have a question without words or images",
     "untrained": "have answers that the row says not to train",
-    "image_as_text": f"have {IMAGE_MARK} as text in a question, for no image of theirs",
+    "image_as_text": f"have {IMAGE_MARK} as text in a question, for no image",
+    "media_as_text": "have <video> or <audio> as text in a question, for no file",
     "question_left_out": "have a question, which format plain leaves out",
     "plain_dialogue": "have several turns under format plain, which is for captions",
     "plain_text_only": "have no image under format plain, which is for captions",
     "turned": "have an image that its EXIF orientation turns",
-    "answer_cut": "have a first answer that ends where max_length does (data.long_answers: cut)",
+    "answer_cut": "have a first answer that is cut at max_length (data.long_answers: cut)",
     "frames": "have an animated or multi-page image, of which the first frame is used",
 }
 
@@ -151,16 +170,17 @@ def parse(row: Any) -> Record:
         raise row
     if not isinstance(row, dict):
         raise RowError(f"got {_kind(row)}, expected an object with conversations or messages")
-    _check_keys(row, _ROW_REFUSED, "")
+    ignored = _check_keys(row, _ROW_KEYS, _ROW_REFUSED, "")
     _check_switches(row)
     key, given = _conversation(row)
-    messages = _pairs(given) if _has_pairs(given) else _messages(given, key)
+    messages = _pairs(given, key) if _has_pairs(given) else _messages(given, key)
+    ignored += [f"{key}[].{name}" for name in dict.fromkeys(name for message in messages for name in message.ignored)]
     slots = [part for message in messages for part in message.parts if isinstance(part, _Slot)]
     images = _images(row)
     if slots:
         images = _part_images(slots, images)
     elif not images:
-        _check_unnamed_images(row)
+        _check_unnamed_media(row)
     system, messages = _system(row, messages)
     notes = []
     marks_are_text = bool(slots) or not images
@@ -171,22 +191,21 @@ def parse(row: Any) -> Record:
     _check_order(turns)
     if _has_pairs(given) and images and not any(count_marks(turn.text) for turn in turns):
         turns[0] = Turn("user", f"{IMAGE_MARK}\n" * len(images) + turns[0].text)
-    _check_marks(turns, len(images))
+    _check_marks(turns, images)
     if len(images) == 1:
         turns = [_image_first(turn) for turn in turns]
     notes += _notes(turns)
-    used = {*_CONVERSATIONS, *_SYSTEM, *_IMAGES}
-    ignored = tuple(shorten(name, 40) for name in row if name not in used and not _is_empty(row[name]))
-    return Record(tuple(images), tuple(turns), system, tuple(notes), ignored)
+    return Record(tuple(images), tuple(turns), system, tuple(notes), tuple(ignored))
 
 
 @dataclass(frozen=True)
 class _Message:
-    """A message as written: its texts and images in order; an image is None where the row lists it elsewhere."""
+    """A message as written: its texts and images in order, and its keys that have no meaning here."""
 
     role: str
     parts: tuple[Any, ...]  # str, or _Slot for an image
     is_trained: bool = True
+    ignored: Sequence[str] = ()
 
     def turn(self, *, marks_are_text: bool) -> Turn:
         """Returns the turn; in its texts, `<image>` may be text: the row has no image, or has them as parts."""
@@ -227,16 +246,37 @@ def _is_empty(value: Any, depth: int = 0) -> bool:
     return value in ("", b"")
 
 
-def _check_keys(given: dict[str, Any], refused: frozenset[str], where: str) -> None:
-    """Refuses an object with a key twice, or with one whose meaning is not supported."""
+def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset[str], where: str) -> list[str]:
+    """Returns the keys of an object that have no meaning here.
+
+    Raises:
+        RowError: a key occurs twice, has a meaning that is not supported, or misspells a known key.
+    """
     if DUPLICATE in given:
         raise RowError(
             f"{where}got key '{shorten(given[DUPLICATE], 30)}' twice with different values, expected it once"
         )
-    for key in refused & given.keys() if refused else ():
-        if not _is_empty(given[key]) and given[key] != 0:
+    ignored = []
+    for key, value in given.items():
+        if key in known and key not in refused:
+            continue
+        if _is_empty(value):
+            continue
+        if key in refused and value != 0:
             hint = "image or images" if key in _OTHER_IMAGES else "rows without it"
             raise RowError(f"{where}got key '{key}', which is not supported, expected {hint}")
+        if key not in refused:
+            if meant := _known_key(key, known):
+                raise RowError(f"{where}got key '{shorten(key, 30)}', expected '{meant}'")
+            ignored.append(shorten(key, 40))
+    return ignored
+
+
+@lru_cache(1024)
+def _known_key(key: str, known: frozenset[str]) -> str | None:
+    """Returns the known key that `key` misspells: `Videos` for `videos`, `system-prompt` for `system_prompt`."""
+    plain = re.sub(r"[-_ ]", "", key).lower()
+    return next((name for name in sorted(known) if name.replace("_", "") == plain), None)
 
 
 def _check_switches(row: dict[str, Any]) -> None:
@@ -244,19 +284,28 @@ def _check_switches(row: dict[str, Any]) -> None:
         if not _is_empty(row[key]) and row[key] != 1:
             raise RowError(
                 f"got key '{key}' with {shorten(repr(row[key]), 20)}, expected 1 or none: "
-                "rows have no weight of their own, sources have (data.files)"
+                "rows have no weight, sources have one (data.files)"
             )
+    for key in _VERDICTS:
+        if isinstance(row.get(key), bool):
+            raise RowError(f"got key '{key}' with true or false, a preference, expected rows without it")
 
 
-def _check_unnamed_images(row: dict[str, Any]) -> None:
-    """Refuses a row without `image` that names an image under a key that nobody reads."""
+def _check_unnamed_media(row: dict[str, Any]) -> None:
+    """Refuses a row without images that names or holds an image, video or sound under an unknown key."""
     for key, value in row.items():
-        if key in _NEVER_IMAGES or key in _CONVERSATIONS:
-            continue
-        is_file = isinstance(value, str) and value[-5:].lower().endswith(_IMAGE_SUFFIXES)
-        is_struct = isinstance(value, dict) and value.keys() == {"bytes", "path"} and not _is_empty(value)
-        if is_file or is_struct:
-            raise RowError(f"got key '{key}', which holds an image, expected it as image or images")
+        if key not in _NEVER_MEDIA and key not in _CONVERSATIONS and _is_media(value):
+            raise RowError(f"got key '{shorten(key, 30)}', which names or holds a file, expected it as image or images")
+
+
+def _is_media(value: Any) -> bool:
+    if isinstance(value, str):
+        return value[-5:].lower().endswith(_MEDIA_SUFFIXES) or value.startswith(_MEDIA_TEXTS)
+    if isinstance(value, bytes):
+        return value.startswith(_MEDIA_BYTES)
+    if isinstance(value, list):
+        return bool(value) and _is_media(value[0])
+    return isinstance(value, dict) and value.keys() <= _MEDIA_FIELDS and not _is_empty(value)
 
 
 def _conversation(row: dict[str, Any]) -> tuple[str, list[Any]]:
@@ -280,17 +329,19 @@ def _has_pairs(given: Sequence[Any]) -> bool:
     return isinstance(first, dict) and "user" in first and "assistant" in first
 
 
-def _pairs(given: Sequence[Any]) -> list[_Message]:
+def _pairs(given: Sequence[Any], key: str) -> list[_Message]:
     messages = []
     for number, pair in enumerate(given):
-        where = f"texts[{number}]"
+        where = f"{key}[{number}]"
         if not isinstance(pair, dict):
             raise RowError(f"{where}: got {_kind(pair)}, expected an object with user and assistant")
-        _check_keys(pair, _TURN_REFUSED, f"{where}: ")
+        ignored = _check_keys(pair, _TURN_KEYS, _TURN_REFUSED, f"{where}: ")
+        is_trained = _is_trained(pair, "assistant", where)
         for role in ("user", "assistant"):
             if not isinstance(pair.get(role), str):
                 raise RowError(f"{where}.{role}: got {_kind(pair.get(role))}, expected text")
-            messages.append(_Message(role, (_unicode(pair[role], f"{where}.{role}"),)))
+            text = _unicode(pair[role], f"{where}.{role}")
+            messages.append(_Message(role, (text,), is_trained or role == "user", ignored))
     return messages
 
 
@@ -309,12 +360,12 @@ def _message(given: Any, where: str) -> _Message:
         raise RowError(f"{where}: got role '{shorten(name, 30)}', expected user or assistant: no tools")
     role = _ROLES.get(name.strip().lower())
     if role is None:
-        raise RowError(f"{where}: unknown role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
+        raise RowError(f"{where}: got role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
     content = _one_of(given, ("value", "content"), where)
     if is_plain:
         return _Message(role, _parts(content, role, where))
-    _check_keys(given, _TURN_REFUSED, f"{where}: ")
-    return _Message(role, _parts(content, role, where), _is_trained(given, role, where))
+    ignored = _check_keys(given, _TURN_KEYS, _TURN_REFUSED, f"{where}: ")
+    return _Message(role, _parts(content, role, where), _is_trained(given, role, where), ignored)
 
 
 def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
@@ -363,19 +414,43 @@ def _part(part: Any, where: str) -> Any:
         return _unicode(part, where)
     if not isinstance(part, dict):
         raise RowError(f"{where}: got {_kind(part)}, expected a part with a type")
-    kind = part.get("type")
-    if kind in _TEXT_PARTS:
-        if not isinstance(part.get("text"), str):
-            raise RowError(f"{where}.text: got {_kind(part.get('text'))}, expected text")
-        return _unicode(part["text"], where)
-    if kind not in _IMAGE_PARTS:
+    image, text = _part_image(part, where), part.get("text")
+    kind = part.get("type") or ("image" if image is not None else "text" if "text" in part else None)
+    if kind not in _TEXT_PARTS | _IMAGE_PARTS:
         raise RowError(f"{where}: got a part of type '{shorten(str(kind), 30)}', expected text or image")
-    index = part.get("index")
-    found = [part[key] for key in ("image", "image_url", "url", "path") if not _is_empty(part.get(key))]
-    image = found[0] if found else None
-    if isinstance(image, dict) and not _is_empty(image.get("url")):
-        image = image["url"]
-    return _Slot(None if image is None else _image(image, where), index if isinstance(index, int) else None)
+    if image is not None and not _is_empty(text):
+        raise RowError(f"{where}: got one part with a text and an image, expected two")
+    if kind in _IMAGE_PARTS:
+        return _Slot(image, _index(part.get("index"), where))
+    if image is not None or not isinstance(text, str):
+        raise RowError(f"{where}.text: got {'an image' if image is not None else _kind(text)}, expected text")
+    return _unicode(text, where)
+
+
+def _part_image(part: dict[str, Any], where: str) -> str | EmbeddedImage | None:
+    """Returns the image that a part names or holds, if any."""
+    found = [_address(part[key], key) for key in _PART_IMAGES if not _is_empty(part.get(key))]
+    if any(value != found[0] for value in found):
+        raise RowError(f"{where}: got two different images in one part, expected one")
+    return _image(found[0], where) if found else None
+
+
+def _address(value: Any, key: str) -> Any:
+    """Returns the image of `{"url": ...}`, and base64 (of `{"type": "base64", "data": ...}` too) as a data address."""
+    if isinstance(value, dict) and not _is_empty(value.get("url")):
+        return value["url"]
+    data = value if key == "base64" else value.get("data") if isinstance(value, dict) else None
+    if not isinstance(data, str):
+        return value
+    return data if data.startswith("data:") else f"data:image/*;base64,{data}"
+
+
+def _index(given: Any, where: str) -> int | None:
+    if _is_empty(given):
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or given != int(given):
+        raise RowError(f"{where}.index: got {shorten(repr(given), 20)}, expected the number of an image")
+    return int(given)
 
 
 def _images(row: dict[str, Any]) -> list[str | EmbeddedImage]:
@@ -396,17 +471,20 @@ def _image(given: Any, where: str) -> str | EmbeddedImage:
     if isinstance(given, bytes) and given:
         return EmbeddedImage(where, given)
     if not isinstance(given, str) or not given:
-        raise RowError(f"{where}: got {_kind(given)}, expected a path or an image")
+        raise RowError(f"{where}: got {repr(given) if given == '' else _kind(given)}, expected a path or an image")
     return _unicode(given.removeprefix("file://"), where)
 
 
 def _part_images(slots: Sequence[_Slot], listed: list[str | EmbeddedImage]) -> list[str | EmbeddedImage]:
     """Returns the images in the order of their places: from the parts themselves, or as the row lists them."""
     empty = [slot for slot in slots if slot.image is None]
+    inside = [slot.image for slot in slots if slot.image is not None]
+    if not empty and (not listed or listed == inside):
+        return inside
     numbers = [slot.index for slot in empty if slot.index is not None]
-    if len(numbers) < len(empty):  # in the row's order
+    if not numbers:  # in the row's order
         numbers = list(range(len(empty)))
-    if set(numbers) != set(range(len(listed))):
+    if len(numbers) != len(empty) or set(numbers) != set(range(len(listed))):
         raise RowError(f"got {len(empty)} image parts for {len(listed)} images, expected one for each")
     following = iter(numbers)
     return [listed[next(following)] if slot.image is None else slot.image for slot in slots]
@@ -421,9 +499,9 @@ def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, 
                 raise RowError(f"{key}: got {_kind(row[key])}, expected text")
             prompts.append(_unicode(row[key], key))
     while messages and messages[0].role == "system":
-        text = "\n".join(messages[0].parts)
-        prompts += [text] if text else []
+        prompts.append("\n".join(messages[0].parts))
         messages = messages[1:]
+    prompts = [prompt for prompt in prompts if prompt.strip()]
     if len(set(prompts)) > 1:
         raise RowError("got two different system prompts, expected one")
     if any(message.role == "system" for message in messages):
@@ -434,31 +512,43 @@ def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, 
 def _check_order(turns: Sequence[Turn]) -> None:
     roles = [turn.role for turn in turns]
     if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise RowError("turns out of order: expected user and assistant (human and gpt) in turns, at least one answer")
+        raise RowError(f"got turns {', '.join(roles[:6])}, expected user and assistant by turns, at least one answer")
     if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
         raise RowError("no label is left: the row says not to train any of its answers")
 
 
-def _check_marks(turns: Sequence[Turn], images: int) -> None:
-    marks = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
-    if marks != images:
+def _check_marks(turns: Sequence[Turn], images: Sequence[str | EmbeddedImage]) -> None:
+    questions = [turn.text for turn in turns if turn.role == "user"]
+    marks = sum(map(count_marks, questions))
+    if marks != len(images):
+        first = f" ({shorten(images[0], 40)!r})" if images and isinstance(images[0], str) else ""
         raise RowError(
-            f"got {marks} {IMAGE_MARK} in the questions for {images} images, expected one for each "
+            f"got {marks} {IMAGE_MARK} in the questions for {len(images)} images{first}, expected one for each "
             rf"(\{IMAGE_MARK} is that text)"
         )
+    for text in questions:
+        if "</" in text and (found := _NAMED_IN_TEXT.search(text)):
+            raise RowError(
+                f"got {shorten(found[0], 40)!r} in a question, expected {IMAGE_MARK} there and the file as image"
+            )
 
 
 def _notes(turns: Sequence[Turn]) -> list[str]:
     answers = [turn for turn in turns if turn.role == "assistant"]
+    questions = [turn.text for turn in turns if turn.role == "user"]
     notes = []
     if turns[-1].role == "user":
         notes.append("question_last")
     if any(not turn.text.strip() for turn in answers):
         notes.append("empty_answer")
+    if not all(text.strip() for text in questions):
+        notes.append("empty_question")
     if not all(turn.is_trained for turn in answers):
         notes.append("untrained")
-    if any("\\" + IMAGE_MARK in turn.text for turn in turns if turn.role == "user"):
+    if any("\\" + IMAGE_MARK in text for text in questions):
         notes.append("image_as_text")
+    if any("<video>" in text or "<audio>" in text for text in questions):
+        notes.append("media_as_text")
     return notes
 
 

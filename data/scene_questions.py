@@ -48,7 +48,7 @@ _Choice = TypeVar("_Choice")
 class Asked:
     """A question about a scene: its family, its words, its answer.
 
-    `chance` is how often one is right who guesses among the answers that training has to such words.
+    `chance` is the share of right answers by a guess among the training answers to such words.
     """
 
     family: str
@@ -59,7 +59,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A question that a scene can be asked, and the class of its answer; `pairs` are the pairs that it is about."""
+    """A question about a scene, the class of its answer (`kind`), and the pairs that it names."""
 
     kind: str
     text: str
@@ -69,7 +69,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Objects that are alike: the words for them, how many there are, and the pair that makes them so, if one does."""
+    """Objects that share an attribute or a pair: their name, their number, and that pair, if any."""
 
     name: str
     size: int
@@ -78,13 +78,13 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Form:
-    """One way to ask of a family.
+    """One form of a family's questions.
 
     Attributes:
         odds: classes of answers, and how often each is drawn.
         chance: how often a fair guess is right.
-        find: yields every question of this form that a scene can be asked.
-        has_pairs: its questions are about pairs of colour and shape, or of word and number.
+        find: yields every question of this form about a scene.
+        has_pairs: its questions name pairs of colour and shape, or of word and number.
     """
 
     odds: Mapping[str, float]

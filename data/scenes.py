@@ -20,6 +20,7 @@ from typing import Any, Final
 from filelock import FileLock
 from tqdm import tqdm
 
+from data import easy_vqa
 from data.rows import DataError
 from data.scene_images import Scene, draw, montage
 from data.scene_questions import FAMILIES, Asked, generate
@@ -32,13 +33,9 @@ _RECORDS: Final = "records.jsonl"  # beside the images: the questions of each
 
 
 @dataclass(frozen=True)
-class Question:
-    """One test question. `kind` is its family; `chance` is how often a fair guess at its answer is right."""
+class Question(easy_vqa.Question):
+    """One test question. `kind` is its family; `chance` is the share of right answers by a fair guess."""
 
-    image: Path
-    text: str
-    answer: str
-    kind: str
     chance: float
 
 
@@ -59,7 +56,7 @@ def generate_rows(name: str, limit: int | None = None) -> Iterator[tuple[str, Sc
 
 
 def image_folder(name: str) -> Path:
-    """Returns the folder of a set's PNG files. The first process to ask draws them, others wait for it.
+    """Returns the folder of a set's PNG files. The first call draws them; other processes wait for it.
 
     Raises:
         DataError: the folder cannot be written.
@@ -92,7 +89,7 @@ def conversations(name: str) -> Iterator[dict[str, Any]]:
 
 
 def questions(split: str) -> list[Question]:
-    """Returns a set's questions, each to be asked alone, in the order of the images: 6,000 of `test`."""
+    """Returns a set's questions in the order of the images, one a prompt: 6,000 of `test`."""
     folder = image_folder(split)
     return [
         Question(folder / record["image"], asked["text"], asked["answer"], asked["family"], asked["chance"])
@@ -102,7 +99,7 @@ def questions(split: str) -> list[Question]:
 
 
 def words_only(known: Iterable[tuple[str, str, str]], asked: Iterable[tuple[str, str]]) -> list[str]:
-    """Returns the answers of one that looks at no image, but has counted the training answers.
+    """Returns the best guesses without an image, from the training answers.
 
     To a question text that training has, its most frequent answer there; to another, the family's.
 

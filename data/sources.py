@@ -7,10 +7,13 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -21,48 +24,40 @@ from pyarrow import parquet
 
 from data import built_in
 from data.config import DataConfig, expand, shorten
+from data.kinds import HEAD, kind_of
 from data.rows import DUPLICATE, DataError, RowError
 
 HUB: Final = "hf://"
 READABLE: Final = (
     "JSON or JSONL (also .gz, .zst), Parquet, a folder of these or of datasets, hf://org/name/subset:split, or "
-    + f"{', '.join(built_in.NAMES[:-1])} or {built_in.NAMES[-1]}"
+    "a built-in set (easy_vqa:train, scenes:train)"
 )
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for packed in ("", ".gz", ".zst")))
-_OTHER_SPLITS: Final = ("test", "val", "valid", "validation", "dev", "eval")
+_TEXT_SUFFIXES: Final = (".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".md")
+_OTHER_SPLITS: Final = {"test", "val", "valid", "validation", "dev", "eval"}
+_HUB_NAME: Final = re.compile(
+    r"hf://(?:datasets/)?(?P<name>(?!datasets/)[^/@:]+/[^/@:]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/:]+|[^/:]+))?"
+    r"(?:/(?P<subset>[^:]+))?(?::(?P<split>.+))?"
+)
+_HUB_HINT: Final = "and `hf auth login` for a private or gated set"
 _CHUNK: Final = 1 << 20  # characters of a JSON array that are read at a time
 _MARGIN: Final = 1 << 12  # an error this far from the end of what was read is the file's, not the cut's
 _SPACES: Final = set(" \t\r\n")
 _HEAD: Final = 1 << 16  # bytes of each part of a file that its stamp covers
 _READ: Final = 32  # rows with images inside that are in memory together
-_BINARY: Final = {
-    b"PK\x03\x04": "a zip archive",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!": "a rar archive",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-    b"%PDF": "a PDF",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"GIF8": "an image",
-    b"\x89HDF": "HDF5",
-    b"\x93NUMPY": "a NumPy array",
-    b"SQLite format 3": "an SQLite database",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself (git lfs pull fetches it)",
-}
 
 
 def find_files(path: str) -> list[str]:
     """Returns the files, stores and sets that a source's path means, in order; each can be given to `raw_rows`.
 
     Raises:
-        DataError: nothing is there, or a folder mixes splits.
+        DataError: nothing is there, or what is there mixes splits.
     """
-    if built_in.is_built_in(path) or path.startswith(HUB):
+    if built_in.is_built_in(path):
         return [path]
+    if path.startswith(HUB):
+        return [HubSet.of(path).path]
     try:
         return _found(path, Path(expand(path)))
     except (OSError, ValueError) as error:  # no permission, a NUL in the name
@@ -75,10 +70,17 @@ def _found(path: str, place: Path) -> list[str]:
     if place.is_file() or _is_saved(place) or _saved_split(place):
         return [str(place)]
     if place.is_dir():
-        return _files_in(place)
-    if any(mark in str(place) for mark in "*?[") and (found := _glob(place)):
-        return found
+        files = [file for file in sorted(place.rglob("*")) if file.name.lower().endswith(_SUFFIXES)]
+        return _one_split(files, path, place)
+    if any(mark in str(place) for mark in "*?[") and (files := _glob(place)):
+        return _one_split(files, path, Path(*takewhile(lambda part: not set(part) & set("*?["), place.parts)))
+    if place.exists():
+        raise DataError(f"{path}: is neither a file nor a folder; expected {READABLE}")
+    if "://" in path:
+        raise DataError(f"{path}: is an address, expected it downloaded, or hf://org/name/subset:split")
     start = "" if place.is_absolute() else f" in {Path.cwd()}, where relative paths start"
+    unset = re.findall(r"\$\{?(\w+)", str(place))
+    start += f" (the variable {unset[0]} is not set)" if unset else ""
     raise DataError(f"{path}: no such file{start}; expected {READABLE}")
 
 
@@ -139,13 +141,14 @@ def open_store(file: str) -> datasets.Dataset:
 
 def _opened(file: str, place: Path) -> datasets.Dataset:
     if file.startswith(HUB):
-        name, subset, split = split_hub_name(file)
-        return datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(**HubSet.of(file).arguments)
     if folder := _saved_split(place):
         return datasets.load_from_disk(str(folder))
     if _is_saved(place):
-        return _one_split(datasets.load_from_disk(file), file)
+        return _only_split(datasets.load_from_disk(file), file)
     if _head(file)[:4] == b"PAR1":
+        if parquet.ParquetFile(file).metadata.num_rows == 0:  # `datasets` fails on it
+            raise DataError(f"{file}: got no rows, expected at least one conversation")
         copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"
         return datasets.load_dataset("parquet", data_files=[file], split="train", cache_dir=str(copy))
     return datasets.Dataset.from_file(file)
@@ -153,9 +156,8 @@ def _opened(file: str, place: Path) -> datasets.Dataset:
 
 def hub_rows(file: str, limit: int | None, shard: int, shards: int) -> Iterator[Any]:
     """Yields the raw rows of one shard of a set of the hub as they are fetched; images stay bytes."""
-    name, subset, split = split_hub_name(file)
     with _named(file):
-        stream = datasets.load_dataset(name, subset, split=split, streaming=True).decode(False)
+        stream = datasets.load_dataset(**HubSet.of(file).arguments, streaming=True).decode(False)
         stream = stream if limit is None else stream.take(limit)
         yield from split_dataset_by_node(stream, rank=shard, world_size=shards)
 
@@ -167,22 +169,56 @@ def _named(file: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = shorten(str(error.__cause__ or error), 200)
-        raise DataError(f"{file}: cannot be read: {reason}; expected {READABLE}") from None
+        expected = f"hf://org/name/subset:split, {_HUB_HINT}" if file.startswith(HUB) else READABLE
+        raise DataError(f"{file}: cannot be read: {reason}; expected {expected}") from None
 
 
-def split_hub_name(file: str) -> tuple[str, str | None, str]:
-    """Returns name, subset and split of `hf://org/name/subset:split`; the split is `train` where none is named.
+@dataclass(frozen=True)
+class HubSet:
+    """A set of the Hugging Face hub, as `hf://org/name@revision/subset:split` names it.
 
-    Raises:
-        DataError: no organisation and name.
+    Attributes:
+        path: that name.
+        name: organisation and name.
+        revision: branch, tag or commit; None is the main branch.
+        subset: a configuration of the set, or files of the repository, by a path that may be a glob.
+        split: `train` where none is named.
     """
-    rest, _, split = file.removeprefix(HUB).removeprefix("datasets/").partition(":")
-    parts = rest.strip("/").split("/")
-    if len(parts) < 2 or not all(parts):
-        raise DataError(f"{file}: expected hf://org/name, hf://org/name/subset or hf://org/name/subset:split")
-    return "/".join(parts[:2]), "/".join(parts[2:]) or None, split or "train"
+
+    path: str
+    name: str
+    revision: str | None
+    subset: str | None
+    split: str
+
+    @classmethod
+    def of(cls, path: str) -> HubSet:
+        """Returns what a path means.
+
+        Raises:
+            DataError: it has no organisation and name.
+        """
+        found = _HUB_NAME.fullmatch(path.rstrip("/"))
+        if not found:
+            raise DataError(f"{path}: expected hf://org/name, hf://org/name/subset or hf://org/name/subset:split")
+        return cls(path, found["name"], found["revision"], found["subset"], found["split"] or "train")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `datasets.load_dataset`.
+
+        Raises:
+            DataError: a local folder has the set's name; `datasets` would read it in place of the hub's.
+        """
+        if Path(self.name).is_dir():
+            raise DataError(
+                f"{self.path}: the folder {self.name} in {Path.cwd()} has the name of the hub's set; expected the "
+                "folder itself as path, or another working directory"
+            )
+        part = {"data_files" if (self.subset or "").endswith(_SUFFIXES) else "name": self.subset}
+        return {"path": self.name, "split": self.split, "revision": self.revision, **part}
 
 
 def stamp(file: str) -> str:
@@ -211,7 +247,7 @@ def _saved_split(place: Path) -> Path | None:
     return found if mark and (Path(folder) / "dataset_dict.json").is_file() and _is_saved(found) else None
 
 
-def _one_split(found: Any, file: str) -> datasets.Dataset:
+def _only_split(found: Any, file: str) -> datasets.Dataset:
     if isinstance(found, datasets.Dataset):
         return found
     if len(found) == 1:
@@ -219,20 +255,24 @@ def _one_split(found: Any, file: str) -> datasets.Dataset:
     raise DataError(f"{file}: got splits {', '.join(found)}, expected one of them: {file}:{next(iter(found))}")
 
 
-def _files_in(folder: Path) -> list[str]:
-    files = [file for file in sorted(folder.rglob("*")) if file.name.endswith(_SUFFIXES) and file.is_file()]
-    if not files:
-        raise DataError(f"{folder}: got a folder without files that can be read; expected {READABLE}")
-    others = [file for file in files if file.name.replace("-", ".").replace("_", ".").split(".")[0] in _OTHER_SPLITS]
-    if others and len(others) < len(files):
-        raise DataError(f"{folder}: got several splits (such as {others[0].name}), expected a glob: {folder}/**/train*")
-    return list(map(str, files))
+def _one_split(files: list[Path], path: str, root: Path) -> list[str]:
+    """Returns the files that are not hidden; refuses those of several splits, told by words in their paths."""
+    names = {str(file): str(file.relative_to(root)) for file in files if file.is_file()}
+    shown = {file: name for file, name in names.items() if not re.search(r"(^|/)(\.|__)", name)}
+    if not shown:
+        raise DataError(f"{path}: got no files that can be read; expected {READABLE}")
+    others = [name for name in shown.values() if _OTHER_SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
+    if others and len(others) < len(shown):
+        raise DataError(
+            f"{path}: got several splits (such as {others[0]}), expected one, by a glob such as {root}/**/*train*"
+        )
+    return list(shown)
 
 
-def _glob(pattern: Path) -> list[str]:
+def _glob(pattern: Path) -> list[Path]:
     root = Path(pattern.anchor) if pattern.is_absolute() else Path()
     parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-    return [str(file) for file in sorted(root.glob(str(parts))) if file.is_file()]
+    return [file for file in sorted(root.glob(str(parts))) if file.is_file()]
 
 
 def _head_of(file: str) -> bytes:
@@ -243,7 +283,7 @@ def _head_of(file: str) -> bytes:
 def _head(file: str) -> bytes:
     try:
         with Path(file).open("rb") as stream:
-            return stream.read(1 << 10)
+            return stream.read(HEAD)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; expected a file that can be read") from None
 
@@ -256,7 +296,7 @@ def _json_rows(file: str) -> Iterator[Any]:
     """
     try:
         with _unpacked(file) as stream:
-            head = stream.peek(1 << 10)
+            head = stream.peek(HEAD)
             _check_kind(file, head)
             if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
@@ -280,20 +320,10 @@ def _unpacked(file: str) -> io.BufferedReader:
 
 def _check_kind(file: str, head: bytes) -> None:
     """Refuses a file that is neither JSON nor JSONL by what it looks like."""
-    start = head.lstrip().lower()
-    kinds = [kind for magic, kind in _BINARY.items() if head.startswith(magic)]
-    if head[257:262] == b"ustar":
-        kinds.append("a tar archive")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
-        kinds.append("a web page or XML")
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        kinds.append("a Python pickle")
-    if Path(file).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".md"):
-        kinds.append(f"a {Path(file).suffix.lower()} file")
-    if b"\0" in head.rstrip(b"\0"):
-        kinds.append("binary data")
-    if kinds:
-        raise DataError(f"{file}: looks like {kinds[0]}; expected {READABLE}")
+    suffix = Path(file).suffix.lower()
+    kind = kind_of(head) or (f"a {suffix} file" if suffix in _TEXT_SUFFIXES else "")
+    if kind:
+        raise DataError(f"{file}: looks like {kind}; expected {READABLE}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

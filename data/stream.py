@@ -11,8 +11,8 @@ from typing import Any, Final
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.config import DataConfig, Source
-from data.dataset import Encoder, Sample, read_pixels
-from data.images import check_image
+from data.dataset import Encoder, Sample, open_images
+from data.images import check_image, image_size
 from data.rows import DataError, Fault, Record, RowError, parse
 from data.sources import HUB, find_files, hub_rows, raw_rows
 from data.table import check_folders, folder_of, image_options, row_of
@@ -24,13 +24,13 @@ _PROBED: Final = 100  # rows of a source of which one has to be good before the 
 class ConversationStream(IterableDataset[dict[str, Any]]):
     """An endless stream of samples for one rank, which its workers share.
 
-    Each of the shards (ranks x workers) reads files of its own where a source has a multiple of so many, else every
-    so many-th row of all files. Sources are mixed by their weights; without weights a source is drawn as often as any
-    other until it is through, and each row comes once an epoch. Order and mixture follow from the seed.
+    With n shards (ranks x workers), a source of a multiple of n files gives each shard its files; of any other
+    source, each shard takes every n-th row. Sources are mixed by their weights; without weights they are drawn
+    evenly until they end, and each row comes once an epoch. Order and mixture follow from the seed.
 
     Args:
         config: the recipe's data section.
-        processor: a LlavaProcessor.
+        processor: the family's.
         seed: of the order.
         batch: samples of one forward pass; with `group_by_length`, passes of like samples are made from 512 at a time.
         rank: number of this process.
@@ -40,7 +40,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         skip: forward passes of this rank that an earlier part of the run has used; they are passed over unopened.
         skipped: empty: faults come with the samples, as `faults`.
         encoder: makes samples of records.
-        source_rows: empty: nobody has counted them.
+        source_rows: empty: the rows are not counted.
 
     Raises:
         DataError: a source cannot be read, or its first rows are all faulty.
@@ -83,11 +83,9 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
 
     def _sample(self, item: _Item) -> dict[str, Any]:
         found = item.sample
-        sample = {**self.encoder.expand(found.ids, found.labels), "source": item.source}
-        if found.images:
-            folder = folder_of(self.config.sources[item.source], item.file)
-            sample["pixel_values"] = read_pixels(found.images, folder, self.config, self.processor)
-        return sample
+        folder = folder_of(self.config.sources[item.source], item.file)
+        images = open_images(found.images, folder, self.config)
+        return {**self.encoder.expand(found.ids, found.labels, images), "source": item.source}
 
     def _ordered(self, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
         """Yields the shard's items, shuffled, in passes of like length where the recipe wants them."""
@@ -143,10 +141,12 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
                 faults.append(Fault(file, row, str(error)))
 
     def _item(self, number: int, file: str, row: int, raw: Any) -> _Item:
-        sample = self.encoder.encode(parse(raw), number)
-        folder = folder_of(self.config.sources[number], file)
-        for image in sample.images:
-            check_image(folder, image, image_options(self.config))
+        record = parse(raw)
+        folder, options = folder_of(self.config.sources[number], file), image_options(self.config)
+        for image in record.images:
+            check_image(folder, image, options)
+        sizes = [image_size(folder, image, options) for image in record.images]
+        sample = self.encoder.encode(record, sizes, number)
         return _Item(number, file, row, sample)
 
     def _probe(self, number: int) -> None:
@@ -172,16 +172,19 @@ def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
     check_folders(config)
     for number, source in enumerate(config.sources):
         for file, row, raw in _part(source, 0, 1):
-            notes: set[str] = set()
+            notes, sizes = set[str](), list[int]()
+            folder, options = folder_of(source, file), image_options(config)
             try:
                 parsed = parse(raw)
                 for image in parsed.images:
-                    notes.update(check_image(folder_of(source, file), image, image_options(config)))
+                    notes.update(check_image(folder, image, options))
+                    sizes += image_size(folder, image, options)
                 record: Record | RowError = parsed
             except RowError as error:
                 record = error
             found = row_of(number, file, row, record, source.format or config.format)
-            yield {**found, "notes": [*found["notes"], *sorted(notes)]} if not found["fault"] else found
+            extra = {} if found["fault"] else {"notes": [*found["notes"], *sorted(notes)], "sizes": sizes}
+            yield {**found, **extra}
 
 
 @dataclass(frozen=True)
@@ -199,28 +202,35 @@ class _Item:
 
 
 def _part(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, Any]]:
-    """Yields file, row number and raw row of a shard's part of a source; a RowError in place of what is lost."""
+    """Yields file, row number and raw row of a shard's part of a source."""
     if source.path.startswith(HUB):
         name = source.path if shards == 1 else f"{source.path} (part {shard} of {shards})"
-        row = -1
-        try:
-            for row, raw in enumerate(hub_rows(source.path, source.limit, shard, shards)):
-                yield name, row, raw
-        except DataError as error:
-            yield name, row + 1, RowError(str(error))
+        yield from _numbered(name, hub_rows(source.path, source.limit, shard, shards))
         return
     files = find_files(source.path)
     if source.limit is None and len(files) % shards == 0:
         files, shard, shards = files[shard::shards], 0, 1
     count = 0
     for file in files:
-        row = -1
-        try:
-            for row, raw in enumerate(raw_rows(file, stream=True)):
-                if count == source.limit:
-                    return
-                if count % shards == shard:
-                    yield file, row, raw
-                count += 1
-        except DataError as error:
-            yield file, row + 1, RowError(str(error))
+        for place in _numbered(file, raw_rows(file, stream=True)):
+            if count == source.limit:
+                return
+            if count % shards == shard:
+                yield place
+            count += 1
+
+
+def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
+    """Yields file, row number and raw row; a RowError in place of the rows that are lost behind a broken one.
+
+    Raises:
+        DataError: no row of the file can be read.
+    """
+    row = -1
+    try:
+        for row, raw in enumerate(rows):
+            yield file, row, raw
+    except DataError as error:
+        if row < 0:
+            raise
+        yield file, row + 1, RowError(str(error).removeprefix(f"{file}:{row + 1}: "))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from data import built_in
 from data.config import DataConfig, Source, expand
-from data.images import ImageOptions, check_image
+from data.images import ImageOptions, check_image, image_size
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks, parse
 from data.sources import find_files, open_store, raw_rows, stamp
 
@@ -29,12 +30,17 @@ _ROWS: Final = {
     "notes": datasets.List(datasets.Value("string")),
     "ignored": datasets.List(datasets.Value("string")),
     "images": datasets.List(datasets.Value("string")),
+    "sizes": datasets.List(datasets.Value("int32")),  # width and height of each image, one after the other
     "system": datasets.Value("large_string"),
     "texts": datasets.List(datasets.Value("large_string")),  # of user and assistant in turns
     "untrained": datasets.List(datasets.Value("int32")),  # numbers of the answers that are not learnt
 }
 _WRITTEN: Final = 500  # rows that are in memory together
-_CHECKED: Final = {"fault": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
+_CHECKED: Final = {
+    "fault": datasets.Value("string"),
+    "notes": datasets.List(datasets.Value("string")),
+    "sizes": datasets.List(datasets.Value("int32")),
+}
 
 
 def check_rows(config: DataConfig, *, anew: bool = False) -> datasets.Dataset:
@@ -88,6 +94,11 @@ def record_of(row: dict[str, Any]) -> Record:
     return Record(tuple(row["images"]), tuple(turns), row["system"])
 
 
+def sizes_of(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """Returns width and height of each image of a row of the table."""
+    return list(zip(row["sizes"][::2], row["sizes"][1::2], strict=True))
+
+
 def read_records(path: str) -> Iterator[tuple[str, int, Record | RowError]]:
     """Yields file, number and record, or what is wrong with it, of every row of one source.
 
@@ -123,7 +134,7 @@ def image_options(config: DataConfig) -> ImageOptions:
 
 
 def processes(config: DataConfig, rows: datasets.Dataset) -> int | None:
-    """Returns how many processes to share rows among; None is this one alone."""
+    """Returns how many processes share the rows; None for this process alone."""
     return min(config.workers, len(rows)) or None
 
 
@@ -137,6 +148,11 @@ def code_stamp(*modules: str) -> str:
     """Returns a digest of modules of this package: what other code has cached is not taken for theirs."""
     files = [Path(__file__).with_name(f"{name}.py") for name in modules]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def source_stamp(*parts: Any) -> str:
+    """Returns a digest of the source of classes and functions: as `code_stamp`, of parts of a module."""
+    return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
 
 
 @contextmanager
@@ -232,7 +248,7 @@ def row_of(source: int, file: str, row: int, record: Record | RowError, style: s
     """
     place = {"source": source, "file": file, "row": row}
     if isinstance(record, RowError):
-        nothing: dict[str, Any] = {name: [] for name in ("notes", "ignored", "images", "texts", "untrained")}
+        nothing: dict[str, Any] = {name: [] for name in ("notes", "ignored", "images", "sizes", "texts", "untrained")}
         return {**place, **nothing, "fault": str(record), "system": None}
     notes = list(record.notes)
     if style == "plain":
@@ -243,6 +259,7 @@ def row_of(source: int, file: str, row: int, record: Record | RowError, style: s
         "notes": notes,
         "ignored": list(record.ignored),
         "images": [EMBEDDED if isinstance(image, EmbeddedImage) else image for image in record.images],
+        "sizes": [],
         "system": record.system,
         "texts": [turn.text for turn in record.turns],
         "untrained": [place for place, turn in enumerate(record.turns) if not turn.is_trained],
@@ -251,7 +268,7 @@ def row_of(source: int, file: str, row: int, record: Record | RowError, style: s
 
 def _check_images(rows: datasets.Dataset, config: DataConfig, *, anew: bool) -> datasets.Dataset:
     """Returns columns fault and notes, of the rows and of their images."""
-    columns = ["source", "file", "row", "fault", "notes", "images"]
+    columns = ["source", "file", "row", "fault", "notes", "images", "sizes"]
     given = rows.select_columns(columns)
     if not any(given["images"][:]):
         return given.select_columns(list(_CHECKED))
@@ -280,11 +297,13 @@ def _is_stale(rows: datasets.Dataset, found: datasets.Dataset, config: DataConfi
 
 def _inspect(row: dict[str, Any], config: DataConfig) -> dict[str, Any]:
     if row["fault"] or not row["images"]:
-        return {"fault": row["fault"], "notes": row["notes"]}
+        return {"fault": row["fault"], "notes": row["notes"], "sizes": []}
     folder, options, notes = folder_of(config.sources[row["source"]], row["file"]), image_options(config), set()
+    sizes: list[int] = []
     try:
         for image in images_of(row):
             notes.update(check_image(folder, image, options))
+            sizes += image_size(folder, image, options)
     except RowError as error:
-        return {"fault": str(error), "notes": []}
-    return {"fault": "", "notes": [*row["notes"], *sorted(notes)]}
+        return {"fault": str(error), "notes": [], "sizes": []}
+    return {"fault": "", "notes": [*row["notes"], *sorted(notes)], "sizes": sizes}

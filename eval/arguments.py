@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+from models.schedules import SCHEDULES, TRAINED, Choice
 
 
 class UsageError(ValueError):
@@ -37,3 +42,43 @@ def names_of(option: str, text: str, known: Collection[str] | None = None) -> li
             expected = "names between commas" if known is None else ", ".join(known)
             raise UsageError(f"{option}: got '{name}', expected {expected}")
     return names
+
+
+def schedules_of(option: str, text: str, plans: Collection[str] = ()) -> dict[str, Choice]:
+    """Returns the schedules of a comma-separated list by what the list calls them: names, or `fastv(layer=2,drop=0.5)`.
+
+    Args:
+        option: of the command line.
+        text: the list.
+        plans: names of the checkpoints' plans, which are known beside those of schedules.
+
+    Raises:
+        UsageError: a name is not known, or settings are not `name=value` between commas.
+    """
+    known = list(dict.fromkeys((TRAINED, *plans, *SCHEDULES)))
+    expected = ", ".join(known)
+    if not all(part.strip() for part in text.split(",")):
+        raise UsageError(f"{option}: got '', expected {expected}")
+    try:
+        named: list[Any] = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
+    except SyntaxError:
+        raise UsageError(
+            f"{option}: got '{text}', expected names, with settings as in fastv(layer=2,drop=0.5)"
+        ) from None
+    found: dict[str, Choice] = {}
+    for node in named:
+        label = re.sub(r"\s", "", ast.unparse(node))
+        name = getattr(getattr(node, "func", node), "id", label)
+        if name not in known:
+            raise UsageError(f"{option}: got '{label}', expected {expected}")
+        if isinstance(node, ast.Name):
+            found[label] = name
+            continue
+        try:
+            settings = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
+        except ValueError:
+            settings = {None: None}
+        if node.args or None in settings:
+            raise UsageError(f"{option}: got '{label}', expected settings as in fastv(layer=2,drop=0.5)")
+        found[label] = {"name": name, **settings}
+    return found

@@ -13,14 +13,16 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoProcessor
 
+from data.processor import ProcessorError, load_processor
 from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
 from models import FusedAutoModel, UnsupportedModelError
 from models.families import family_of
-from recipes.resolved import saved_data
+from models.fused import resolve_config
+from models.schedules import Choice, Schedule
+from recipes.resolved import saved_data, saved_recipe
 from recipes.schema import RecipeError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -115,31 +117,57 @@ class Checkpoint:
         return _config(self.weights).get("stages")
 
     @property
-    def num_layers(self) -> int:
-        """The decoder's depth, by config.json.
+    def family(self) -> str:
+        """The family's model_type, as in `FAMILIES`."""
+        return family_of(_config(self.weights).get("model_type"), self.weights).model_type
+
+    @property
+    def config(self) -> Any:
+        """The fused config, by config.json.
 
         Raises:
             CheckpointError: the fields of config.json do not fit.
         """
         family = family_of(_config(self.weights).get("model_type"), self.weights)
         try:
-            return family.config_class.from_pretrained(self.weights).text_config.num_hidden_layers
+            return family.config_class.from_pretrained(self.weights)
         except _LOADING as error:
             raise _not_loaded(self.weights, error) from error
 
-    def load(self, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    @property
+    def num_layers(self) -> int:
+        """The decoder's depth; errors as `config`."""
+        return self.config.text_config.num_hidden_layers
+
+    def schedule(self, choice: Choice) -> Schedule:
+        """Returns the schedule that a choice means on this checkpoint; errors as `config` and resolve_schedule."""
+        return resolve_config(self.config, choice)
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe that it was trained with; None where it brings none."""
+        file = self.weights / "recipe.yaml"
+        return saved_recipe(file) if file.is_file() else None
+
+    def load(
+        self, dtype: torch.dtype | None = None, attention: str | None = None, device_map: str | None = None
+    ) -> tuple[Any, Any]:
         """Returns the model, ready for inference, on the GPU where there is one, and its processor.
 
         Args:
             dtype: of the weights; None is what they are saved in.
+            attention: Hugging Face's attn_implementation; None is its choice.
+            device_map: Hugging Face's, which spreads the weights over several GPUs; None: all on one.
 
         Raises:
             CheckpointError: weights or processor cannot be read, or weights of the model are missing.
         """
         processor = self.processor()
         try:
+            options: dict[str, Any] = {"attn_implementation": attention, "device_map": device_map}
+            given = {name: value for name, value in options.items() if value is not None}
             model, report = FusedAutoModel.from_pretrained(
-                self.weights, dtype=dtype or "auto", output_loading_info=True
+                self.weights, dtype=dtype or "auto", output_loading_info=True, **given
             )
         except _LOADING as error:
             raise _not_loaded(self.weights, error) from error
@@ -147,33 +175,38 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.weights}: {len(missing)} weights are missing, {missing[0]} among them, expected all of them"
             )
-        return model.eval().to(device()), processor
+        return model.eval() if device_map else model.eval().to(device()), processor
 
     def processor(self) -> Any:
         """Returns the processor: tokenizer, chat template and image processor.
 
         Raises:
-            CheckpointError: it cannot be read, or does not know how many visual tokens an image has.
+            CheckpointError: it cannot be read.
         """
         try:
-            processor = AutoProcessor.from_pretrained(self.weights)
-        except _LOADING as error:
-            raise _not_loaded(self.weights, error) from error
-        for part in ("tokenizer", "image_processor", "patch_size"):
-            if getattr(processor, part, None) is None:
-                raise CheckpointError(
-                    f"{self.weights}: processor: got a {type(processor).__name__} without {part}, expected a "
-                    "processor_config.json that names it"
-                )
-        return processor
+            return load_processor(self.weights)
+        except ProcessorError as error:
+            raise CheckpointError(str(error)) from error
 
     def prompter(self, processor: Any) -> Prompter:
         """Returns what asks this checkpoint as it was trained to be asked.
 
         Raises:
             TokenizerError: the tokenizer does not go with the format.
+            CheckpointError: the processor does not know how many visual tokens an image has.
         """
-        return Prompter(processor, chat_format=self.chat_format, aspect=self.aspect)
+        try:
+            return Prompter(processor, chat_format=self.chat_format, aspect=self.aspect)
+        except ProcessorError as error:
+            raise CheckpointError(f"{self.weights}: {error}") from error
+
+
+def plans_of(given: str | Path) -> list[str]:
+    """Returns the names of the plans of a checkpoint on this machine, where it was trained for several."""
+    for weights in (Path(given) / "final", Path(given)):
+        if (weights / "config.json").is_file():
+            return list(_config(weights).get("plans") or {})
+    return []
 
 
 def _config(weights: Path) -> dict[str, Any]:

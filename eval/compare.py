@@ -3,12 +3,14 @@
 Every cell (checkpoint, schedule, task) is answered and scored by lmms-eval, greedily, and kept in DIR/cells: the same
 command goes on where it was stopped, runs failed cells again, and leaves finished ones alone. Writes table.md,
 table.json, table.csv, report.html and plots. Exit code 1: a cell failed; the tables say which.
+`torchrun --nproc_per_node N -m eval.compare ...` gives each of N GPUs its part of every task's questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,18 +21,27 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from data.chat import TokenizerError
+from eval import ranks, seeds
 from eval import rows as tables
-from eval.arguments import UsageError, make_folder, names_of
+from eval.arguments import UsageError, make_folder, names_of, schedules_of
 from eval.benchmarks import BENCHMARKS, missing_judge
 from eval.cells import Loaded, Record, Store, run_cell, run_speed
-from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
+from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError, plans_of
 from eval.lmms import Harness
 from eval.measure import positive
+from eval.paired import holm
 from eval.report import write_report
-from eval.settings import PRECISIONS, ComparisonError, check_settings, fingerprint, named, settings_of
-from models.schedules import SCHEDULES, TRAINED
+from eval.settings import PRECISIONS, ComparisonError, check_settings, code, fingerprint, named, settings_of
+from eval.text_tower import TextTower
+from models.schedules import SCHEDULES, TRAINED, Choice, Schedule, ScheduleError
+from recipes.errors import RecipeError
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 _NOT_RUN: Record = {"status": "failed", "error": "not run"}
+
+
+class RankError(RuntimeError):
+    """A cell failed in one of several processes, which cannot go on without it."""
 
 
 class Comparison:
@@ -38,38 +49,57 @@ class Comparison:
 
     Args:
         checkpoints: by the name of their rows.
-        schedules: `trained`, or names in SCHEDULES.
+        schedules: what each label of a row means.
         tasks: names of lmms-eval.
         settings: what all cells have in common.
         out: the comparison's folder.
+        device_map: Hugging Face's; None: each checkpoint on one device.
+
+    Raises:
+        CheckpointError: a config.json does not fit.
+        ScheduleError: a schedule does not go with a checkpoint.
     """
 
     def __init__(
         self,
         checkpoints: Mapping[str, Checkpoint],
-        schedules: Sequence[str],
+        schedules: Mapping[str, Choice],
         tasks: Sequence[str],
         *,
         settings: Record,
         out: Path,
+        device_map: str | None = None,
     ) -> None:
         self.checkpoints, self.tasks, self.settings, self.out = checkpoints, tasks, settings, out
+        self.device_map = device_map
         self.schedules = {name: _schedules(checkpoint, schedules) for name, checkpoint in checkpoints.items()}
-        self.stores = {name: Store(out, name, fingerprint(found)) for name, found in checkpoints.items()}
+        self.stores = {
+            name: Store(out, name, fingerprint(found), code(), {key: repr(one) for key, one in chosen.items()})
+            for (name, found), chosen in zip(checkpoints.items(), self.schedules.values(), strict=True)
+        }
+        self.text_tower: TextTower | None = None
 
     def run(self, harness: Harness) -> None:
         """Runs every cell that is not done, and measures the speed of each checkpoint whose speed is not known."""
         total = sum(len(schedules) * len(self.tasks) + 1 for schedules in self.schedules.values())
-        with tqdm(total=total, unit="cell") as bar:
+        with tqdm(total=total, unit="cell", disable=ranks.rank() > 0) as bar:
             for name in self.checkpoints:
                 self._run_checkpoint(name, harness, bar)
 
+    def outdated(self) -> int:
+        """Returns how many cells are kept that other weights, settings of a schedule or code decided."""
+        return sum(
+            self.stores[name].is_outdated(label, task)
+            for name, chosen in self.schedules.items()
+            for label in chosen
+            for task in self.tasks
+        )
+
     def _run_checkpoint(self, name: str, harness: Harness, bar: Any) -> None:
-        store, schedules, limit = self.stores[name], self.schedules[name], self.settings["limit"]
-        cells = [(schedule, task) for task in self.tasks for schedule in schedules]
+        store, schedules = self.stores[name], self.schedules[name]
+        cells = [(label, task) for task in self.tasks for label in schedules]
         missing = [cell for cell in cells if not _is_done(store.read(*cell))]
-        speed = store.read("speed")
-        is_timed = _is_done(speed) and set(schedules) <= set(speed["by_schedule"])  # type: ignore[index]
+        missing, is_timed = ranks.from_first((missing, _is_done(store.read("speed"))))
         bar.update(len(cells) - len(missing) + is_timed)
         if not missing and is_timed:
             return
@@ -77,62 +107,106 @@ class Comparison:
         try:
             loaded = self._load(name)
         except (CheckpointError, RuntimeError) as error:  # RuntimeError: no room for it
-            for cell in missing:
-                store.write(_failed(error), *cell)
+            self._fail(name, error, missing)
             bar.update(len(missing) + (not is_timed))
             return
-        for schedule, task in missing:
-            bar.set_description(f"{name}, {schedule}, {task}")
-            pictures = self.out / "cells" / name / f"{task}_pictures"
-            run = partial(run_cell, loaded, schedule, task, harness=harness, limit=limit, pictures=pictures)
-            store.write(_attempt(run), schedule, task)
+        for label, task in missing:
+            bar.set_description(f"{name}, {label}, {task}")
+            self._run_cell(loaded, name, (label, task), harness)
             bar.update()
         if not is_timed:
             bar.set_description(f"{name}: speed and memory")
-            store.write(_attempt(partial(self._measured, loaded, schedules, harness)), "speed")
+            if ranks.rank() == 0:
+                store.write(_attempt(partial(self._measured, loaded, schedules, harness)), "speed")
             bar.update()
 
-    def _measured(self, loaded: Loaded, schedules: Sequence[str], harness: Harness) -> Record:
+    def _run_cell(self, loaded: Loaded, name: str, cell: tuple[str, str], harness: Harness) -> None:
+        label, task = cell
+        pictures = self.out / "cells" / name / f"{task}_pictures"
+        options: Any = {"harness": harness, "limit": self.settings["limit"], "pictures": pictures}
+        record = _attempt(partial(run_cell, loaded, self.schedules[name][label], task, **options))
+        if record is not None and (ranks.rank() == 0 or record["status"] == "failed"):
+            self.stores[name].write(record, *cell)
+            if record["status"] == "failed" and ranks.world_size() > 1:
+                raise RankError(f"{name}, {label}, {task}: {record['error']}")
+
+    def _fail(self, name: str, error: Exception, cells: Sequence[tuple[str, str]]) -> None:
+        if ranks.world_size() > 1:
+            raise RankError(f"{name}: {error}")
+        for cell in cells:
+            self.stores[name].write(_failed(error), *cell)
+
+    def _measured(self, loaded: Loaded, schedules: Mapping[str, Schedule], harness: Harness) -> Record:
         asked = harness.questions(self.tasks[0], self.settings["limit"], self.settings["batch"])
         return run_speed(loaded, schedules, list(asked.values()))
 
     def _load(self, name: str) -> Loaded:
-        checkpoint = self.checkpoints[name]
-        model, processor = checkpoint.load(PRECISIONS[self.settings["precision"]])
-        return Loaded(checkpoint, model, checkpoint.prompter(processor), self.settings["batch"])
+        checkpoint, settings = self.checkpoints[name], self.settings
+        model, processor = checkpoint.load(PRECISIONS[settings["precision"]], settings["attention"], self.device_map)
+        tower = self.text_tower and self.text_tower.to(model.device)
+        return Loaded(checkpoint, model, checkpoint.prompter(processor), settings["batch"], tower)
 
     def cell(self, name: str, schedule: str, task: str) -> Record:
         """Returns a cell's record; of one that was never reached, a failed one."""
         return self.stores[name].read(schedule, task) or _NOT_RUN
 
     def rows(self) -> tuple[list[tables.Row], dict[str, str]]:
-        """Returns all rows, and for each task the dense row that the others are compared with, in words."""
+        """Returns all rows, and for each task the dense row that the others are compared with, in words.
+
+        Runs that differ in their seed alone have a row together; their own rows say `pooled_in`.
+        """
         found: list[tables.Row] = []
         baselines = {}
-        stages = {name: checkpoint.stages for name, checkpoint in self.checkpoints.items()}
+        groups = seeds.groups_of(self.checkpoints)
         for task in self.tasks:
-            rows = [self._row(name, schedule, task) for name in self.checkpoints for schedule in self.schedules[name]]
-            base = tables.baseline_of(rows, stages)
+            rows = [self._row(name, label, task) for name in self.checkpoints for label in self.schedules[name]]
+            members = {(row["run"], row["schedule"]): [row] for row in rows}
+            for label, runs in groups.items():
+                members |= _pool(label, runs, rows)
+            shown = [row for row in rows if "pooled_in" not in row]
+            base = tables.baseline_of(shown, {row["run"]: self._stages(members, row) for row in shown})
             if base is not None:
                 baselines[task] = " ".join(base)
-                record = self.cell(*base, task)
-                for row in rows:
-                    row["is_reference"] = (row["run"], row["schedule"]) == base
-                    if row["status"] == "done" and not row["is_reference"]:
-                        row.update(tables.compared(self.cell(row["run"], row["schedule"], task), record))
+                self._compare(task, shown, members, base)
             found += tables.floor_rows(task, self.settings["limit"]) + rows
         return found, baselines
 
-    def _row(self, name: str, schedule: str, task: str) -> tables.Row:
-        speed = (self.stores[name].read("speed") or {}).get("by_schedule", {}).get(schedule)
-        return tables.cell_row(name, schedule, task, self.cell(name, schedule, task), speed)
+    def _stages(self, members: Mapping[tuple[str, str], Sequence[tables.Row]], row: tables.Row) -> Any:
+        return self.checkpoints[members[row["run"], row["schedule"]][0]["run"]].stages
+
+    def _compare(
+        self,
+        task: str,
+        shown: Sequence[tables.Row],
+        members: Mapping[tuple[str, str], Sequence[tables.Row]],
+        base: tuple[str, str],
+    ) -> None:
+        """Adds to each row its difference from the dense row, with the p-value as it is and corrected for all rows."""
+
+        def cells(row: tuple[str, str]) -> dict[int, Record]:
+            return {one.get("seed", 0): self.cell(one["run"], one["schedule"], task) for one in members[row]}
+
+        known = cells(base)
+        for row in shown:
+            row["is_reference"] = (row["run"], row["schedule"]) == base
+            if row["status"] == "done" and not row["is_reference"]:
+                differs = seeds.compared(cells((row["run"], row["schedule"])), known)
+                if differs is not None:
+                    row["difference"] = vars(differs)
+        told = [row["difference"] for row in shown if "difference" in row]
+        for differs_by, corrected in zip(told, holm([one["p"] for one in told]), strict=True):
+            differs_by["p_holm"] = corrected
+
+    def _row(self, name: str, label: str, task: str) -> tables.Row:
+        speed = (self.stores[name].read("speed") or {}).get("by_schedule", {}).get(label)
+        return tables.cell_row(name, label, task, self.cell(name, label, task), self.schedules[name][label], speed)
 
     def failures(self) -> list[str]:
         """Returns what failed, and why, a line each."""
         found = []
         for name, store in self.stores.items():
             for task in self.tasks:
-                records = {schedule: self.cell(name, schedule, task) for schedule in self.schedules[name]}
+                records = {label: self.cell(name, label, task) for label in self.schedules[name]}
                 found += [f"{name}, {of}, {task}: {got['error']}" for of, got in records.items() if not _is_done(got)]
             speed = store.read("speed") or _NOT_RUN
             if not _is_done(speed):
@@ -149,15 +223,16 @@ class Comparison:
         (self.out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (self.out / "table.csv").write_text(tables.csv_text(rows), encoding="utf-8")
         cells = {(row["run"], row["schedule"], row["task"]): self.cell(row["run"], row["schedule"], row["task"])
-                 for row in rows if row["schedule"] != tables.FLOOR}  # fmt: skip
+                 for row in rows if row["schedule"] != tables.FLOOR and "seeds" not in row}  # fmt: skip
         write_report(self.out, rows, cells, self.failures(), baselines, self.settings, self.checkpoints)
         return text, not self.failures()
 
     def _text(self, rows: Sequence[tables.Row], baselines: Mapping[str, str]) -> str:
         parts = []
         for task in self.tasks:
-            members = [row for row in rows if row["task"] == task]
+            members = [row for row in rows if row["task"] == task and "pooled_in" not in row]
             parts.append(f"## {task}\n\n" + tables.markdown(tables.score_table(members)))
+            parts.append(tables.note(members, baselines.get(task)) + "\n")
             parts.append(tables.markdown(tables.cost_table(members)))
         training = tables.training_table({name: found.run for name, found in self.checkpoints.items()})
         if failures := self.failures():
@@ -167,11 +242,32 @@ class Comparison:
         return "\n".join(parts)
 
 
-def _schedules(checkpoint: Checkpoint, asked: Sequence[str]) -> list[str]:
-    """Returns the schedules of a checkpoint's rows: the trained plan of a dense one is `dense`."""
-    if checkpoint.stages is not None:
-        return list(asked)
-    return list(dict.fromkeys("dense" if name == TRAINED else name for name in asked))
+def _schedules(checkpoint: Checkpoint, asked: Mapping[str, Choice]) -> dict[str, Schedule]:
+    """Returns the schedules of a checkpoint's rows by label: the trained plan of a dense one is `dense`.
+
+    A plan's name is a row of the checkpoints that have it.
+    """
+    if checkpoint.stages is None:
+        asked = {"dense" if label == TRAINED else label: choice for label, choice in asked.items()}
+    known = (TRAINED, *SCHEDULES, *(checkpoint.config.plans or {}))
+    asked = {label: choice for label, choice in asked.items() if not isinstance(choice, str) or choice in known}
+    return {label: checkpoint.schedule(choice) for label, choice in asked.items()}
+
+
+def _pool(label: str, runs: Mapping[int, str], rows: list[tables.Row]) -> dict[tuple[str, str], list[tables.Row]]:
+    """Adds to `rows` those of several seeds together, before their own; returns their members by (run, schedule)."""
+    found: dict[tuple[str, str], list[tables.Row]] = {}
+    for schedule in dict.fromkeys(row["schedule"] for row in rows):
+        done = {row["run"]: row for row in rows if row["schedule"] == schedule and row["status"] == "done"}
+        members = [{**done[run], "seed": seed} for seed, run in runs.items() if run in done]
+        if len(members) < 2:
+            continue
+        together = seeds.pooled(label, members)
+        for row in members:
+            done[row["run"]]["pooled_in"] = together["run"]
+        rows.insert(rows.index(done[members[0]["run"]]), together)
+        found[together["run"], schedule] = members
+    return found
 
 
 def _is_done(record: Record | None) -> bool:
@@ -182,7 +278,7 @@ def _failed(error: Exception) -> Record:
     return {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
 
 
-def _attempt(run: Callable[[], Record]) -> Record:
+def _attempt(run: Callable[[], Record | None]) -> Any:
     try:
         return run()
     except Exception as error:  # noqa: BLE001  # whatever a task or the harness raises is this cell's result
@@ -196,22 +292,34 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run folder, checkpoint or hub name")
-    parser.add_argument("--schedules", default=TRAINED, help=f"comma-separated: {', '.join((TRAINED, *SCHEDULES))}")
+    parser.add_argument(
+        "--schedules",
+        default=TRAINED,
+        help=f"comma-separated: {', '.join((TRAINED, *SCHEDULES))}; with settings as in 'fastv(layer=2,drop=0.75)'",
+    )
     parser.add_argument(
         "--tasks", default="easy_vqa", help=f"comma-separated: {', '.join(BENCHMARKS)}, or another of lmms-eval's"
     )
     parser.add_argument("--limit", type=positive, help="only the first N questions of a task")
     parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--attn-implementation", choices=ATTENTION, default="sdpa", help="of Hugging Face (sdpa)")
+    parser.add_argument("--device-map", help="of Hugging Face (auto: a checkpoint over all GPUs); none: on one device")
+    parser.add_argument("--text-tower", metavar="CLIP", help="the vision tower's CLIP checkpoint, for cdpruner")
     parser.add_argument("--chat-format", choices=FORMATS, help="ask so, whatever a checkpoint was trained with")
     parser.add_argument("--image-aspect", choices=ASPECTS, help="show images so, whatever it was trained with")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, report and plots")
     args = parser.parse_args(given)
     try:
         args.tasks = names_of("--tasks", args.tasks)
-        args.schedules = names_of("--schedules", args.schedules, (TRAINED, *SCHEDULES))
+        plans = [name for given in args.checkpoints for name in plans_of(given)]
+        args.schedules = schedules_of("--schedules", args.schedules, plans)
     except UsageError as error:
         parser.exit(2, f"{error}\n")
+    if args.device_map is not None and ranks.world_size() > 1:
+        parser.exit(
+            2, "--device-map: got it under torchrun, expected one process: each rank holds a whole checkpoint\n"
+        )
     for name in args.tasks:
         if missing := missing_judge(name):
             parser.exit(2, f"--tasks: {missing}\n")
@@ -230,17 +338,38 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
     found = [Checkpoint.find(given, args.chat_format, args.image_aspect) for given in args.checkpoints]
     for checkpoint in found:
         checkpoint.prompter(checkpoint.processor())
-    checkpoints, settings = (
-        named(found),
-        settings_of(found, limit=args.limit, batch=args.batch, precision=args.precision),
+    settings = settings_of(
+        found,
+        limit=args.limit,
+        batch=args.batch,
+        precision=args.precision,
+        attention=args.attn_implementation,
+        text_tower=args.text_tower,
     )
+    comparison = Comparison(
+        named(found), args.schedules, args.tasks, settings=settings, out=args.out, device_map=args.device_map
+    )
+    reading = {
+        label
+        for chosen in comparison.schedules.values()
+        for label, schedule in chosen.items()
+        if schedule.reads_relevance
+    }
+    if reading and args.text_tower is None:
+        raise ComparisonError(
+            f"--schedules: got {min(reading)}, which reads the question with a text tower that the checkpoint has not, "
+            "expected --text-tower CLIP beside it"
+        )
+    if args.text_tower is not None:
+        comparison.text_tower = TextTower(args.text_tower)
     make_folder("--out", args.out)
     harness = Harness(args.out, args.tasks)
     for task in args.tasks:
         if not harness.known(task):
             raise ComparisonError(f"--tasks: got '{task}', expected {', '.join(BENCHMARKS)}, or another of lmms-eval's")
-    check_settings(settings, args.out)
-    return Comparison(checkpoints, args.schedules, args.tasks, settings=settings, out=args.out), harness
+    if ranks.rank() == 0:
+        check_settings(settings, args.out)
+    return comparison, harness
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -248,17 +377,29 @@ def main(given: Sequence[str] | None = None) -> int:
     args = arguments(given)
     try:
         comparison, harness = prepare(args)
-    except (UsageError, TokenizerError) as error:
-        print(error, file=sys.stderr)
+    except (UsageError, TokenizerError, ScheduleError, RecipeError) as error:
+        if ranks.rank() == 0:
+            print(error, file=sys.stderr)
         return 2
     logging.disable_progress_bar()  # of loading weights: there is one for all cells
+    if (outdated := comparison.outdated()) and ranks.rank() == 0:
+        print(
+            f"{outdated} cells of {args.out} are run again: other weights, settings or code made them", file=sys.stderr
+        )
+    ranks.start()
     try:
         comparison.run(harness)
+    except RankError as error:
+        print(f"{error}\nstopped; what is done is kept in {args.out}, the same command goes on", file=sys.stderr)
+        os._exit(1)  # the other processes wait for this one: torchrun ends them
     except KeyboardInterrupt:
         print(f"\nstopped; what is done is kept in {args.out}, the same command goes on", file=sys.stderr)
         return 130
-    text, is_whole = comparison.write()
-    print(f"\n{text}\nwritten: {args.out}/report.html, table.md, table.json, table.csv and plots")
+    is_whole = True
+    if ranks.rank() == 0:
+        text, is_whole = comparison.write()
+        print(f"\n{text}\nwritten: {args.out}/report.html, table.md, table.json, table.csv and plots")
+    ranks.stop()
     return 0 if is_whole else 1
 
 

@@ -35,6 +35,7 @@ from eval.checkpoint import Checkpoint
 from eval.live import live_mask
 from eval.overlay import draw_overlay
 from eval.prompts import Asked, Prompter
+from models.fused import usable_schedules
 from models.schedules import SCHEDULES, TRAINED
 from models.stage_plan import StagePlan
 from recipes.resolved import saved_data
@@ -138,9 +139,9 @@ def respond(
         tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock, on_prefill=prefills.append)
     live = live_mask(prefills[0])[:, 0]
     ids, overlay = inputs["input_ids"][0], None
-    if images:
-        picture = prompter.picture(inputs["pixel_values"][0])
-        overlay = draw_overlay(picture, prompter.patches(live, ids), prompter.grid)
+    if images and (grid := prompter.grid(images[0], inputs)) is not None:
+        patches = prompter.patches(live, ids == model.config.image_token_id, grid, images[0])
+        overlay = draw_overlay(prompter.picture(images[0], inputs), patches, grid)
     new = tokens[:, len(ids) :]
     start, first, last = clock.times[0], clock.times[1], clock.times[-1]
     return Response(
@@ -169,11 +170,13 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
     released = model.config.schedule
     first = [] if released is None else [(f"{RELEASED}: {model.resolve(released)}", RELEASED)]
     if model.config.stages is None:
-        return [*first, *((name, name) for name in SCHEDULES)]
+        return [*first, *((name, name) for name in usable_schedules(model.config))]
     plan, depth = StagePlan.from_dict(model.config.stages), model.config.text_config.num_hidden_layers
     trained = f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers"
-    labels = {name: name if schedule.trainable else f"{name}, within the plan" for name, schedule in SCHEDULES.items()}
-    return [*first, (trained, TRAINED), *((label, name) for name, label in labels.items())]
+    names = [name for name in usable_schedules(model.config) if name not in (model.config.plans or {})]
+    labels = [(name if SCHEDULES[name].trainable else f"{name}, within the plan", name) for name in names]
+    plans = [(f"{name}, trained for it too", name) for name in model.config.plans or {}]
+    return [*first, (trained, TRAINED), *plans, *labels]
 
 
 def examples(checkpoint: Checkpoint) -> list[list[str]]:

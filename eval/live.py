@@ -25,7 +25,8 @@ from eval.measure import positive
 from eval.plots import draw_live_tokens
 from eval.prompts import Asked, Prompter
 from models.cost import Cost, live_cost
-from models.schedules import SCHEDULES, Schedule, published
+from models.fused import usable_schedules
+from models.schedules import Schedule, published
 
 BATCH = 50
 
@@ -83,7 +84,8 @@ def costs_of(model: Any, counts: Sequence[int], *, text: int, schedule: Schedule
         schedule: what the layers ran under.
         value: bytes of one cached number; 2 for bfloat16.
     """
-    return live_cost(model.config.text_config, counts, text=text, kv=schedule.update == "kv", value=value)
+    kv = [schedule.update_at(layer) == "kv" for layer in range(len(counts))]
+    return live_cost(model.config.text_config, counts, text=text, kv=kv, value=value)
 
 
 def main() -> int:
@@ -102,7 +104,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     depth = model.config.text_config.num_hidden_layers
-    chosen: dict[str, Schedule | None] = {name: published(name, depth) for name in SCHEDULES}
+    chosen: dict[str, Schedule | None] = {name: published(name, depth) for name in usable_schedules(model.config)}
     if model.config.stages is not None:
         chosen["trained"] = None
     parts = list(_batches(prompter, args.limit))

@@ -34,10 +34,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from data.chat import TokenizerError
+from eval import ranks
 from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.prompts import Asked, Prompter
-from models.schedules import SCHEDULES, TRAINED
+from models.fused import require_nothing_more
+from models.schedules import SCHEDULES, TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -112,6 +114,10 @@ class FusedLlava(lmms):
         checkpoint = Checkpoint.find(
             given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
         )
+        try:
+            require_nothing_more(checkpoint.schedule(schedule), checkpoint.config)
+        except ScheduleError as error:
+            raise CheckpointError(f"--model_args: {error}") from None
         model, processor = checkpoint.load()
         if torch.cuda.is_available():
             model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
@@ -239,8 +245,11 @@ class Harness:
         """Returns whether lmms-eval has a task of that name, or we have; a group of tasks is none."""
         return name in self._manager.all_tasks and name not in (*self._manager.all_groups, *self._manager.all_tags)
 
-    def run(self, model: FusedLlava, name: str, limit: int | None) -> Outcome:
-        """Returns what the model's answers to a task's first `limit` questions (None: all) are worth."""
+    def run(self, model: FusedLlava, name: str, limit: int | None) -> Outcome | None:
+        """Returns what the model's answers to a task's first `limit` questions (None: all) are worth.
+
+        Of several ranks each answers its part, and the first one gets the outcome, the others None.
+        """
         with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             result = evaluator.simple_evaluate(
                 model=model,
@@ -254,14 +263,18 @@ class Harness:
                 random_seed=None,
                 numpy_random_seed=None,
                 torch_random_seed=None,
+                distributed_executor_backend="torchrun" if ranks.world_size() > 1 else "accelerate",
                 cli_args=argparse.Namespace(output_path=str(self._folder), process_with_media=True),
             )
+        if result is None:
+            return None
         metrics = {
             key.removesuffix(",none"): float(value)
             for key, value in result["results"][name].items()
             if key.endswith(",none") and "_stderr" not in key and isinstance(value, int | float)
         }
-        return Outcome(metrics, result["samples"][name], result["configs"][name])
+        samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])  # each rank's stand together
+        return Outcome(metrics, samples, result["configs"][name])
 
     def questions(self, name: str, limit: int | None, count: int) -> dict[int, Asked]:
         """Returns up to `count` of a task's first `limit` questions (None: all), evenly spaced, by their number."""

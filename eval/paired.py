@@ -1,18 +1,19 @@
 """How sure a score is, and whether two models differ on the same questions.
 
 Questions about one image are not independent, so whole images are resampled (a cluster bootstrap). scipy's bootstrap
-does not resample clusters, so the few lines are here.
+does not resample clusters, so the few lines are here; scipy is no dependency, so Student's t is integrated here too.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
+RESAMPLES = 5000
 _AT_ONCE = 4_000_000  # drawn numbers held in memory at a time
 Numbers = NDArray[np.float64]
 
@@ -25,8 +26,8 @@ class Difference:
         mean: mean difference of a question's value.
         low: lower end of its 95 % interval.
         high: upper end.
-        p: two-sided p-value of "no difference", not below 1 / RESAMPLES.
-        gained: questions on which the second is better.
+        p: two-sided p-value of "no difference"; of a bootstrap not below 1 / RESAMPLES.
+        gained: questions on which the second is better; None where nothing pairs them.
         lost: questions on which the first is better.
     """
 
@@ -34,8 +35,8 @@ class Difference:
     low: float
     high: float
     p: float
-    gained: int
-    lost: int
+    gained: int | None
+    lost: int | None
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
@@ -68,6 +69,46 @@ def difference(first: Sequence[float], second: Sequence[float], clusters: Sequen
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     p = min(1.0, max(2 * tail, 1 / RESAMPLES))
     return Difference(float(changes.mean()), float(low), float(high), p, gained, lost)
+
+
+def over_seeds(
+    first: Sequence[float], second: Sequence[float], *, paired: bool, images: tuple[float, int] = (0.0, 2)
+) -> tuple[float, float, float, float]:
+    """Returns mean difference, the ends of its 95 % interval, and p, of scores over seeds, at least two of each.
+
+    Student's t. Its squared error is that over seeds (of the differences where they are `paired`, the same seeds in the
+    same order) plus that over images, which all seeds share; Satterthwaite's rule gives the degrees of freedom.
+
+    Args:
+        first: a score for each seed, of the model to compare with.
+        second: of the other.
+        paired: both have the same seeds, in the same order.
+        images: standard error of the mean difference over images, and their number.
+    """
+    parts = [(images[0] ** 2, images[1] - 1)]  # squared errors and their degrees of freedom
+    samples = [[new - old for old, new in zip(first, second, strict=True)]] if paired else [first, second]
+    parts += [(statistics.variance(scores) / len(scores), len(scores) - 1) for scores in samples]
+    mean, error = statistics.fmean(second) - statistics.fmean(first), sum(part for part, _ in parts) ** 0.5
+    freedom = error**4 / max(sum(part**2 / free for part, free in parts), 1e-300)
+    if error == 0:
+        return mean, mean, mean, 1.0 if mean == 0 else 0.0
+    # with t = sqrt(f) tan(angle) the density of t is cos(angle) ** (f - 1), up to a factor
+    angles = np.linspace(0.0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    within = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    within /= within[-1]
+    half = error * freedom**0.5 * float(np.tan(np.interp(0.95, within, angles)))
+    p = 1 - float(np.interp(np.arctan(abs(mean) / error / freedom**0.5), angles, within))
+    return mean, mean - half, mean + half, p
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values corrected for their number by Holm's step-down rule, in the same order."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        corrected[place] = largest
+    return corrected
 
 
 def _by_cluster(values: Numbers, clusters: Sequence[Hashable]) -> tuple[Numbers, Numbers]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -99,9 +100,9 @@ def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, f
         file: PNG to write.
         cost: what the x axis says.
         score: what the y axis says.
-        floors: scores of rows that look at no image, drawn across.
+        floors: scores of rows that look at no image, marked beside the axis.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5.4), layout="constrained")
     front = pareto_front(points)
     axes.step(
         [point.cost for point in front],
@@ -115,21 +116,54 @@ def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, f
     runs = list(dict.fromkeys(point.run for point in points))
     schedules = list(dict.fromkeys(point.schedule for point in points))
     for point in points:
-        mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], f"C{schedules.index(point.schedule) % 10}"
+        mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], _colour(schedules.index(point.schedule))
         axes.errorbar(point.cost, point.score, yerr=point.error, fmt=mark, color=colour, markersize=7, capsize=3)
     for number, run in enumerate(runs):
         axes.plot([], [], _MARKS[number % len(_MARKS)], color="0.3", label=run)
     for number, schedule in enumerate(schedules):
-        axes.plot([], [], "_", color=f"C{number % 10}", markersize=12, markeredgewidth=4, label=schedule)
-    for name, value in floors.items():
-        axes.axhline(value, color="0.75", linewidth=1)
-        axes.text(0.995, value, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="0.5")
-    axes.set(xlabel=cost, ylabel=score)
-    axes.set_xlim(left=0)
+        axes.plot([], [], "_", color=_colour(number), markersize=12, markeredgewidth=4, label=schedule)
+    low, high = _zoomed(points)
+    axes.set(xlabel=cost, ylabel=score, ylim=(low, high))
+    _mark_floors(axes, floors, low, high)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", fontsize="small", frameon=False, ncols=4)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def _colour(number: int) -> Any:
+    """Returns one of 20 colours that differ, the strong ones first."""
+    return plt.get_cmap("tab20")(2 * number % 20 + number // 10 % 2)
+
+
+def _zoomed(points: Sequence[Point]) -> tuple[float, float]:
+    """Returns the ends of a score axis that holds the points with their errors, and little more."""
+    low = min(point.score - (point.error or 0) for point in points)
+    high = max(point.score + (point.error or 0) for point in points)
+    margin = 0.08 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _mark_floors(axes: Any, floors: Mapping[str, float], low: float, high: float) -> None:
+    """Marks scores that need no image beside the score axis: at their height, or at its end with an arrow beyond it."""
+    below = 0
+    for name, value in sorted(floors.items(), key=lambda floor: floor[1]):
+        text, height = f"{name} {value:.1f}", (value - low) / (high - low)
+        if 0 <= height <= 1:
+            axes.axhline(value, color="0.75", linewidth=1, zorder=0)
+        else:
+            text += " ↓" if height < 0 else " ↑"
+            height, below = (0.05 * below if height < 0 else 1.0), below + (height < 0)
+        axes.annotate(
+            text,
+            (1.0, height),
+            xytext=(4, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color="0.45",
+        )
 
 
 def draw_live_grid(live: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from data import easy_vqa, scenes
-from data.chat import IGNORE_INDEX, ChatFormat
+from data.chat import IGNORE_INDEX
 from data.images import open_image
+from data.processor import EncodedImages
 from data.rows import IMAGE_MARK, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks
 from data.table import read_records
 from eval.arguments import UsageError
-from eval.prompts import Asked, Prompter, pad_left
-from models.decoder import DecoderOutput, run_decoder
+from eval.prompts import Asked, Prompter, image_inputs, pad_left
+from models.decoder import DecoderOutput
 from models.schedules import Schedule
 
 
@@ -45,51 +47,51 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Questions followed by their answers, padded on the left, images already projected. B samples, S tokens.
+    """Questions followed by their answers, padded on the left, images already encoded. B samples, S tokens.
 
     Attributes:
-        embeds: (B, S, D) embeddings; what stands at visual positions is not looked at.
+        inputs: of the model's forward, the encoded images in place of their pixels.
         visual: (B, S) bool, the visual tokens.
         mask: (B, S) int64, 0 on padding.
-        features: (R, D) the projected visual tokens in order.
         ids: (B, S) int64.
         predicts: (B, S) bool, the tokens that predict a token of the answer; its end mark is one.
         ends: (B, S) bool, the last instruction token: the one that predicts the answer's first.
         reads: (B, S) bool, the text tokens that can see vision, up to the last instruction token.
     """
 
-    embeds: Tensor
+    inputs: dict[str, Any]
     visual: Tensor
     mask: Tensor
-    features: Tensor
     ids: Tensor
     predicts: Tensor
     ends: Tensor
     reads: Tensor
 
     @classmethod
-    def of(cls, model: Any, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor) -> Batch:
+    def of(cls, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Batch:
         """Returns a batch on the model's device.
 
         Args:
-            model: a FusedLlavaForConditionalGeneration.
-            ids: (B, S), padded on the left.
-            mask: (B, S), 0 on padding.
+            model: a fused model of any family.
+            inputs: as `Prompter.batch` has them, of questions with images and their answers.
             labels: (B, S), IGNORE_INDEX outside the answers.
-            pixels: (images, 3, height, width), in the order of their tokens.
         """
-        ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
-        images = model.model.get_image_features(pixel_values=pixels.to(model.device, model.dtype), return_dict=True)
-        embeds = model.get_input_embeddings()(ids)
+        moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
+        taken = signature(model.model.get_image_features).parameters
+        encoded = model.model.get_image_features(
+            **{name: value for name, value in moved.items() if name in taken and name != "input_ids"}, return_dict=True
+        )
+        del moved["pixel_values"]
+        ids, mask, labels = moved["input_ids"], moved["attention_mask"], labels.to(model.device)
         visual = (ids == model.config.image_token_id) & mask.bool()
         predicts = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
         ends = predicts & (predicts.cumsum(dim=1) == 1)
         until_end = ends.flip(1).cumsum(dim=1).flip(1).bool()
         return cls(
-            embeds=embeds,
+            inputs={**moved, "mm_encoder_outputs": {"image": encoded}},
             visual=visual,
             mask=mask,
-            features=torch.cat(list(images.pooler_output)).to(embeds.dtype),
             ids=ids,
             predicts=predicts,
             ends=ends,
@@ -98,15 +100,9 @@ class Batch:
 
     def run(self, model: Any, schedule: Schedule, queries: Tensor | None = None) -> DecoderOutput:
         """Returns a prefill's result under a schedule; `queries` (B, S) are the tokens whose attention it reads."""
-        return run_decoder(
-            model.model.language_model,
-            self.embeds,
-            self.visual,
-            attention_mask=self.mask,
-            schedule=schedule,
-            visual_embeds=self.features,
-            query_mask=self.ends if queries is None else queries,
-        )
+        query_mask = self.ends if queries is None else queries
+        output = model(**self.inputs, schedule=schedule, query_mask=query_mask, use_cache=False, logits_to_keep=1)
+        return output.decoder
 
     @property
     def first_answers(self) -> Tensor:
@@ -123,17 +119,15 @@ class Asker:
     """Makes batches of samples for one checkpoint.
 
     Args:
-        model: a FusedLlavaForConditionalGeneration.
+        model: a fused model of any family.
         prompter: asks it as it was trained to be asked.
-        chat_format: the checkpoint's, as in a recipe's data.format.
     """
 
-    def __init__(self, model: Any, prompter: Prompter, chat_format: str) -> None:
+    def __init__(self, model: Any, prompter: Prompter) -> None:
         self.model, self.prompter = model, prompter
-        self._chat = ChatFormat(chat_format, prompter.tokenizer)
 
-    def encode(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Returns ids and labels of question and answer, an id for each visual token.
+    def encode(self, sample: Sample, images: EncodedImages) -> tuple[list[int], list[int]]:
+        """Returns ids and labels of question and answer, with what the processor writes for each image.
 
         Raises:
             SamplesError: nothing of the answer is left, or the chat template rewrites the conversation.
@@ -141,24 +135,25 @@ class Asker:
         marks = f"{IMAGE_MARK}\n" * len(sample.asked.images)
         question = marks + sample.asked.text.replace(IMAGE_MARK, "").strip()
         try:
-            ids, labels = self._chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
+            ids, labels = self.prompter.chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
         except RowError as error:
             raise SamplesError(f"sample {sample.id}: {error}") from None
         if all(label == IGNORE_INDEX for label in labels):
             raise SamplesError(f"sample {sample.id}: found no token of the answer {sample.answer!r}")
-        image = self._chat.image_token_id
-        counts = [self.prompter.visual_tokens if token == image else 1 for token in ids]
-        pairs = [pair for pair, count in zip(zip(ids, labels, strict=True), counts, strict=True) for _ in range(count)]
-        return [token for token, _ in pairs], [label for _, label in pairs]
+        spans, targets = iter(images.spans), list[int]()
+        for token, label in zip(ids, labels, strict=True):
+            is_image = token == self.prompter.vision.image_token_id
+            targets += [IGNORE_INDEX] * len(next(spans)) if is_image else [label]
+        return self.prompter.expand(ids, images), targets
 
     @torch.no_grad()
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Returns the samples, each of which has an image, as one batch on the model's device."""
-        encoded = [self.encode(sample) for sample in samples]
-        inputs = pad_left([ids for ids, _ in encoded], 0)
+        images = [self.prompter.vision.encode(sample.asked.images) for sample in samples]
+        encoded = [self.encode(sample, one) for sample, one in zip(samples, images, strict=True)]
         labels = pad_left([labels for _, labels in encoded], IGNORE_INDEX)["input_ids"]
-        pixels = [self.prompter.pixels(image) for sample in samples for image in sample.asked.images]
-        return Batch.of(self.model, inputs["input_ids"], inputs["attention_mask"], labels, torch.cat(pixels))
+        inputs = {**self.prompter.padded([ids for ids, _ in encoded]), **image_inputs(images)}
+        return Batch.of(self.model, inputs, labels)
 
     def batches(self, samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sample], Batch]]:
         """Yields the samples `size` at a time, each with its batch."""

@@ -193,7 +193,7 @@ class Insight:
         }
 
     def _lens(self, states: Tensor, answers: Tensor) -> dict[str, Tensor]:
-        logits = self.model.lm_head(self.model.model.language_model.norm(states)).float()
+        logits = self.model.lm_head(self.model.model.get_decoder().norm(states)).float()
         logs = logits.log_softmax(dim=-1)
         own = logits.gather(1, answers[:, None])
         return {

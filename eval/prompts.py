@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LlavaProcessor
 
 from data.chat import ChatFormat
-from data.images import pixel_values, visual_tokens
+from data.dataset import joined
+from data.processor import EncodedImages, VisionProcessor
 from data.rows import IMAGE_MARK, Turn
+from eval.text_tower import TextTower, placed
+
+_MARKS: Final = 2  # kinds of tokens around the visual tokens of an image that lie in one square
 
 
 @dataclass(frozen=True)
@@ -32,59 +38,100 @@ class Prompter:
     """Makes batches of questions for one checkpoint.
 
     Args:
-        processor: the checkpoint's LlavaProcessor.
+        processor: the checkpoint's.
         chat_format: `vicuna_v1` or `chat_template`, as in a recipe's data.format.
         aspect: `pad` or `processor`, as in a recipe's data.image_aspect.
 
     Attributes:
-        visual_tokens: of one image.
+        vision: turns images into tokens and inputs.
+        text_tower: what says how relevant visual tokens are, which batches then carry; None: nothing.
 
     Raises:
         TokenizerError: the tokenizer does not go with the format.
+        ProcessorError: the processor cannot take images.
     """
+
+    text_tower: TextTower | None = None
 
     def __init__(self, processor: Any, *, chat_format: str, aspect: str) -> None:
         self.processor, self.aspect = processor, aspect
         self.tokenizer = processor.tokenizer
-        self._chat = ChatFormat(chat_format, processor.tokenizer)
-        self.visual_tokens = visual_tokens(processor)
+        self.vision = VisionProcessor(processor, aspect=aspect)
+        self.chat = ChatFormat(chat_format, processor.tokenizer, self.vision.text)
 
     def batch(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        """Returns input_ids and attention_mask (B, S), padded on the left, and pixel_values (images, 3, h, w).
+        """Returns what generate() takes: input_ids and attention_mask (B, S), padded on the left, and inputs of images.
 
-        Without any image there is no pixel_values.
+        Without any image there are none of the latter. With a text tower there is relevance (B, S).
         """
-        inputs = pad_left([self._ids(question) for question in asked], self._pad)
-        pixels = [self.pixels(image) for question in asked for image in question.images]
-        return {**inputs, "pixel_values": torch.cat(pixels)} if pixels else inputs
+        encoded = [self.vision.encode(question.images) if question.images else None for question in asked]
+        prompts = [self.expand(self._ids(question), one) for question, one in zip(asked, encoded, strict=True)]
+        inputs = {**self.padded(prompts), **image_inputs(encoded)}
+        if self.text_tower is not None and "pixel_values" in inputs:
+            shown = inputs["pixel_values"].split([len(question.images) for question in asked])
+            rows = [
+                self.text_tower.relevance(question.text.replace(IMAGE_MARK, "").strip(), images)
+                for question, images in zip(asked, shown, strict=True)
+            ]
+            inputs["relevance"] = placed(rows, inputs["input_ids"], self.vision.image_token_id)
+        return inputs
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Returns (1, 3, h, w): an image as the tower gets it."""
-        return pixel_values(image, self.processor.image_processor, aspect=self.aspect)
+    def expand(self, ids: Sequence[int], images: EncodedImages | None) -> list[int]:
+        """Returns ids with each image token replaced by what the processor writes for its image."""
+        spans = iter(images.spans if images is not None else ())
+        return [new for one in ids for new in (next(spans) if one == self.vision.image_token_id else [one])]
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches of one image, in which its visual tokens lie."""
-        crop = self.processor.image_processor.crop_size
-        return crop["height"] // self.processor.patch_size, crop["width"] // self.processor.patch_size
+    def padded(self, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Returns prompts padded on the left, where generation does not look, and the family's inputs of types."""
+        inputs = pad_left(prompts, self._pad)
+        types = self.vision.type_ids(inputs["input_ids"])
+        return {**inputs, **{name: value * inputs["attention_mask"] for name, value in types.items()}}
 
-    def patches(self, live: Tensor, ids: Tensor) -> Tensor:
-        """Returns (layers, rows * columns): which patches of a sample's first image are live.
+    def grid(self, image: Image.Image, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
+        """Returns rows and columns of the visual tokens of a question's first image.
+
+        None where they lie in no one grid: in tiles, or with an overview beside them.
+
+        Args:
+            image: the image.
+            inputs: the question's, as `batch` returns them.
+        """
+        images = self.processor.image_processor
+        if "image_grid_thw" in inputs:
+            _, rows, columns = inputs["image_grid_thw"][0].tolist()
+            return rows // images.merge_size, columns // images.merge_size
+        if isinstance(self.processor, LlavaProcessor):
+            patch = self.processor.patch_size
+            height, width = inputs["pixel_values"].shape[-2:]
+            return height // patch, width // patch
+        [span] = self.vision.encode([image]).spans
+        rows = math.isqrt(span.count(max(set(span), key=span.count)))
+        is_square = len(set(span)) <= _MARKS + 1 and rows * rows == span.count(max(set(span), key=span.count))
+        return (rows, rows) if is_square and len(inputs["pixel_values"]) == 1 else None
+
+    def patches(self, live: Tensor, visual: Tensor, grid: tuple[int, int], image: Image.Image) -> Tensor:
+        """Returns (layers, rows * columns): which visual tokens of a sample's first image are live.
 
         Args:
             live: (layers, S) bool, the live visual tokens of the sample in each layer.
-            ids: (S,), its input_ids.
+            visual: (S,) bool, its visual tokens.
+            grid: as `grid` returns it.
+            image: the image.
         """
-        visual = (ids == self._chat.image_token_id).to(live.device)
-        rows, columns = self.grid
-        first = self.visual_tokens - rows * columns  # a class token, where the tower's is kept, stands in front
-        return live[:, visual][:, first : self.visual_tokens].cpu()
+        rows, columns = grid
+        extra = 0
+        if isinstance(self.processor, LlavaProcessor):  # a class token, where the tower's is kept, stands in front
+            extra = self.vision.count(*image.size) - rows * columns
+        return live[:, visual][:, extra : extra + rows * columns].cpu()
 
-    def picture(self, pixels: Tensor) -> Image.Image:
-        """Returns pixel values (3, h, w) as the image that they show: what the model sees, cut as it is cut."""
+    def picture(self, image: Image.Image, inputs: Mapping[str, Tensor]) -> Image.Image:
+        """Returns a question's first image as the model sees it: cut where LLaVA's processor cuts it."""
+        pixels = inputs["pixel_values"]
+        if not isinstance(self.processor, LlavaProcessor):
+            return image
         processor = self.processor.image_processor
         mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        shown = (pixels.float().cpu() * std + mean).clamp(0, 1)
+        shown = (pixels[0].float().cpu() * std + mean).clamp(0, 1)
         return Image.fromarray((shown * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
     def decode(self, new_tokens: Tensor) -> list[str]:
@@ -97,11 +144,15 @@ class Prompter:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def _ids(self, question: Asked) -> list[int]:
-        """Returns the ids of one question, each image token repeated for its visual tokens."""
+        """Returns the ids of one question, with one image token an image."""
         marks = f"{IMAGE_MARK}\n" * len(question.images)
-        ids = self._chat.prompt([Turn("user", marks + question.text.replace(IMAGE_MARK, ""))])
-        counts = [self.visual_tokens if token == self._chat.image_token_id else 1 for token in ids]
-        return [token for token, count in zip(ids, counts, strict=True) for _ in range(count)]
+        return self.chat.prompt([Turn("user", marks + question.text.replace(IMAGE_MARK, ""))])
+
+
+def image_inputs(encoded: Sequence[EncodedImages | None]) -> dict[str, Tensor]:
+    """Returns the inputs of the images of a batch, joined as in training."""
+    given = [one.inputs for one in encoded if one is not None]
+    return {name: joined([inputs[name] for inputs in given]) for name in (given[0] if given else ())}
 
 
 def pad_left(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:

@@ -62,27 +62,43 @@ def write_report(
 
 def _task(task: str, rows: Sequence[tables.Row], cells: Cells, baseline: str | None, out: Path) -> dict[str, Any]:
     """Returns what the template shows of one task."""
-    members = [row for row in rows if row["task"] == task]
-    done = {key: cell for key, cell in cells.items() if key[2] == task and cell["status"] == "done"}
+    every = [row for row in rows if row["task"] == task]
+    members = [row for row in every if "pooled_in" not in row]
+    done = _representatives(members, every, cells)
     plots = []
+    scale_flops, unit = tables.flops_unit(members)
     for name, title, label, key, scale in (
-        ("flops", "Score against the decoder's FLOPs", "decoder GFLOPs of one prompt", "flops", 1e-9),
+        ("flops", "Score against the decoder's FLOPs", f"decoder {unit} of one prompt", "flops", scale_flops),
         ("time", "Score against measured time", "prefill, milliseconds a prompt", "prefill_seconds", 1e3),
     ):
         if file := _score_plot(members, out / f"{task}_score_{name}.png", label, key, scale):
             plots.append({"title": title, "image": embedded(file), "name": name})
     if done:
         file = out / f"{task}_live_tokens.png"
-        draw_live_grid({_title(members, key): cell["costs"]["live"] for key, cell in done.items()}, file)
+        draw_live_grid({title: cell["costs"]["live"] for title, (_, cell) in done.items()}, file)
         plots.append({"title": "Live visual tokens by layer", "image": embedded(file), "name": "live"})
     return {
         "name": task,
-        "baseline": baseline,
+        "note": tables.note(members, baseline),
         "scores": tables.score_table(members),
         "costs": tables.cost_table(members),
         "plots": plots,
-        "samples": _samples(members, done, out, task),
+        "samples": _samples(done, out, task),
     }
+
+
+def _representatives(
+    members: Sequence[tables.Row], every: Sequence[tables.Row], cells: Cells
+) -> dict[str, tuple[str, tables.Record]]:
+    """Returns, by the title of each row with a finished cell, run and cell; of several seeds the first one's."""
+    found = {}
+    for row in members:
+        alike = [one for one in every if one.get("pooled_in") == row["run"] and one["schedule"] == row["schedule"]]
+        run = alike[0]["run"] if alike else row["run"]
+        cell = cells.get((run, row["schedule"], row["task"]))
+        if cell is not None and cell["status"] == "done":
+            found[f"{row['run']}, {tables.shown_schedule(row)}"] = run, cell
+    return found
 
 
 def _score_plot(members: Sequence[tables.Row], file: Path, label: str, key: str, scale: float) -> Path | None:
@@ -108,20 +124,18 @@ def _score_plot(members: Sequence[tables.Row], file: Path, label: str, key: str,
     return file
 
 
-def _samples(members: Sequence[tables.Row], done: Cells, out: Path, task: str) -> list[dict[str, Any]]:
+def _samples(done: Mapping[str, tuple[str, tables.Record]], out: Path, task: str) -> list[dict[str, Any]]:
     """Returns the sample pages: each question with every row's answer and live tokens."""
     if not done:
         return []
-    first_run, first = next((key[0], cell) for key, cell in done.items())
+    first_run, first = next(iter(done.values()))
     pages = []
     for place, shown in enumerate(first["shown"]):
         entries = []
-        for key, cell in done.items():
+        for title, (run, cell) in done.items():
             sample = next(sample for sample in cell["samples"] if sample["id"] == shown["id"])
-            strip = _strip(cell["shown"][place], out / "cells" / key[0] / f"{task}_pictures")
-            entries.append(
-                {"row": _title(members, key), "answer": sample["answer"], "value": sample["value"], "strip": strip}
-            )
+            strip = _strip(cell["shown"][place], out / "cells" / run / f"{task}_pictures")
+            entries.append({"row": title, "answer": sample["answer"], "value": sample["value"], "strip": strip})
         picture = shown["picture"] and out / "cells" / first_run / f"{task}_pictures" / shown["picture"]
         target = next(sample["target"] for sample in first["samples"] if sample["id"] == shown["id"])
         pages.append(
@@ -135,14 +149,9 @@ def _samples(members: Sequence[tables.Row], done: Cells, out: Path, task: str) -
     return pages
 
 
-def _title(members: Sequence[tables.Row], key: tuple[str, str, str]) -> str:
-    row = next(row for row in members if (row["run"], row["schedule"], row["task"]) == key)
-    return f"{row['run']}, {tables.shown_schedule(row)}"
-
-
 def _strip(shown: Mapping[str, Any], pictures: Path) -> str | None:
-    """Returns the live tokens of one sample page as an embedded picture; None without an image."""
-    if not shown["picture"]:
+    """Returns the live tokens of one sample page as an embedded picture; None without a grid of visual tokens."""
+    if not shown["picture"] or shown["grid"] is None:
         return None
     rows, columns = shown["grid"]
     live = torch.zeros(shown["runs"][-1]["last"] + 1, rows * columns, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -14,46 +15,38 @@ from data import scenes as scenes_data
 from data.scene_questions import FAMILIES
 from eval import easy_vqa, scenes
 from eval.easy_vqa import mean as mean_of
-from eval.paired import difference, standard_error
+from eval.paired import standard_error
+from models.schedules import Fused, Schedule
 
 Record = dict[str, Any]
 Row = dict[str, Any]
 FLOOR = "-"  # the schedule of a row that no model stands behind
 PUBLISHED = Path(__file__).parent / "published.json"
-COSTS = (
-    "run",
-    "schedule",
-    "prefill (ms)",
-    "faster",
-    "tokens/s",
-    "peak memory (MiB)",
-    "KV cache (KiB)",
-    "visual token-layers",
-    "vision attention",
-    "decoder MFLOPs",
-    "of dense",
-)
 _CLOSE = 1e-6
 
 
-def cell_row(run: str, schedule: str, task: str, cell: Record, speed: Mapping[str, float] | None) -> Row:
+def cell_row(
+    run: str, label: str, task: str, cell: Record, schedule: Schedule, speed: Mapping[str, float] | None
+) -> Row:
     """Returns the row of one cell; of a failed one its error.
 
     Args:
         run: the checkpoint's name.
-        schedule: its name.
+        label: the schedule's, as it was asked for.
         task: lmms-eval's name.
         cell: the cell's record.
+        schedule: what the label means on this checkpoint.
         speed: what `eval.speed` measured; None where that is not done.
     """
-    row: Row = {"run": run, "schedule": schedule, "task": task, "status": cell["status"]}
+    row: Row = {"run": run, "schedule": label, "settings": settings_text(schedule), "task": task}
+    row["status"] = cell["status"]
     if cell["status"] != "done":
         return {**row, "error": cell["error"], "score": None}
     benchmark, costs, metrics = cell["benchmark"], cell["costs"], cell["metrics"]
     counted = [sample for sample in cell["samples"] if sample["value"] is not None]
     return {
         **row,
-        "within_plan": cell["stages"] is not None and schedule not in ("trained", "dense"),
+        "within_plan": cell["stages"] is not None and label not in ("trained", "dense"),
         "metric": benchmark["metric"],
         "scale": benchmark["scale"],
         "score": metrics[benchmark["metric"]],
@@ -128,23 +121,6 @@ def baseline_of(rows: Sequence[Row], stages: Mapping[str, Any]) -> tuple[str, st
     return (dense[0]["run"], dense[0]["schedule"]) if dense else None
 
 
-def compared(cell: Record, base: Record) -> Row:
-    """Returns what a cell's questions score more than the dense cell's, as a row's `difference`.
-
-    In the unit of a question's value: 0 to 1, so 0.01 is a point.
-    """
-    known = {sample["id"]: sample["value"] for sample in base["samples"] if sample["value"] is not None}
-    both = [sample for sample in cell["samples"] if sample["value"] is not None and sample["id"] in known]
-    if not both:
-        return {}
-    found = difference(
-        [known[sample["id"]] for sample in both],
-        [sample["value"] for sample in both],
-        [sample["image"] for sample in both],
-    )
-    return {"difference": vars(found)}
-
-
 def published() -> list[list[str]]:
     """Returns heading and rows of published figures, which stand in a report for reference."""
     record = json.loads(PUBLISHED.read_text(encoding="utf-8"))
@@ -153,6 +129,35 @@ def published() -> list[list[str]]:
         scores = ["-" if score is None else f"{score:,.1f}" for score in row["scores"]]
         lines.append([row["model"], row["method"], *scores, row["source"]])
     return lines
+
+
+def settings_text(schedule: Schedule) -> str:
+    """Returns the settings of a schedule in words: `layer 2, drop 0.5`; of switches only those that are on."""
+    told = schedule.plan if isinstance(schedule, Fused) else getattr(schedule, "inner", schedule)
+    parts = []
+    for one in dataclasses.fields(told):  # type: ignore[arg-type]  # every schedule is a dataclass
+        value = getattr(told, one.name)
+        if value is None or value is False or value == {} or (one.name == "update" and value == "full"):
+            continue
+        parts.append(f"{one.name} {_value_text(value)}" if value is not True else one.name)
+    return ", ".join(parts)
+
+
+def _value_text(value: Any) -> str:
+    """Returns a setting's value; layers that follow each other as `17-31`."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{amount:g} from {layer}" for layer, amount in value.items())
+    if not isinstance(value, tuple):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    if not all(type(item) is int for item in value) or sorted(value) != list(value):
+        return "/".join(_value_text(item) for item in value)
+    runs: list[list[int]] = []
+    for item in value:
+        if runs and item == runs[-1][-1] + 1:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return "/".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "/".join(map(str, run)) for run in runs)
 
 
 def shown_schedule(row: Row) -> str:
@@ -179,19 +184,19 @@ def difference_text(row: Row) -> str:
 
 
 def p_text(row: Row) -> str:
-    """Returns the p-value of a difference."""
+    """Returns the p-value of a difference, corrected for the number of rows compared."""
     found = row.get("difference")
     if not found:
         return "-"
-    return "< 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"  # what the bootstrap resolves
+    return "< 0.001" if found["p_holm"] < 0.001 else f"{found['p_holm']:.3f}"
 
 
 def score_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Returns heading and rows of one task's scores."""
+    """Returns heading and rows of one task's scores; a column that tells rows apart in nothing is left out."""
     extra = [name for row in rows for name in row.get("metrics", {}) if name != row["metric"]]
     extra = list(dict.fromkeys(extra))
     metric = next((row["metric"] for row in rows if row.get("metric")), "score")
-    lines = [["run", "schedule", metric, *extra, "to dense, points", "p", "gained / lost"]]
+    lines = [["run", "schedule", metric, *extra, "to dense, points", "p (Holm)", "gained / lost", "settings"]]
     for row in rows:
         found, metrics = row.get("difference"), row.get("metrics", {})
         lines.append(
@@ -202,34 +207,81 @@ def score_table(rows: Sequence[Row]) -> list[list[str]]:
                 *(score_text(row, metrics.get(name)) if metrics else "-" for name in extra),
                 difference_text(row),
                 p_text(row),
-                f"{found['gained']} / {found['lost']}" if found else "-",
+                f"{found['gained']:,} / {found['lost']:,}" if found and found["gained"] is not None else "-",
+                row.get("settings") or "-",
             ]
         )
-    return lines
+    return informing(lines, keep=("run", "schedule", metric))
+
+
+def note(rows: Sequence[Row], baseline: str | None) -> str:
+    """Returns how one task's scores are to be read."""
+    pooled, compared = any("seeds" in row for row in rows), sum("difference" in row for row in rows)
+    over = "over seeds in rows of several, else over images" if pooled else "over images"
+    said = [f"Behind ± stands one standard error, {over}."]
+    if baseline is None:
+        return f"{said[0]} There is no dense row to compare with."
+    students = " (Student's t over seeds and images where both rows have several seeds)" if pooled else ""
+    said.append(
+        f"Differences are to {baseline} on the same questions, in points, with the 95 % interval of a paired bootstrap "
+        f"that resamples whole images{students}."
+    )
+    told = "1 comparison" if compared == 1 else f"{compared} comparisons"
+    said.append(
+        f"p is two-sided and corrected for the {told} of this table by Holm's rule; gained and lost count the "
+        "questions that a row answers better, and worse."
+    )
+    return " ".join(said)
+
+
+def informing(lines: Sequence[Sequence[str]], keep: Sequence[str]) -> list[list[str]]:
+    """Returns a table without the columns in which no row says anything, or all say the same within 2 %."""
+    heading, *rest = lines
+    kept = [number for number, name in enumerate(heading) if name in keep or _tells(column_of(rest, number))]
+    return [[line[number] for number in kept] for line in lines]
+
+
+def column_of(lines: Sequence[Sequence[str]], number: int) -> list[str]:
+    """Returns a column's cells, without those that say nothing."""
+    return [line[number] for line in lines if line[number] != "-"]
+
+
+def _tells(cells: Sequence[str]) -> bool:
+    if len(cells) < 2:
+        return bool(cells)
+    try:
+        numbers = [float(cell.replace(",", "").removesuffix("%").removesuffix("x")) for cell in cells]
+    except ValueError:
+        return True
+    return max(numbers) - min(numbers) > 0.02 * max(map(abs, numbers))
 
 
 def cost_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Returns heading and rows of one task's costs; the floors have none."""
-    lines = [list(COSTS)]
-    for row in rows:
-        if row["schedule"] == FLOOR or row["status"] != "done":
-            continue
-        lines.append(
-            [
-                row["run"],
-                shown_schedule(row),
-                _number(row.get("prefill_seconds"), 1e3, 2),
-                f"{_number(row.get('faster_than_dense'), 1, 2)} x",
-                _number(row.get("decode_tokens_per_second"), 1, 0),
-                _number(row.get("peak_bytes"), 2**-20, 1),
-                _number(row.get("cache_bytes"), 2**-10, 1),
-                _number(row["visual_token_layers"], 1, 0),
-                f"{100 * row['vision_attention']:.1f} %",
-                _number(row["flops"], 1e-6, 1),
-                f"{100 * row['flops'] / row['dense_flops']:.1f} %",
-            ]
-        )
-    return lines
+    """Returns heading and rows of one task's costs; the floors have none. Columns as in score_table."""
+    scale, unit = flops_unit(rows)
+    columns = {
+        "prefill (ms)": lambda row: _number(row.get("prefill_seconds"), 1e3, 2),
+        "faster": lambda row: _number(row.get("faster_than_dense"), 1, 2, " x"),
+        "tokens/s": lambda row: _number(row.get("decode_tokens_per_second"), 1, 0),
+        "peak memory (MiB)": lambda row: _number(row.get("peak_bytes"), 2**-20, 1),
+        "KV cache (KiB)": lambda row: _number(row.get("cache_bytes"), 2**-10, 1),
+        "visual token-layers": lambda row: _number(row["visual_token_layers"], 1, 0),
+        f"decoder {unit}": lambda row: _number(row["flops"], scale, 1),
+        "of dense": lambda row: _number(row["flops"] / row["dense_flops"], 100, 1, " %"),
+    }
+    shown = [row for row in rows if row["schedule"] != FLOOR and row["status"] == "done"]
+    lines = [["run", "schedule", *columns]]
+    lines += [[row["run"], shown_schedule(row), *(cell(row) for cell in columns.values())] for row in shown]
+    return informing(lines, keep=("run", "schedule", "visual token-layers", "of dense")) if shown else lines
+
+
+def flops_unit(rows: Sequence[Row]) -> tuple[float, str]:
+    """Returns the unit that suits the rows' FLOPs: what to multiply them with, and its name."""
+    largest = max((row["flops"] for row in rows if row.get("flops")), default=0.0)
+    for scale, name in ((1e-12, "TFLOPs"), (1e-9, "GFLOPs")):
+        if largest * scale >= 1:
+            return scale, name
+    return 1e-6, "MFLOPs"
 
 
 def training_table(training: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -246,8 +298,8 @@ def training_table(training: Mapping[str, Mapping[str, Any]]) -> list[list[str]]
     return lines if len(lines) > 1 else []
 
 
-def _number(value: float | None, scale: float, digits: int) -> str:
-    return "-" if value is None else f"{value * scale:,.{digits}f}"
+def _number(value: float | None, scale: float, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value * scale:,.{digits}f}{unit}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Sequence
@@ -24,7 +25,13 @@ class ComparisonError(UsageError):
 
 
 def settings_of(
-    checkpoints: Sequence[Checkpoint], *, limit: int | None, batch: int | None, precision: str | None
+    checkpoints: Sequence[Checkpoint],
+    *,
+    limit: int | None,
+    batch: int | None,
+    precision: str | None,
+    attention: str = "sdpa",
+    text_tower: str | None = None,
 ) -> dict[str, Any]:
     """Returns what all rows have in common.
 
@@ -33,6 +40,8 @@ def settings_of(
         limit: only the first so many questions of a task; None is all.
         batch: questions of one forward pass; None is 16 on a GPU and 256 on a CPU.
         precision: of the weights; None is bf16 on a GPU and fp32 on a CPU.
+        attention: Hugging Face's attn_implementation.
+        text_tower: the CLIP checkpoint that reads the question for schedules that want it.
 
     Raises:
         ComparisonError: two checkpoints are asked, or shown images, in different ways.
@@ -43,7 +52,7 @@ def settings_of(
             ours, theirs = getattr(first, attribute), getattr(other, attribute)
             if ours != theirs:
                 raise ComparisonError(
-                    f"{flag}: found {ours} ({first.name}) and {theirs} ({other.name}), accepted: rows that differ in "
+                    f"{flag}: got {ours} ({first.name}) and {theirs} ({other.name}), expected rows that differ in "
                     f"checkpoint and schedule alone; {flag} {ours} would ask both so"
                 )
     gpu = torch.cuda.is_available()
@@ -54,19 +63,38 @@ def settings_of(
         "precision": precision or ("bf16" if gpu else "fp32"),
         "chat_format": first.chat_format,
         "image_aspect": first.aspect,
+        "attention": attention,
+        **({} if text_tower is None else {"text_tower": text_tower}),
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "code": code(),
     }
 
 
+# what decides an answer: the models, how images are shown and questions asked, the tasks
+_DECIDING = ("models/*.py", "data/chat.py", "data/images.py", "eval/prompts.py", "eval/lmms.py", "eval/text_tower.py")
+
+
 def code() -> str:
-    """Returns a checksum of what decides a cell's answers here: the models, the schedules, the tasks."""
-    root = Path(__file__).parents[1]
-    files = [*(root / "models").rglob("*.py"), *(root / "eval/tasks").glob("*.yaml")]
-    parts = [file.name.encode() + file.read_bytes() for file in sorted(files)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    """Returns a checksum of the code that decides a cell's answers; comments, docstrings and layout do not count."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(file for pattern in _DECIDING for file in root.glob(pattern)):
+        digest.update(file.name.encode() + meaning(file.read_text(encoding="utf-8")).encode())
+    for file in sorted((root / "eval/tasks").glob("*.yaml")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def meaning(source: str) -> str:
+    """Returns Python source as its syntax tree, without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                del body[0]
+    return ast.dump(tree)
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:
@@ -81,8 +109,8 @@ def check_settings(settings: dict[str, Any], out: Path) -> None:
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise ComparisonError(
-                    f"--out: {out} holds cells made with {key} {before.get(key)}, found {settings.get(key)}, "
-                    "accepted: the same, or another folder"
+                    f"--out: {out} holds cells made with {key} {before.get(key)}, got {settings.get(key)}, "
+                    "expected the same, or another folder"
                 )
     file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -96,7 +124,7 @@ def named(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
     paths = [found.weights.resolve() for found in checkpoints]
     for number, path in enumerate(paths):
         if path in paths[:number]:
-            raise ComparisonError(f"CHECKPOINT: found {checkpoints[number].name} twice, accepted: each once")
+            raise ComparisonError(f"CHECKPOINT: got {checkpoints[number].name} twice, expected each once")
     names = [found.name for found in checkpoints]
     folders = [path.parent if path.name == "final" else path for path in paths]
     for depth in range(2, max(len(folder.parts) for folder in folders) + 1):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from eval import measure
 from models import FusedAutoModel
@@ -35,7 +36,10 @@ def decode(model: Any, inputs: Mapping[str, Tensor], cache: Any, steps: int) -> 
     with torch.inference_mode():
         for _ in range(steps):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+            places = mask.sum(dim=1, keepdim=True) - 1  # families with M-RoPE cannot count them from a mask
+            output = model(
+                input_ids=token, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+            )
             token = output.logits[:, -1:].argmax(-1)
 
 
@@ -47,8 +51,11 @@ def times(
     All in turns, after one warm-up round, so that what disturbs the machine disturbs them alike.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in schedules}
-    for number in range(repeats + 1):
-        for name, schedule in schedules.items():
+    rounds = [(number, name) for number in range(repeats + 1) for name in schedules]
+    with tqdm(rounds, unit="run", leave=False) as bar:
+        for number, name in bar:
+            bar.set_description(f"speed, round {number} of {repeats}, {name}")
+            schedule = schedules[name]
             start = partial(prefill, model, inputs, schedule)
             first = measure.seconds_of(start)
             following = measure.seconds_of(partial(decode, model, inputs, start(), steps))

@@ -109,7 +109,7 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     stages = model.config.stages
     return checkpoint, Analysis(
         model,
-        Asker(model, checkpoint.prompter(processor), checkpoint.chat_format),
+        Asker(model, checkpoint.prompter(processor)),
         samples,
         args.batch or (8 if torch.cuda.is_available() else 50),
         None if stages is None else StagePlan.from_dict(stages),

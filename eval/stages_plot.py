@@ -1,4 +1,4 @@
-"""The stage analysis as one picture: six panels over the decoder's layers."""
+"""The stage analysis as one picture: eight panels over the decoder's layers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import matplotlib
 matplotlib.use("agg")  # before pyplot: there may be no display
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _COLOURS = ("C0", "C3", "C2", "C1")
 
 
 def draw_stages(record: Mapping[str, Any], file: Path) -> None:
-    """Draws all measurements of an analysis; the proposed window is shaded.
+    """Draws all measurements of an analysis; the proposed window is shaded, paler where resampling moves its borders.
 
     Args:
         record: as in stages.json.
         file: PNG to write.
     """
-    figure, grid = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    knocked, sliding, lens, shares, norms, fired = grid.flat
+    figure, grid = plt.subplots(4, 2, figsize=(11, 14), layout="constrained")
+    knocked, sliding, lens, rank, entropy, shares, norms, fired = grid.flat
     _scores(knocked, record, {
         "masked_before": "masked in [0, l)",
         "masked_from": "masked in [l, L)",
@@ -35,7 +35,16 @@ def draw_stages(record: Mapping[str, Any], file: Path) -> None:
     _scores(sliding, record, {"masked_window": f"masked in [l, l + {width})"})
     sliding.set(title=f"Vision masked in {width} layer{'s' if width > 1 else ''}", xlabel="l")
     shown = record["by_layer"]
-    _lens(lens, shown)
+    _curves(lens, shown, {"lens_probability": ""})
+    lens.set(title="Logit lens: probability of the answer", ylabel="probability", ylim=(0, 1.02))
+    _curves(rank, shown, {"lens_rank": ""})
+    rank.set(title="Logit lens: rank of the answer", ylabel="rank (1 = best)", yscale="log")
+    rank.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    rank.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    rank.yaxis.set_minor_formatter(NullFormatter())
+    _curves(entropy, shown, {"lens_entropy": ""})
+    entropy.set(title="Logit lens: entropy", ylabel="nats")
+    entropy.set_ylim(bottom=0)
     _curves(
         shares,
         shown,
@@ -56,7 +65,7 @@ def draw_stages(record: Mapping[str, Any], file: Path) -> None:
             axes.set_xlabel("decoder layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    for axes in (lens, shares, norms, fired):
+    for axes in (lens, rank, entropy, shares, norms, fired):
         axes.set_xlim(-0.7, record["layers"] - 0.3)
         _shade(axes, record, between=True)
     _shade(knocked, record, between=False)
@@ -93,50 +102,51 @@ def _scores(axes: Any, record: Mapping[str, Any], names: Mapping[str, str]) -> N
     axes.legend(fontsize=8)
 
 
-def _lens(axes: Any, shown: Mapping[str, Sequence[float | None]]) -> None:
-    layers = range(len(shown["lens_probability"]))
-    axes.plot(layers, shown["lens_probability"], "C0o-", markersize=4, label="probability of the answer")
-    axes.set(title="Logit lens, last instruction token", ylabel="probability")
-    axes.set_ylim(0, 1.02)
-    other = axes.twinx()
-    other.plot(layers, shown["lens_entropy"], "C1s--", markersize=4, label="entropy")
-    other.plot(layers, shown["lens_rank"], "C2^:", markersize=4, label="rank of the answer")
-    other.set(ylabel="entropy (nats); rank (1 = best)", yscale="symlog")
-    other.set_ylim(bottom=0)
-    lines = [*axes.get_lines(), *other.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="center right")
-
-
 def _curves(axes: Any, shown: Mapping[str, Sequence[float | None]], names: Mapping[str, str]) -> None:
+    """Draws measurements by layer; one that no layer has is left out, in the legend too."""
     for number, (key, label) in enumerate(names.items()):
         values = [float("nan") if value is None else value for value in shown[key]]
+        if all(value is None for value in shown[key]):
+            continue
         style = "--" if key.startswith("change") else "-"
         axes.plot(
-            range(len(values)), values, marker="o", markersize=4, linestyle=style, color=f"C{number}", label=label
+            range(len(values)),
+            values,
+            marker="o",
+            markersize=4,
+            linestyle=style,
+            color=f"C{number}",
+            label=label or None,
         )
-    axes.legend(fontsize=8, loc="upper left", ncols=2)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, loc="upper left", ncols=2)
 
 
 def _firings(axes: Any, record: Mapping[str, Any]) -> None:
-    found, depth = record["visipruner"], record["layers"]
-    for shift, key, label in ((-0.2, "fusion", "fusion layer"), (0.2, "exit", "first layer without vision")):
-        counts = dict(found[key])
-        axes.bar(
-            [layer + shift for layer in range(depth)],
-            [counts.get(layer, 0) for layer in range(depth)],
-            0.4,
-            label=label,
-        )
+    """Draws how often each layer is the fusion layer, filled, and the first without vision, as a frame around it."""
+    found = record["visipruner"]
+    styles: Any = (
+        ("fusion", "fusion layer", {"width": 0.5, "color": "C0"}),
+        ("exit", "first layer without vision", {"width": 0.8, "fill": False, "edgecolor": "C1", "linewidth": 1.5}),
+    )
+    for key, label, style in styles:
+        if found[key]:
+            layers, counts = zip(*found[key], strict=True)
+            axes.bar(layers, counts, label=label, **style)
     kept = [value for value, count in found["kept"] for _ in range(count)]
     words = f"{sum(kept) / len(kept):.1f} tokens kept on average" if kept else "did not fire"
     axes.set(title=f"VisiPruner's tests: {words}", ylabel=f"samples (of {found['samples']})")
     axes.set_ylim(bottom=0, top=None if kept else 1)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
 
 
 def _shade(axes: Any, record: Mapping[str, Any], *, between: bool) -> None:
     """Shades the window's layers; in a panel over borders between layers, from enter to exit."""
     found = record["proposal"]
-    if found is not None:
-        half = 0.5 if between else 0.0
-        axes.axvspan(found["enter"] - half, found["exit"] - half, color="0.5", alpha=0.15, zorder=0)
+    if found is None:
+        return
+    half = 0.5 if between else 0.0
+    (earliest, _), (_, latest) = found["interval"]["enter"], found["interval"]["exit"]
+    for first, end in ((found["enter"], found["exit"]), (min(earliest, found["enter"]), max(latest, found["exit"]))):
+        axes.axvspan(first - half, end - half, color="0.5", alpha=0.1, zorder=0)

@@ -10,7 +10,9 @@ from eval.stages_report import evidence_lines
 from recipes.resolved import dump_recipe
 from recipes.schema import Recipe, RecipeError, load_recipe
 
-FOREIGN = Path(__file__).resolve().parents[1] / "recipes/llava_fused.yaml"
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+FOREIGN = _RECIPES / "llava_fused.yaml"
+READY = _RECIPES / "qwen3_vl_4b_fused.yaml"  # tunes a ready VLM; nothing else of it is Qwen's but `data.processor`
 
 
 def check_target(target: Path | None) -> None:
@@ -24,7 +26,9 @@ def check_target(target: Path | None) -> None:
 
 
 def starting_recipe(checkpoint: Checkpoint, given: str) -> Recipe:
-    """Returns the recipe that a checkpoint was trained with; of one without, LLaVA's, starting from the checkpoint.
+    """Returns the recipe that a checkpoint was trained with; of one without, one that starts from the checkpoint.
+
+    That is LLaVA's for a LLaVA, and one that tunes a ready VLM for any other family.
 
     Args:
         checkpoint: the checkpoint.
@@ -36,9 +40,13 @@ def starting_recipe(checkpoint: Checkpoint, given: str) -> Recipe:
     own = checkpoint.weights / "recipe.yaml"
     if own.is_file():
         return load_recipe(own)
-    foreign = load_recipe(FOREIGN)
+    is_llava = checkpoint.family == "llava"
+    foreign = load_recipe(FOREIGN if is_llava else READY).model_dump()
+    if not is_llava:
+        how = {"format": checkpoint.chat_format, "image_aspect": checkpoint.aspect}
+        foreign["data"] |= {**how, "processor": {}, "expected_visual_tokens": None}
     model = {"config": None, "checkpoint": given, "language_model": None, "vision_tower": None, "stages": None}
-    return Recipe.model_validate({**foreign.model_dump(), "model": model})
+    return Recipe.model_validate({**foreign, "model": model})
 
 
 def write_recipe(target: Path, start: Recipe, record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.probes import SINKS, narrowed
 from eval.stages_analysis import Analysis
-from eval.stages_search import Proposal, Trial
+from eval.stages_search import Proposal, Trial, side_intervals
 from models.cost import plan_cost
 
 Record = dict[str, Any]
@@ -93,6 +93,7 @@ def _proposal(analysis: Analysis, found: Proposal | None, tolerance: float) -> t
         "exit": found.exit,
         "stages": plan.to_dict(),
         "first": list(found.first),
+        "interval": asdict(side_intervals(trials, tolerance)),
         "crossed": found.crossed,
         "widened": found.is_widened,
         "masked": asdict(trials.result(trials.masked_outside(found.enter, found.exit))),
@@ -123,6 +124,10 @@ def evidence(record: Record) -> list[str]:
         f"layer {enter + 1} lose {_loss(record['masked_before'][enter + 1])}, all from layer {leave - 1} on "
         f"{_loss(record['masked_from'][leave - 1])}.",
     ]
+    told = [f"{name} {low}" + (f" to {high}" if high > low else "") for name, (low, high) in found["interval"].items()]
+    lines.append(
+        f"Other images of the kind say {' and '.join(told)}: each side alone, 95 % of a bootstrap over images."
+    )
     if found["widened"]:
         first = found["first"]
         lines.append(f"Each side alone allows [{first[0]}, {first[1]}); both together did not, so it was widened.")

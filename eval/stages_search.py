@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.paired import standard_error
+from eval.paired import RESAMPLES, Numbers, standard_error
 from eval.probe_samples import Batch
 from eval.probes import answered, knocked_out, narrowed, own_schedule
 from models.schedules import Schedule
@@ -109,10 +109,15 @@ class Trials:
         for trial in trials:
             self.right.setdefault(trial, []).extend(answered(model, batch, self.schedule(trial)))
 
+    def lost(self, trial: Trial) -> Numbers:
+        """Returns (samples,), the points that each sample loses in a trial that was run over all of them."""
+        whole, right = (np.asarray(self.right[one], dtype=np.float64) for one in (self.whole, trial))
+        return 100.0 * (whole - right)
+
     def result(self, trial: Trial) -> Result:
         """Returns the score of a trial that was run over all samples."""
         right = 100.0 * np.asarray(self.right[trial], dtype=np.float64)
-        lost = 100.0 * np.asarray(self.right[self.whole], dtype=np.float64) - right
+        lost = self.lost(trial)
         least = 100.0 / len(right)
         score_error = standard_error(right.tolist(), self.groups) or 0.0
         loss_error = standard_error(lost.tolist(), self.groups) or 0.0
@@ -184,3 +189,37 @@ def propose(trials: Trials, tolerance: float, measure: Callable[[Sequence[Trial]
         wider = [window for window in wider if trials.masked_outside(*window) != same]
         enter, leave = min(wider, key=lambda window: result_of(*window).loss)
     return Proposal(enter, leave, first, crossed=False)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Where resampling whole images puts each side of the window, by itself: the middle 95 % of the draws."""
+
+    enter: tuple[int, int]
+    exit: tuple[int, int]
+
+
+def side_intervals(trials: Trials, tolerance: float) -> Intervals:
+    """Returns the 95 % intervals of enter and exit, each by the rule of `propose` for its side alone.
+
+    The bootstrap draws images with replacement and decides anew, with loss and standard error of the draw, what may go.
+    """
+    depth = trials.depth
+    before = [trials.masked_outside(layer, depth) for layer in range(1, depth + 1)]
+    after = [trials.masked_outside(0, layer) for layer in range(depth)]
+    names: dict[str, int] = {}
+    cluster = [names.setdefault(group, len(names)) for group in trials.groups]
+    lost = np.stack([trials.lost(trial) for trial in before + after], axis=1)
+    sums, sizes = np.zeros((len(names), lost.shape[1])), np.zeros(len(names))
+    np.add.at(sums, cluster, lost)
+    np.add.at(sizes, cluster, 1.0)
+    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    number = (drawn @ sizes)[:, None]
+    mean = drawn @ sums / number
+    spread = drawn @ sums**2 - 2 * mean * (drawn @ (sums * sizes[:, None])) + mean**2 * (drawn @ sizes**2)[:, None]
+    error = np.sqrt(len(names) / (len(names) - 1) * spread.clip(min=0)) / number
+    may_go = mean + np.maximum(error, 100.0 / number) <= tolerance
+    enter = (may_go[:, :depth] * np.arange(1, depth + 1)).max(axis=1)
+    leave = np.where(may_go[:, depth:], np.arange(depth), depth).min(axis=1)
+    ends = [np.quantile(side, [0.025, 0.975], method="inverted_cdf").astype(int).tolist() for side in (enter, leave)]
+    return Intervals(*(tuple(pair) for pair in ends))

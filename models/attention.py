@@ -325,10 +325,18 @@ class AttentionProbe:
             mask = mask.where(mask.any(dim=1, keepdim=True), last)
         return LiveTokens.of_mask(mask, self.state.offset)
 
+    def prompt(self) -> Tensor:
+        """Returns (B, S) bool: see View.prompt."""
+        places = torch.arange(self.state.size, device=self.state.text.device)
+        first = self.queries.places.masked_fill(~self.queries.valid, self.state.size).amin(dim=1, keepdim=True)
+        return self.state.text & (places <= first)
+
     @torch.no_grad()
-    def attention(self) -> Tensor:
+    def attention(self, mask: Tensor | None = None) -> Tensor:
         """Returns (B, S): see View.attention."""
-        return self._mean(self.last)
+        if mask is None:
+            return self._mean(self.last)
+        return AttentionProbe(self.decoder, mask, self.state)._mean(self.last)
 
     @torch.no_grad()
     def next_layer_attention(

@@ -34,23 +34,25 @@ def plan_cost(text_config: Any, plan: StagePlan | None, *, visual: int, text: in
     """
     depth = text_config.num_hidden_layers
     counts = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
-    return live_cost(text_config, counts, text=text, kv=plan is not None and plan.update == "kv", value=bytes_per_value)
+    kv = [plan is not None and plan.update == "kv"] * depth
+    return live_cost(text_config, counts, text=text, kv=kv, value=bytes_per_value)
 
 
-def live_cost(text_config: Any, counts: Sequence[int], *, text: int, kv: bool = False, value: int = 2) -> Cost:
+def live_cost(text_config: Any, counts: Sequence[int], *, text: int, kv: Sequence[bool], value: int = 2) -> Cost:
     """Returns the cost of a sample whose layer l ran on `counts[l]` visual and on `text` text tokens.
 
-    `text_config` is the decoder's Hugging Face config. `kv`: visual tokens only gave keys and values (`kv` update).
+    `text_config` is the decoder's Hugging Face config. `kv[l]`: visual tokens only gave keys and values to layer l.
     `value`: bytes of one cached number.
     """
     width, heads = text_config.hidden_size, text_config.num_attention_heads
     head = getattr(text_config, "head_dim", None) or width // heads
     queries, keys = heads * head, text_config.num_key_value_heads * head
     tokens = sum(counts) + text * len(counts)
-    running = text * len(counts) if kv else tokens  # tokens with a query and an MLP
-    pairs = sum((text if kv else count + text) * (count + text) for count in counts)
-    projections = running * 2 * width * queries + tokens * 2 * width * keys
-    mlp = running * 3 * width * text_config.intermediate_size
+    # tokens with a query and an MLP
+    running = [text if only_keys else count + text for count, only_keys in zip(counts, kv, strict=True)]
+    pairs = sum(asking * (count + text) for asking, count in zip(running, counts, strict=True))
+    projections = sum(running) * 2 * width * queries + tokens * 2 * width * keys
+    mlp = sum(running) * 3 * width * text_config.intermediate_size
     flops = 2 * (projections + mlp + 2 * pairs * queries)
     of_vision = 1 - len(counts) * text * text / pairs if pairs else 0.0
     return Cost(sum(counts), tokens, flops, of_vision, 2 * keys * value * tokens)

@@ -30,6 +30,7 @@ from .attention import (
     window_of,
 )
 from .cache import StagedLayer, staged_cache
+from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move
 from .schedule_base import Dense, Schedule, View
 from .value_remap import BoundValueRemap, ValueRemap
@@ -67,6 +68,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     query_mask: Tensor | None = None,
     blocks: Tensor | None = None,
     deepstack: Sequence[Tensor] = (),
+    tower: ImageTokens | None = None,
+    relevance: Tensor | None = None,
 ) -> DecoderOutput:
     """Runs the layers of a decoder over the tokens that the schedule says are live.
 
@@ -90,6 +93,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         blocks: (B, S) or (B, seen + S) int64, image blocks whose tokens attend in both directions, -1: none.
         deepstack: features (R, D) that are added to the visual tokens after the first layers that see vision, one
             after each.
+        tower: what the vision tower made of the images, for a schedule with `reads_tower`.
+        relevance: (B, S), how relevant each visual token is to the question, for CDPruner.
 
     Raises:
         UnsupportedDecoderError: another kind of decoder.
@@ -110,7 +115,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
     state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
-    run = _Run(decoder, schedule, cache, state, query_mask)
+    run = _Run(decoder, schedule, cache, state, query_mask, tower, relevance)
     if state.offset > 0 and state.size == 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
     else:
@@ -131,9 +136,17 @@ class _Run:
     """
 
     def __init__(
-        self, decoder: Any, schedule: Schedule, cache: Any, state: SequenceState, query_mask: Tensor | None
+        self,
+        decoder: Any,
+        schedule: Schedule,
+        cache: Any,
+        state: SequenceState,
+        query_mask: Tensor | None,
+        tower: ImageTokens | None,
+        relevance: Tensor | None,
     ) -> None:
         self.decoder, self.schedule, self.state = decoder, schedule, state
+        self.tower, self.relevance = tower, relevance
         self.depth = len(decoder.layers)
         self.stored: list[StagedLayer | None] = [None] * self.depth if cache is None else cache.layers
         self.probe = AttentionProbe(decoder, query_mask, state)
@@ -167,27 +180,45 @@ class _Run:
             self.visual_rows = VisualRows.of(visual, visual_embeds)
         elif not isinstance(schedule, Dense):
             return self.text_alone(embeds)
-        memory, live, hidden, due = schedule.new_state(), state.all_visual, embeds, list(deepstack)
+        view_at = partial(self._view, embeds, schedule.new_state())
+        live, hidden, due = state.all_visual, embeds, list(deepstack)
         for number in range(self.depth):
-            view = self._view(number, live, hidden, memory)
+            view = view_at(number, live, hidden)
             live = schedule.live(view)
             sees_vision = live is not NO_VISUAL
-            kv_only = sees_vision and schedule.update == "kv"
+            kv_only = sees_vision and schedule.update_at(number) == "kv"
+            if kv_only and schedule.update == "full":
+                self._set_aside(hidden)
             if number == 0 and separate and sees_vision and not kv_only:
                 hidden = embeds.masked_scatter(visual[..., None], visual_embeds.to(embeds.dtype))  # type: ignore[union-attr]
             tokens = state.tokens_of(live, kv_only)
             if tokens.rows is not self.rows:
                 entering = self.visual_rows if sees_vision and not kv_only else None
                 hidden = move(hidden, self.rows, tokens.rows, entering, state.size)
+            states = schedule.visual_states(view) if sees_vision else None
+            if states is not None:
+                hidden = self._replace(hidden, tokens.rows, states)
             remap = schedule.value_remap(view) if sees_vision else None
             bound = None if remap is None else self._bound(remap, tokens, live)
             hidden = self._layer(number, hidden, tokens, bound, is_probed=sees_vision and schedule.reads_attention)
             if due and sees_vision:
-                hidden = self._add_deepstack(hidden, due.pop(0))
-        schedule.on_end(self._view(self.depth, live, hidden, memory))
+                hidden = self._add_deepstack(hidden, due.pop(0), kv_only)
+        schedule.on_end(view_at(self.depth, live, hidden))
         return hidden
 
-    def _view(self, number: int, live: Selection, hidden: Tensor, memory: Any) -> View:
+    def _set_aside(self, hidden: Tensor) -> None:
+        """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""
+        if self.visual_rows is not None and self.rows is not self.state.rows_of(NO_VISUAL):
+            self.visual_rows = self.visual_rows.updated(hidden, self.rows)
+
+    def _replace(self, hidden: Tensor, rows: LiveTokens, states: Tensor) -> Tensor:
+        """Returns hidden states of `rows` (B, L, D) with those of visual tokens taken from `states` (B, S, D)."""
+        if self.visual_rows is None:
+            return hidden
+        self.visual_rows = self.visual_rows.updated(states, self.state.rows_of(self.state.all_visual))
+        return torch.where(rows.take(self.state.visual)[..., None], rows.take(states).to(hidden.dtype), hidden)
+
+    def _view(self, embeds: Tensor, memory: Any, number: int, live: Selection, hidden: Tensor) -> View:
         probed = self.probe.probed
         return View(
             num_layers=self.depth,
@@ -196,10 +227,24 @@ class _Run:
             live=live,
             last_visual_layer=None if probed is None else probed.layer,
             state=memory,
+            embeddings=embeds,
+            tower=self.tower,
+            relevance=self.relevance,
+            prompt=self.probe.prompt,
             attention=self.probe.attention,
             next_layer_attention=partial(self._next_layer_attention, number, hidden),
             last_query_attention=self.probe.last_query_attention,
-            hidden_states=partial(self.rows.put, hidden, self.state.size),
+            hidden_states=partial(self._states, hidden),
+        )
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        """Returns (B, S, D): see View.hidden_states."""
+        full, state = self.rows.put(hidden, self.state.size), self.state
+        if self.visual_rows is None:
+            return full
+        aside = state.visual & (self.rows.columns(state.size) < 0)  # what no layer ran on, or kept from the `kv` update
+        return torch.where(
+            aside[..., None], self.visual_rows.take(state.rows_of(state.all_visual)).to(full.dtype), full
         )
 
     def _layer(
@@ -241,7 +286,7 @@ class _Run:
         visual_kv = self._visual_kv(number, past.tokens, past.positions)
         return self.probe.next_layer_attention(number, hidden, self.rows, self.stored[number], visual_kv)
 
-    def _add_deepstack(self, hidden: Tensor, features: Tensor) -> Tensor:
+    def _add_deepstack(self, hidden: Tensor, features: Tensor, kv_only: bool) -> Tensor:
         """Returns hidden states with DeepStack features (R, D) added to their visual tokens.
 
         Under the `kv` update, whose visual tokens have no hidden states, the features join what later layers project.
@@ -249,7 +294,7 @@ class _Run:
         if self.visual_rows is None:
             return hidden
         features = features.to(self.visual_rows.rows.dtype)
-        if self.schedule.update == "full":
+        if not kv_only:
             return replace(self.visual_rows, rows=features).added_to(hidden, self.rows)
         self.visual_rows = replace(self.visual_rows, rows=self.visual_rows.rows + features)
         return hidden

@@ -27,7 +27,11 @@ class UnsupportedModelError(ValueError):
 
 
 class StagesConfigMixin:
-    """Adds to a family's config: `stages`, the stage plan's fields or None, and `schedule`, the one to start with."""
+    """Adds to a family's config `stages`, `plans` and `schedule`.
+
+    `stages` are the fields of the stage plan, None is dense. `plans` has all the plans that a checkpoint was trained
+    for, {name: fields, or None for dense}; None where there is one alone. `schedule` is the one to start with.
+    """
 
     base_model_type: str
     model_type: str
@@ -122,27 +126,49 @@ def _molmo2_blocks(given: Mapping[str, Any]) -> Tensor | None:
     return torch.where(given["mm_token_type_ids"] == 1, 0, -1)
 
 
+PARTS = ("projector", "vision_tower", "language_model")
+
+
 @dataclass(frozen=True)
 class Family:
-    """One family of VLMs. See FusedMixin for `blank` and `blocks`."""
+    """One family of VLMs. See FusedMixin for `blank` and `blocks`.
+
+    `tower` and `projector` name modules or weights below `model`; a name in `projector` wins over the tower that holds
+    it (Qwen's merger lies inside its tower). What neither names is the language model.
+    """
 
     model_type: str  # of Hugging Face's config; the fused config's has `fused_` before it
     prefix: str  # of the names of Hugging Face's classes: `Qwen3VL` for Qwen3VLForConditionalGeneration
     blank: Callable[[Any], dict[str, Tensor]] = _square
     blocks: Callable[[Mapping[str, Any]], Tensor | None] = lambda given: None
     bases: tuple[Any, Any] | None = None  # config and model class, where they are not those of transformers
+    tower: tuple[str, ...] = ("vision_tower",)
+    projector: tuple[str, ...] = ("multi_modal_projector", "image_newline")
+
+    def part_of(self, name: str) -> str:
+        """Returns which of PARTS a weight belongs to, by its name in the model, or in one with adapters around it."""
+        place = f".{name}."
+        for part, modules in (("projector", self.projector), ("vision_tower", self.tower)):
+            if any(f".model.{module}." in place for module in modules):
+                return part
+        return "language_model"
 
     @cached_property
     def config_class(self) -> Any:
-        """The fused config's class: everything the family's config takes, `stages` and `schedule`."""
+        """The fused config's class: everything the family's config takes, `stages`, `plans` and `schedule`."""
         base = self.bases[0] if self.bases else getattr(transformers, f"{self.prefix}Config")
         fields: dict[str, Any] = {
             "__module__": __name__,
-            "__annotations__": {"stages": dict[str, Any] | None, "schedule": dict[str, Any] | str | None},
-            "__doc__": f"Everything {base.__name__} takes, `stages` and `schedule`: see StagesConfigMixin.",
+            "__annotations__": {
+                "stages": dict[str, Any] | None,
+                "plans": dict[str, Any] | None,
+                "schedule": dict[str, Any] | str | None,
+            },
+            "__doc__": f"Everything {base.__name__} takes, `stages`, `plans` and `schedule`: see StagesConfigMixin.",
             "model_type": f"fused_{self.model_type}",
             "base_model_type": self.model_type,
             "stages": None,
+            "plans": None,
             "schedule": None,
         }
         return type(f"Fused{base.__name__}", (StagesConfigMixin, base), fields)
@@ -182,11 +208,15 @@ def _forward_like(base: Any) -> Callable[..., Any]:
 
     parameters = dict(signature(base.forward).parameters)
     variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
-    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in ("schedule", "visual")]
+    names = ("schedule", "visual", "relevance", "query_mask")
+    added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names]
     forward.__doc__ = FusedMixin.forward.__doc__
     forward.__signature__ = Signature([*parameters.values(), *added, variable])  # type: ignore[attr-defined]  # generate() reads it
     return forward
 
+
+_QWEN3_MERGERS = ("visual.merger", "visual.deepstack_merger_list")
+_OVIS2_TABLE = ("visual_embeddings_table", "vision_tower.head_linear", "vision_tower.head_norm")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -195,15 +225,15 @@ FAMILIES: dict[str, Family] = {
         Family("llava_next", "LlavaNext", _tiles),
         Family("llava_onevision", "LlavaOnevision", _tiles),
         Family("internvl", "InternVL"),
-        Family("qwen2_vl", "Qwen2VL", _patches),
-        Family("qwen2_5_vl", "Qwen2_5_VL", _patches),
-        Family("qwen3_vl", "Qwen3VL", _patches),
-        Family("glm4v", "Glm4v", _patches),
-        Family("smolvlm", "SmolVLM", _listed),
-        Family("idefics3", "Idefics3", _listed),
+        Family("qwen2_vl", "Qwen2VL", _patches, tower=("visual",), projector=("visual.merger",)),
+        Family("qwen2_5_vl", "Qwen2_5_VL", _patches, tower=("visual",), projector=("visual.merger",)),
+        Family("qwen3_vl", "Qwen3VL", _patches, tower=("visual",), projector=_QWEN3_MERGERS),
+        Family("glm4v", "Glm4v", _patches, tower=("visual",), projector=("visual.merger", "visual.downsample")),
+        Family("smolvlm", "SmolVLM", _listed, tower=("vision_model",), projector=("connector",)),
+        Family("idefics3", "Idefics3", _listed, tower=("vision_model",), projector=("connector",)),
         Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
         Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
-        Family("ovis2", "Ovis2"),
+        Family("ovis2", "Ovis2", projector=_OVIS2_TABLE),
         Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
         Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
     )

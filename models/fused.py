@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache as remembered
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -22,8 +23,9 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
-from .schedule_base import Dense, Schedule
-from .schedules import Choice, resolve_schedule
+from .image_tokens import ImageTokens, image_tokens, missing_tower, states_around
+from .schedule_base import Dense, Schedule, ScheduleError
+from .schedules import SCHEDULES, TRAINED, Choice, resolve_schedule
 from .stage_plan import StagePlan
 
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
@@ -92,6 +94,8 @@ class _Call:
     blocks: Tensor | None
     blank: BlankImage | None
     embeddings_learn: bool
+    relevance: Tensor | None
+    tower: ImageTokens | None = None
     output: DecoderOutput | None = None
 
 
@@ -103,6 +107,7 @@ class _Generation:
     prompt_length: int
     schedule: Schedule
     on_prefill: Callable[[FusedOutput], Any] | None  # None once it was called
+    images: tuple[Tensor, ...] = ()  # under a schedule that reads the tower: the features of each image
 
 
 # Context variables, so that two threads that run one model do not see each other's call.
@@ -142,6 +147,8 @@ class FusedTextMixin:
             query_mask=call.query_mask,
             blocks=call.blocks,
             deepstack=deepstack,
+            tower=call.tower,
+            relevance=call.relevance,
         )
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
@@ -157,12 +164,66 @@ def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
     if kind not in SUPPORTED_DECODERS.values():
         expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
         raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
-    depth, plan = config.text_config.num_hidden_layers, None
+    depth = config.text_config.num_hidden_layers
     if config.stages is not None:
-        plan = StagePlan.from_dict(config.stages)
-        plan.check(depth)
-        config.stages = plan.to_dict()
-    return plan, resolve_schedule(config.schedule, plan, depth)
+        config.stages = _checked(config.stages, depth).to_dict()
+    if config.plans is not None:
+        _check_plans(config)
+        config.plans = {
+            name: None if fields is None else _checked(fields, depth).to_dict() for name, fields in config.plans.items()
+        }
+    return _plan_of(config.stages), resolve_config(config, config.schedule)
+
+
+def resolve_config(config: Any, choice: Choice) -> Schedule:
+    """Returns the schedule that a choice means for a model of a fused config; errors as resolve_schedule."""
+    plans = {name: _plan_of(fields) for name, fields in (config.plans or {}).items()}
+    schedule = resolve_schedule(choice, _plan_of(config.stages), config.text_config.num_hidden_layers, plans)
+    return require_tower(schedule, config)
+
+
+def _plan_of(fields: Mapping[str, Any] | None) -> StagePlan | None:
+    return None if fields is None else StagePlan.from_dict(fields)
+
+
+def _checked(fields: Mapping[str, Any], depth: int) -> StagePlan:
+    plan = StagePlan.from_dict(fields)
+    plan.check(depth)
+    return plan
+
+
+def _check_plans(config: Any) -> None:
+    """Raises ValueError where a name of `plans` means something else already."""
+    for name, fields in config.plans.items():
+        if name == TRAINED or (name in SCHEDULES and not (name == "dense" and fields is None)):
+            raise ValueError(f"plans: got the name '{name}', expected one that is no schedule's; dense is null")
+
+
+def require_tower(schedule: Schedule, config: Any) -> Schedule:
+    """Returns the schedule; raises ScheduleError where it reads a vision tower that the model does not have."""
+    if schedule.reads_tower and (missing := missing_tower(config)):
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ScheduleError(f"schedule {name}: got {missing}, expected a LLaVA with a CLIP tower, which it reads")
+    return schedule
+
+
+def require_nothing_more(schedule: Schedule, config: Any) -> Schedule:
+    """Returns the schedule; raises ScheduleError where a model of this config cannot run it on its inputs alone."""
+    if schedule.reads_relevance:
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ScheduleError(
+            f"schedule {name}: got a checkpoint without the text tower that it needs, expected another schedule; "
+            "eval.compare --text-tower runs this one"
+        )
+    return require_tower(schedule, config)
+
+
+def usable_schedules(config: Any) -> list[str]:
+    """Returns the names of SCHEDULES that a model of this config runs without further inputs."""
+    has_tower = missing_tower(config) is None
+    return [
+        name for name, kind in SCHEDULES.items() if not kind.reads_relevance and (has_tower or not kind.reads_tower)
+    ]
 
 
 class FusedMixin:
@@ -192,8 +253,9 @@ class FusedMixin:
     def schedule(self) -> Schedule:
         """The schedule of forward() and generate().
 
-        Assign another to switch: an object, a name of SCHEDULES with its published settings, or {"name": ..., setting:
-        ...}. None goes back to the trained plan. A pruner on a model with a plan prunes inside the plan's window.
+        Assign another to switch: an object, the name of a plan of `config.plans`, a name of SCHEDULES with its
+        published settings, or {"name": ..., setting: ...}. None goes back to the trained plan. A pruner on a model with
+        a plan prunes inside the plan's window.
         """
         return self._schedule
 
@@ -203,7 +265,7 @@ class FusedMixin:
 
     def resolve(self, choice: Choice) -> Schedule:
         """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
-        return resolve_schedule(choice, self.plan, self.config.text_config.num_hidden_layers)
+        return resolve_config(self.config, choice)
 
     def generate(
         self,
@@ -220,7 +282,12 @@ class FusedMixin:
         prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
         length = 0 if prompt is None else prompt.shape[1]
         chosen = self.schedule if schedule is None else self.resolve(schedule)
-        token = _GENERATION.set(_Generation(self, length, chosen, on_prefill))
+        running = _Generation(self, length, chosen, on_prefill)
+        if chosen.reads_tower and kwargs.get("pixel_values") is not None:
+            with torch.no_grad():
+                image = self._encoded(kwargs.pop("pixel_values"))
+            kwargs["mm_encoder_outputs"], running.images = {"image": image}, tuple(image.pooler_output)
+        token = _GENERATION.set(running)
         try:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
         finally:
@@ -237,6 +304,8 @@ class FusedMixin:
         - use_cache: None is the text config's value without labels, False with labels.
         - schedule: for this call alone; None is the model's.
         - visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
+        - relevance: (B, S), how relevant each visual token is to the question, for CDPruner: see there.
+        - query_mask: (B, S) bool, the tokens whose attention a schedule reads; None is the last instruction token.
         - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
@@ -253,11 +322,16 @@ class FusedMixin:
         schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
         items = given.pop("num_items_in_batch", None)
-        call = self._call(given, schedule, given.pop("visual", None), labels)
+        query_mask = given.pop("query_mask", None)
+        call = self._call(given, schedule, given.pop("visual", None), given.pop("relevance", None), labels)
+        if query_mask is not None:
+            call.query_mask = query_mask
         if labels is not None and given.get("use_cache") is None:
             given["use_cache"] = False
         if call.blank is not None:
             given["mm_encoder_outputs"] = call.blank
+        if schedule.reads_tower:
+            call.tower = self._tower(given)
         token = _CALL.set(call)
         try:
             outputs = self.model(**given)
@@ -306,12 +380,19 @@ class FusedMixin:
         running = _GENERATION.get()
         return running if running is not None and running.model is self else None
 
-    def _call(self, given: dict[str, Any], schedule: Schedule, visual: Tensor | None, labels: Tensor | None) -> _Call:
+    def _call(
+        self,
+        given: dict[str, Any],
+        schedule: Schedule,
+        visual: Tensor | None,
+        relevance: Tensor | None,
+        labels: Tensor | None,
+    ) -> _Call:
         """Returns what the text model needs beside its inputs."""
         vision_tokens = self._vision_tokens(given)
         visual = self._visual(given, vision_tokens, schedule, visual)
         if labels is not None and self.training:
-            self._refuse_training(schedule)
+            self.check_training(schedule)
         query_mask = None
         if schedule.reads_attention:
             query_mask = self._prompt_end(given, visual) if labels is None else _instruction_ends(labels)
@@ -324,9 +405,35 @@ class FusedMixin:
             attention_mask=given.get("attention_mask"),
             query_mask=query_mask,
             blocks=type(self).family_blocks(given),
-            blank=BlankImage(self._blank) if self.training and not vision_tokens else None,
+            blank=BlankImage(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
+            relevance=None if relevance is None else _part(relevance, _seen(given), visual.shape[1]),
         )
+
+    def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
+        """Returns what the tower makes of this call's images, None without any; encodes the pixels in `given`.
+
+        Raises:
+            ScheduleError: encoded images came without the tower's hidden states.
+        """
+        if "pixel_values" in given:
+            given["mm_encoder_outputs"] = {"image": self._encoded(given.pop("pixel_values"))}
+        image, running = (given.get("mm_encoder_outputs") or {}).get("image"), self._running()
+        if image is None:
+            return None
+        states = getattr(image, "hidden_states", None)
+        if states is None or any(states[number] is None for number in states_around(self.config)):
+            raise ScheduleError("mm_encoder_outputs: got no hidden_states, expected those around the layer it projects")
+        tower = image_tokens(self.model, states)
+        if running is None or len(image.pooler_output) == len(running.images):
+            return tower
+        # beams: generate() repeats the features of the images alone, the same tensors
+        number_of = {id(features): number for number, features in enumerate(running.images)}
+        return tower.of([number_of[id(features)] for features in image.pooler_output])
+
+    def _encoded(self, pixels: Tensor) -> Any:
+        """Returns get_image_features' output with the hidden states that ImageTokens are made of."""
+        return self.model.get_image_features(pixels, output_hidden_states=states_around(self.config), return_dict=True)
 
     def _vision_tokens(self, given: dict[str, Any]) -> list[int]:
         """Returns the ids of the tokens that this call's vision inputs replace; none without such inputs."""
@@ -346,10 +453,7 @@ class FusedMixin:
         size, device, seen = tokens.shape[1], tokens.device, _seen(given)
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
-            if visual.shape[1] != size:  # given once for the whole prompt
-                visual = torch.nn.functional.pad(visual, (0, max(0, seen + size - visual.shape[1])))
-                visual = visual[:, seen : seen + size]
-            return visual
+            return _part(visual, seen, size)
         is_decode_step = seen > 0 and size == 1
         if ids is None and not vision_tokens and not is_decode_step and not isinstance(schedule, Dense):
             raise ValueError(
@@ -374,18 +478,21 @@ class FusedMixin:
         text = (columns <= column) & ~visual
         return columns == columns.where(text, -1).amax(dim=1, keepdim=True)
 
-    def _blank(self) -> tuple[Tensor, list[Tensor]]:
-        """Returns the features (R, D) of a blank image, and its DeepStack features."""
-        weight = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+    def _blank(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """Returns the features (R, D) of a blank image, and its DeepStack features.
+
+        Looks up no weight by name: ZeRO-3 would gather it, on ranks without an image alone.
+        """
         inputs = {
-            name: value.to(weight.device, self.dtype if value.is_floating_point() else None)  # type: ignore[attr-defined]
+            name: value.to(device, self.dtype if value.is_floating_point() else None)  # type: ignore[attr-defined]
             for name, value in type(self).family_blank(self.config).items()
         }
         features = self.model.get_image_features(**inputs, return_dict=True)
         levels = getattr(features, "deepstack_features", None) or ()
         return _flat(features.pooler_output), [_flat(level) for level in levels]
 
-    def _refuse_training(self, schedule: Schedule) -> None:
+    def check_training(self, schedule: Schedule) -> None:
+        """Raises ValueError where a schedule cannot train this model, or would leave a part of it without gradient."""
         if not schedule.trainable:
             raise ValueError(f"schedule: got {type(schedule).__name__}, expected Dense or Fused in training")
         levels = len(getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ())
@@ -443,6 +550,13 @@ def _seen(given: Mapping[str, Any]) -> int:
     """Returns the length of the sequence that the given cache holds."""
     cache = given.get(CACHE)
     return 0 if cache is None else cache.get_seq_length()
+
+
+def _part(given: Tensor, seen: int, size: int) -> Tensor:
+    """Returns (B, size), this call's columns of a tensor (B, S) given once for the whole prompt, 0 behind it."""
+    if given.shape[1] == size:
+        return given
+    return torch.nn.functional.pad(given, (0, max(0, seen + size - given.shape[1])))[:, seen : seen + size]
 
 
 def _instruction_ends(labels: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ class LiveTokens:
         """Returns the position ids (B, L) or (3, B, L) of the rows, from those (B, S) or (3, B, S) of the input."""
         return positions if self.whole else positions.gather(-1, self.places.expand(*positions.shape[:-1], -1))
 
+    def take(self, full: Tensor) -> Tensor:
+        """Returns (B, L, ...), the rows' part of what stands at every place of the input, (B, S, ...)."""
+        index = self.places.view(*self.places.shape, *[1] * (full.ndim - 2))
+        return full.gather(1, index.expand(-1, -1, *full.shape[2:]))
+
     def put(self, rows: Tensor, size: int) -> Tensor:
         """Returns (B, size, D) with the rows (B, L, D) at their places and zeros elsewhere."""
         if self.whole:
@@ -82,6 +87,15 @@ class VisualRows:
         """Returns (B, L, D): the row of each of some visual tokens."""
         index = self.row_of.gather(1, live.places)
         return self.rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+    def updated(self, hidden: Tensor, live: LiveTokens) -> VisualRows:
+        """Returns the rows with the hidden states (B, L, D) of the visual tokens among `live` in place of theirs."""
+        size = self.is_visual.shape[1]
+        full = live.put(hidden.masked_fill(~live.valid[..., None], 0.0), size)
+        known = (live.columns(size) >= 0) & self.is_visual
+        index = self.row_of.where(known, len(self.rows)).flatten()  # others write to an extra row, cut off again
+        rows = torch.cat([self.rows, self.rows[:1]]).index_copy(0, index, full.flatten(0, 1).to(self.rows.dtype))
+        return VisualRows(rows[:-1], self.row_of, self.is_visual)
 
     def added_to(self, hidden: Tensor, live: LiveTokens) -> Tensor:
         """Returns hidden states (B, L, D) with its row added to each visual token. `rows` is not empty."""

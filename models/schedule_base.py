@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionRow
+from .diversity import diversity_order
+from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, Selection
 from .stage_plan import StagePlan, kept_count
 from .value_remap import ValueRemap
@@ -27,15 +29,22 @@ class View:
         live: what the schedule selected for the layer before; at first all visual tokens.
         last_visual_layer: the last layer that ran on visual tokens; None before the first one.
         state: what `Schedule.new_state` returned for this run.
+        embeddings: (B, S, D), the input of the decoder: text embeddings and projected image features.
+        tower: what the vision tower made of the images; only under a schedule with `reads_tower`.
+        relevance: (B, S), how relevant each visual token is to the question, from outside; None where not given.
+        prompt: returns (B, S) bool, the text tokens up to the first that stands for the instruction, so none of an
+            answer.
         attention: returns (B, S), the attention that the instruction tokens pay each position in layer
-            `last_visual_layer`, mean over them and over heads, 0 on dead positions.
+            `last_visual_layer`, mean over them and over heads, 0 on dead positions. `attention(mask)` is the same for
+            the text tokens of a (B, S) bool mask, which has one in every sample.
         next_layer_attention: the same for the layer that is about to run, with its norm and projections on the hidden
             states as they are now. Only after a layer ran on visual tokens.
         last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
-        hidden_states: returns (B, S, D), a copy of the output of the layer before (the embeddings, before layer 0), 0
-            on dead positions. For measurements.
+        hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0); of visual
+            tokens that did not run through it what they were before.
 
-    `last_visual_layer` and the three that read attention need `reads_attention`. Each of the three costs O(S).
+    `last_visual_layer`, `prompt` and the three that read attention need `reads_attention`. Each of the three costs O(S)
+    per token that asks.
     """
 
     num_layers: int
@@ -44,7 +53,11 @@ class View:
     live: Selection
     last_visual_layer: int | None
     state: Any
-    attention: Callable[[], Tensor]
+    embeddings: Tensor
+    tower: ImageTokens | None
+    relevance: Tensor | None
+    prompt: Callable[[], Tensor]
+    attention: Callable[..., Tensor]
     next_layer_attention: Callable[[], Tensor]
     last_query_attention: Callable[[], AttentionRow]
     hidden_states: Callable[[], Tensor]
@@ -72,6 +85,8 @@ class Schedule:
 
     update: str = "full"  # what a live visual token does in a layer: `full` or `kv` (see StagePlan)
     reads_attention: bool = False  # the schedule reads attention, so the executor keeps what that needs
+    reads_tower: bool = False  # the schedule reads what the vision tower made of the images, as `view.tower`
+    reads_relevance: bool = False  # the schedule reads `view.relevance`, which the caller has to give
     renumbers: bool = False  # each layer numbers its live tokens anew; otherwise every token keeps its position id
     trainable: bool = False  # may be used with gradients
 
@@ -106,6 +121,20 @@ class Schedule:
         """
         return None
 
+    def update_at(self, layer: int) -> str:
+        """Returns what a live visual token does at a layer, `full` or `kv`, where that differs from layer to layer.
+
+        Under `kv` at some layers a visual token keeps the hidden state that it had before them.
+        """
+        return self.update
+
+    def visual_states(self, view: View) -> Tensor | None:
+        """Returns (B, S, D), what live visual tokens are from `view.layer` on; None: they stay what they are.
+
+        Called after `live`, at layers with live visual tokens. For schedules that merge tokens.
+        """
+        return None
+
     def on_end(self, view: View) -> None:
         """Called once after the last layer, with `view.layer` the decoder's depth. For measurements."""
 
@@ -124,6 +153,7 @@ class Dense(Schedule):
 @dataclass
 class _FusedState:
     kept: Selection | None = None
+    order: Tensor | None = None  # (B, S), by diversity: the same for all cuts, so that each keeps a part of the last
 
 
 @dataclass(frozen=True)
@@ -138,7 +168,8 @@ class Fused(Schedule):
     trainable = True
 
     def __post_init__(self) -> None:
-        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep))
+        by_attention = self.plan.select == "attention"
+        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep) and by_attention)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer beyond the decoder."""
@@ -154,10 +185,17 @@ class Fused(Schedule):
         amount = self.plan.keep.get(view.layer)
         if amount is not None:
             counts = [kept_count(amount, number) for number in view.visual_counts]
-            state.kept = keep_highest(view.attention(), state.kept or view.visual, counts)
+            scores = view.attention() if self.plan.select == "attention" else self._diversity(view, counts)
+            state.kept = keep_highest(scores, state.kept or view.visual, counts)
         if not self.plan.sees(view.layer):
             return NO_VISUAL
         return state.kept or view.visual
+
+    def _diversity(self, view: View, counts: Sequence[int]) -> Tensor:
+        state: _FusedState = view.state
+        if state.order is None:
+            state.order = diversity_order(view.embeddings, view.visual_mask, max(counts))
+        return state.order
 
 
 @dataclass
@@ -184,7 +222,8 @@ class Within(Schedule):
     def __post_init__(self) -> None:
         trained, inner = Fused(self.plan), self.inner
         reads = trained.reads_attention or inner.reads_attention
-        self.derive(update=trained.update, reads_attention=reads, renumbers=inner.renumbers, trainable=inner.trainable)
+        self.derive(update=trained.update, reads_attention=reads, reads_tower=inner.reads_tower)
+        self.derive(reads_relevance=inner.reads_relevance, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when either names a layer beyond the decoder."""
@@ -201,21 +240,53 @@ class Within(Schedule):
         trained = Fused(self.plan).live(replace(view, state=state.plan))
         if trained is NO_VISUAL:
             return NO_VISUAL
-        pruned = self.inner.live(replace(view, live=state.pruned or view.visual, state=state.pruner))
+        live = _both(view, trained, state.pruned or view.visual)
+        pruned = self.inner.live(replace(view, live=live, state=state.pruner))
+        if pruned is live:
+            return live
         state.pruned = pruned
-        if pruned is NO_VISUAL or trained is view.visual:
-            return pruned
-        if (trained, pruned) not in state.both:
-            state.both[trained, pruned] = Selection(mask_of(trained) & mask_of(pruned))
-        return state.both[trained, pruned]
+        return _both(view, trained, pruned)
 
     def value_remap(self, view: View) -> ValueRemap | None:
         """Returns what the pruner wants."""
         return self.inner.value_remap(replace(view, state=view.state.pruner))
 
+    def update_at(self, layer: int) -> str:
+        """Returns `kv` where either wants it."""
+        return "kv" if self.update == "kv" else self.inner.update_at(layer)
+
+    def visual_states(self, view: View) -> Tensor | None:
+        """Returns what the pruner wants."""
+        return self.inner.visual_states(replace(view, state=view.state.pruner))
+
     def on_end(self, view: View) -> None:
         """Calls the pruner."""
         self.inner.on_end(replace(view, state=view.state.pruner))
+
+
+def _both(view: View, trained: Selection, pruned: Selection) -> Selection:
+    """Returns the visual tokens of both selections, the same object for the same two."""
+    if pruned is NO_VISUAL or trained is view.visual:
+        return pruned
+    if pruned is view.visual:
+        return trained
+    both = view.state.both
+    if (trained, pruned) not in both:
+        both[trained, pruned] = Selection(mask_of(trained) & mask_of(pruned))
+    return both[trained, pruned]
+
+
+@dataclass
+class CutState:
+    """What a ScorePruner keeps between the layers of a run.
+
+    Attributes:
+        made: the layers of the cuts that were made.
+        merged: for schedules that merge tokens, what visual tokens are from this layer on; None: unchanged.
+    """
+
+    made: set[int] = field(default_factory=set)
+    merged: Tensor | None = None
 
 
 class ScorePruner(Schedule):
@@ -236,17 +307,24 @@ class ScorePruner(Schedule):
         if last >= num_layers:
             raise ScheduleError(f"{type(self).__name__}.{name}: got {last}, expected {expected}")
 
-    def new_state(self) -> set[int]:
-        """Returns the layers of the cuts that the run has made."""
-        return set()
+    def new_state(self) -> CutState:
+        """Returns the cuts that the run has made."""
+        return CutState()
+
+    def due(self, view: View) -> float | None:
+        """Returns the ratio of the cut that has to be made now, and notes that it was made; None: there is none."""
+        made = view.state.made
+        due = [(layer, ratio) for layer, ratio in self.cuts if layer <= view.layer and layer not in made]
+        if not due or view.live is NO_VISUAL or (self.reads_attention and view.last_visual_layer is None):
+            return None
+        made.update(layer for layer, _ in due)
+        return due[-1][1]
 
     def live(self, view: View) -> Selection:
         """Returns all visual tokens before the first cut, fewer after each one."""
-        due = [(layer, ratio) for layer, ratio in self.cuts if layer <= view.layer and layer not in view.state]
-        if not due or (self.reads_attention and view.last_visual_layer is None):
+        ratio = self.due(view)
+        if ratio is None:
             return view.live
-        view.state.update(layer for layer, _ in due)
-        ratio = due[-1][1]
         return keep_highest(self.score(view), view.live, [self.rounding(n * ratio) for n in view.visual_counts])
 
 
@@ -263,6 +341,11 @@ class ScheduleError(ValueError):
     """A schedule's setting is wrong, or does not fit the decoder."""
 
 
+def at_least_one(tokens: float) -> int:
+    """Returns the nearest whole number of tokens, at least 1."""
+    return max(1, round(tokens))
+
+
 def is_int(value: Any, low: int) -> bool:
     """Returns whether a value is a whole number, at least `low`."""
     return type(value) is int and value >= low
@@ -276,3 +359,8 @@ def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
 def published_setting(depth_bound: int | Sequence[int]) -> Any:
     """Returns a field with layers published for a 32-layer decoder, which `published` scales to another depth."""
     return field(default=depth_bound, metadata={"published_depth": 32})
+
+
+def published_layers(layers: Sequence[int]) -> Any:
+    """Returns a field with a set of layers published for a 32-layer decoder; `published` scales each layer's place."""
+    return field(default=layers, metadata={"published_depth": 32, "is_set": True})

@@ -6,11 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .cdpruner import CDPruner
+from .divprune import DivPrune
 from .fastv import FastV
 from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
 from .schedule_base import Dense, Fused, Schedule, ScheduleError, ScorePruner, View, Within
+from .shortv import ShortV
+from .sparsevlm import SparseVLM
 from .stage_plan import StagePlan
+from .visionzip import VisionZip
 from .visipruner import VisiPruner
 from .vtw import VTW
 
@@ -20,12 +25,17 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
     "vtw": VTW,
+    "divprune": DivPrune,
+    "visionzip": VisionZip,
+    "sparsevlm": SparseVLM,
+    "cdpruner": CDPruner,
+    "shortv": ShortV,
     "random": Random,
 }
 TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has none
 
-# None or "trained": the checkpoint's plan, dense without one; a name of SCHEDULES, with its published settings;
-# {"name": ..., setting: ...}; or a Schedule
+# None or "trained": the checkpoint's plan, dense without one; the name of one of its plans; a name of SCHEDULES, with
+# its published settings; {"name": ..., setting: ...}; or a Schedule
 Choice = Schedule | str | Mapping[str, Any] | None
 
 
@@ -46,12 +56,20 @@ def published(name: str, num_layers: int, **settings: Any) -> Schedule:
         if key not in known:
             raise ScheduleError(f"schedule {name}: got setting {key!r}, expected {', '.join(known) or 'none'}")
     bounds = [field for field in fields if "published_depth" in field.metadata]
-    scaled = {one.name: _scaled(one.default, num_layers / one.metadata["published_depth"]) for one in bounds}
+    scaled = {one.name: _scaled(one, num_layers) for one in bounds}
     return kind(**{**scaled, **settings})
 
 
-def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) -> Schedule:
+def resolve_schedule(
+    choice: Choice, plan: StagePlan | None, num_layers: int, plans: Mapping[str, StagePlan | None] | None = None
+) -> Schedule:
     """Returns the schedule that a choice means for a checkpoint. A pruner prunes inside the window of its plan.
+
+    Args:
+        choice: see Choice.
+        plan: the checkpoint's.
+        num_layers: its decoder's depth.
+        plans: all plans that it was trained for, by name, where there are several.
 
     Raises:
         ScheduleError: an unknown name or setting, a class in place of an object, a setting beyond the decoder.
@@ -59,10 +77,17 @@ def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) ->
     """
     if isinstance(choice, type):
         raise ScheduleError(f"schedule: got the class {choice.__name__}, expected an object: {choice.__name__}(...)")
+    name = choice.get("name") if isinstance(choice, Mapping) and len(choice) == 1 else choice
+    if plans and isinstance(name, str) and name in plans:
+        named = plans[name]
+        choice = Dense() if named is None else Fused(named)
     if isinstance(choice, Mapping):
         settings = dict(choice)
         choice = published(settings.pop("name", None), num_layers, **settings)
     if isinstance(choice, str) and choice != TRAINED:
+        if choice not in SCHEDULES:
+            known = ", ".join([TRAINED, *(plans or {}), *SCHEDULES])
+            raise ScheduleError(f"schedule: got {choice!r}, expected one of {known}")
         choice = published(choice, num_layers)
     if choice is None or choice == TRAINED:
         choice = Dense() if plan is None else Fused(plan)
@@ -74,15 +99,27 @@ def resolve_schedule(choice: Choice, plan: StagePlan | None, num_layers: int) ->
     return choice
 
 
-def _scaled(value: Any, ratio: float) -> Any:
-    return max(1, round(value * ratio)) if isinstance(value, int) else tuple(_scaled(layer, ratio) for layer in value)
+def _scaled(one: dataclasses.Field[Any], num_layers: int) -> Any:
+    """Returns a published layer number, bounds in ascending order, or a set of layers, at another depth."""
+    value: Any = one.default
+    ratio = num_layers / one.metadata["published_depth"]
+    if one.metadata.get("is_set"):  # a layer is in the set where the published decoder's at the same place is
+        return tuple(layer for layer in range(num_layers) if int((layer + 0.5) / ratio) in value)
+    if isinstance(value, int):
+        return max(1, round(value * ratio))
+    scaled: list[int] = []
+    for layer in value:
+        scaled.append(max(scaled[-1] + 1 if scaled else 1, round(layer * ratio)))
+    return tuple(scaled)
 
 
 __all__ = [
     "SCHEDULES",
     "TRAINED",
     "VTW",
+    "CDPruner",
     "Dense",
+    "DivPrune",
     "FastV",
     "Fused",
     "PyramidDrop",
@@ -90,8 +127,11 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "ScorePruner",
+    "ShortV",
+    "SparseVLM",
     "View",
     "VisiPruner",
+    "VisionZip",
     "Within",
     "published",
     "resolve_schedule",

@@ -23,13 +23,17 @@ class StagePlan:
             text: no query, no MLP, and its hidden state stays as projected.
         layers: the layers that see visual tokens, in place of enter and exit; `kv` only.
         keep: {layer: how many visual tokens stay from that layer on}, a count (int >= 1) or a ratio of the
-            sample's visual tokens (0 < float < 1). Which ones stay is decided by the attention that the last
-            instruction token pays them in the layer before (of those that see vision).
+            sample's visual tokens (0 < float < 1). With `select: diversity` the first layer may be named too: so
+            many enter.
+        select: which ones stay. `attention`: those to which the last instruction token pays the highest attention in
+            the layer before (of those that see vision). `diversity`: those whose projected features differ most from
+            each other (DivPrune's max-min rule); the choice does not depend on the question.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
 
-    Source: window and pyramid as in HiDrop (arXiv 2602.23699), `kv` and layer lists as in ViCA (arXiv 2602.07574).
+    Source: window and pyramid as in HiDrop (arXiv 2602.23699), `kv` and layer lists as in ViCA (arXiv 2602.07574),
+    diversity as in DivPrune (arXiv 2503.02175); its place at `enter` is ours.
     """
 
     enter: int | None = None
@@ -37,10 +41,12 @@ class StagePlan:
     update: str = "full"
     layers: Sequence[int] | None = None
     keep: Mapping[int, int | float] = field(default_factory=dict)
+    select: str = "attention"
 
     def __post_init__(self) -> None:
-        if self.update not in ("full", "kv"):
-            raise ValueError(f"stages.update: got {self.update!r}, expected full or kv")
+        for name, known in (("update", ("full", "kv")), ("select", ("attention", "diversity"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"stages.{name}: got {getattr(self, name)!r}, expected {' or '.join(known)}")
         if self.layers is None:
             self._check_window()
         else:
@@ -48,10 +54,12 @@ class StagePlan:
         object.__setattr__(self, "keep", _checked_keep(self.keep))
         first = self.layers[0] if self.layers is not None else self.enter
         for layer in self.keep:
-            if layer == first or not self.sees(layer):
+            if not self.sees(layer):
+                raise ValueError(f"stages.keep: got layer {layer}, expected layers that see vision")
+            if layer == first and self.select == "attention":
                 raise ValueError(
-                    f"stages.keep: got layer {layer}, expected layers that see vision, after the first "
-                    f"one ({first}), because the choice needs the attention of a layer before"
+                    f"stages.keep: got layer {layer}, the first that sees vision, expected later ones, because the "
+                    "choice needs the attention of a layer before; select: diversity needs none"
                 )
 
     @classmethod

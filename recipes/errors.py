@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
+ONE, SEVERAL = "<one>", "<several>"  # tags of a key that takes one thing or a list, which are no keys
 _LIMITS: Final = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
@@ -22,7 +23,7 @@ class RecipeError(ValueError):
 def first_fault(error: ValidationError, schema: type[BaseModel], source: str | Path) -> RecipeError:
     """Returns the first fault of `error` as one line that begins with `source` and the dotted key."""
     fault = error.errors()[0]
-    location = [str(part) for part in fault["loc"]]
+    location = [str(part) for part in fault["loc"] if part not in (ONE, SEVERAL)]
     where = f"{source}: {'.'.join(location) or 'recipe'}"
     kind, found = fault["type"], fault["input"]
     if kind in ("extra_forbidden", "invalid_key"):
@@ -74,15 +75,16 @@ def _fields(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Returns the keys that the section at `location` accepts."""
     section: Any = schema
     for part in location:
-        section = _section(section.model_fields[part].annotation)
+        if part in section.model_fields:  # else the name or number of one of several sections
+            section = _section(section.model_fields[part].annotation)
     return list(section.model_fields)
 
 
 def _section(annotation: Any) -> Any:
-    """Returns the model class in `Model` or `Model | None`; None for any other annotation."""
-    options = typing.get_args(annotation) or (annotation,)
-    models = [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return models[0] if models else None
+    """Returns the model class in `Model`, `Model | None`, lists and mappings of it; None for any other annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _section(part)) is not None), None)
 
 
 def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
@@ -90,6 +92,8 @@ def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
     section: Any = schema
     words = "a mapping of keys"
     for part in location:
+        if part.isdecimal():  # a place in a list
+            continue
         if section is None or part not in section.model_fields:
             break
         field = section.model_fields[part]

@@ -31,16 +31,22 @@ def saved_data(saved: Path) -> DataConfig:
         raise RecipeError(f"{saved}: data: cannot be read, expected the recipe.yaml that a run writes") from error
 
 
+def saved_recipe(saved: Path) -> dict[str, Any]:
+    """Returns a saved recipe as {dotted key: value}.
+
+    Raises:
+        RecipeError: the file holds none.
+    """
+    return _flat(_read(saved))
+
+
 def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (dotted key, value in the saved recipe, value in this one) for each key that differs.
 
     Raises:
         RecipeError: the saved recipe cannot be read.
     """
-    try:
-        raw = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
+    raw = _read(saved)
     with suppress(ValidationError):  # a key that is younger than the saved recipe had its default
         raw = Recipe.model_validate(raw).model_dump()
     before = _flat(raw)
@@ -48,6 +54,13 @@ def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
+
+
+def _read(saved: Path) -> Any:
+    try:
+        return yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,16 +6,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from data.config import DataConfig, Files
 from models.stage_plan import StagePlan
-from recipes.errors import RecipeError, first_fault, shortened
+from recipes.errors import ONE, SEVERAL, RecipeError, first_fault, shortened
 
-__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe"]
+__all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
 _MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # beyond every run, and below what overflows
@@ -46,23 +46,66 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Distill(_Section):
+    """Self-distillation: steps under a plan also learn from the same model under another one, without gradient.
+
+    Attributes:
+        teacher: name of the other plan.
+        weight: of the Kullback-Leibler divergence on the labelled positions, beside the loss.
+    """
+
+    teacher: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class NamedPlan(_Section):
+    """One of several stage plans that a checkpoint is trained for.
+
+    Attributes:
+        name: `model.schedule = name` chooses it later.
+        weight: each optimizer step runs under one plan, drawn with these weights.
+        plan: fields of StagePlan; null is dense.
+        distill: what steps under this plan learn from another one; null: nothing.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    weight: float = Field(default=1.0, gt=0)
+    plan: dict[str, Any] | None
+    distill: Distill | None = None
+
+    @property
+    def stages(self) -> StagePlan | None:
+        """The plan; None for dense."""
+        return None if self.plan is None else StagePlan.from_dict(self.plan)
+
+
+def _kind_of_stages(stages: Any) -> str:
+    return SEVERAL if isinstance(stages, list) else ONE
+
+
+_OnePlan = Annotated[dict[str, Any], Tag(ONE)]
+_SeveralPlans = Annotated[list[NamedPlan], Tag(SEVERAL)]
+
+
 class ModelSection(_Section):
     """The model that a run starts from, and its stage plan.
 
     Attributes:
         config: folder with config.json (LlavaConfig), the image processor and, unless `language_model` brings one,
-            the tokenizer. Null only with a `checkpoint` that holds them.
-        checkpoint: LLaVA checkpoint to start from, a folder or a hub id.
+            the tokenizer. Beside a `checkpoint`, whose own counts, its shape for --check where that is not at hand, and
+            the processor of one that has none.
+        checkpoint: checkpoint of any supported family to start from, a folder or a hub id.
         language_model: pretrained decoder, a folder or a hub id; null is random weights.
         vision_tower: pretrained vision tower, a folder or a hub id; null is random weights.
-        stages: fields of StagePlan; null is dense.
+        stages: fields of StagePlan; null is dense. Or a list of several named plans, of which each step draws one; the
+            first is what the checkpoint runs where nothing else is said.
     """
 
     config: str | None = Field(default=None, min_length=1)
     checkpoint: str | None = Field(default=None, min_length=1)
     language_model: str | None = Field(default=None, min_length=1)
     vision_tower: str | None = Field(default=None, min_length=1)
-    stages: dict[str, Any] | None = None
+    stages: Annotated[_OnePlan | _SeveralPlans, Discriminator(_kind_of_stages)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
@@ -73,9 +116,33 @@ class ModelSection(_Section):
                 "got checkpoint beside language_model or vision_tower, expected one or the other, "
                 "because a checkpoint holds both"
             )
-        if self.stages is not None:
-            StagePlan.from_dict(self.stages)
+        if isinstance(self.stages, list):
+            names = [one.name for one in self.stages]
+            if len(set(names)) < max(2, len(names)):
+                raise ValueError(f"stages: got plans named {names}, expected at least two, each with its own name")
+            for one in self.stages:
+                others = [name for name in names if name != one.name]
+                if one.distill is not None and one.distill.teacher not in others:
+                    found = one.distill.teacher
+                    raise ValueError(f"stages: distill.teacher: got '{found}', expected one of {', '.join(others)}")
+        for one in self.plans.values():
+            if one.plan is not None:
+                StagePlan.from_dict(one.plan)
         return self
+
+    @property
+    def plan_fields(self) -> dict[str, Any]:
+        """What a model's config says of this: `stages`, the first plan's fields, and `plans`, None of a single one."""
+        if isinstance(self.stages, list):
+            return {"stages": self.stages[0].plan, "plans": {one.name: one.plan for one in self.stages}}
+        return {"stages": self.stages, "plans": None}
+
+    @property
+    def plans(self) -> dict[str, NamedPlan]:
+        """The plans by name; a single one is `trained`."""
+        if isinstance(self.stages, list):
+            return {one.name: one for one in self.stages}
+        return {"trained": NamedPlan(name="trained", plan=self.stages)}
 
 
 class LearningRates(_Section):
@@ -248,6 +315,7 @@ class Phase(_Section):
 
     name: Literal["align", "tune", "train"]
     folder: Path
+    plans: dict[str, NamedPlan]
     data: DataConfig
     train: TrainSection
     eval: EvalSection | None = None
@@ -287,17 +355,19 @@ class Recipe(_Section):
         """The trainings of this recipe in their order; the last one writes into `output` itself."""
         folder = Path(self.output)
         last: Literal["train", "tune"] = "train" if self.align is None else "tune"
-        phases = [Phase(name=last, folder=folder, data=self.data, train=self.train, eval=self.eval)]
+        plans = self.model.plans
+        phases = [Phase(name=last, folder=folder, plans=plans, data=self.data, train=self.train, eval=self.eval)]
         if self.align is not None:
             align = self.align
-            first = Phase(name="align", folder=folder / "align", data=align.data, train=align.train, eval=align.eval)
+            more: dict[str, Any] = {"data": align.data, "train": align.train, "eval": align.eval}
+            first = Phase(name="align", folder=folder / "align", plans=plans, **more)
             phases.insert(0, first)
         return phases
 
     @property
     def plan(self) -> StagePlan | None:
-        """The stage plan; None for dense."""
-        return None if self.model.stages is None else StagePlan.from_dict(self.model.stages)
+        """The stage plan, the first of several; None for dense."""
+        return next(iter(self.model.plans.values())).stages
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -310,7 +380,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line that names the file, the key, what was found and what is accepted.
     """
-    raw = _read(path)
+    raw = read_yaml(path)
     for override in overrides:
         _apply(raw, override, path)
     try:
@@ -356,7 +426,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the keys of a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or says something in a way that YAML would settle in silence.
+    """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
@@ -412,9 +487,11 @@ def _check_depth(recipe: Recipe, path: str | Path) -> None:
         raise RecipeError(f"{path}: model.config: {file} is not JSON: {error}") from None
     text = config.get("text_config", {}) if isinstance(config, Mapping) else {}
     depth = text.get("num_hidden_layers") if isinstance(text, Mapping) else None
-    if recipe.plan is None or not isinstance(depth, int):
+    if not isinstance(depth, int):
         return
-    try:
-        recipe.plan.check(depth)
-    except ValueError as error:
-        raise RecipeError(f"{path}: model.{error}") from None
+    for named in recipe.model.plans.values():
+        try:
+            if named.stages is not None:
+                named.stages.check(depth)
+        except ValueError as error:
+            raise RecipeError(f"{path}: model.{error}") from None

@@ -7,7 +7,20 @@ matrix of weights and lets the rule of a schedule change it after the softmax. I
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, Random, VisiPruner
+from models.schedules import (
+    VTW,
+    CDPruner,
+    Dense,
+    DivPrune,
+    FastV,
+    Fused,
+    PyramidDrop,
+    Random,
+    ShortV,
+    SparseVLM,
+    VisionZip,
+    VisiPruner,
+)
 
 NAME = "slow_reference"
 
@@ -56,6 +69,8 @@ def mask_shallow(weights, visual, number, rule):
 class SlowDecoder:
     """The text model of a Hugging Face VLM, at one sample without padding.
 
+    `batch` holds the inputs of forward, and the relevance of visual tokens (1, S) where a schedule wants it.
+
     Attributes:
         visual: (S,) bool.
         embeds: (1, S, D), the image merged in.
@@ -63,6 +78,8 @@ class SlowDecoder:
 
     def __init__(self, model, batch):
         self.model, self.text_model = model, model.model.get_decoder()
+        batch = dict(batch)
+        self.relevance, self.pixels = batch.pop("relevance", None), batch.get("pixel_values")
         self.visual = batch["input_ids"][0] == model.config.image_token_id
         self.blocks = _blocks(model, batch)
         seen = {}
@@ -118,11 +135,13 @@ class SlowDecoder:
         last, features = int(text.nonzero()[-1]), list(self.features)
         for number in range(len(self.text_model.layers)):
             live = rule.live(number, hidden, last)
+            hidden = rule.states(hidden)
             keys = text | live
             positions = (keys.long().cumsum(0) - 1).clamp(min=0)[None] if schedule.renumbers else None
             output = self.layer(number, hidden, keys, rule.edit(number), positions)
             rule.after(number, live, last)
-            runs = text if schedule.update == "kv" else keys
+            only_keys = schedule.update == "kv" or (isinstance(schedule, ShortV) and number in schedule.layers)
+            runs = text if only_keys else keys
             hidden = torch.where(runs[:, None], output, hidden)
             if live.any() and features:
                 added = torch.zeros_like(hidden)
@@ -138,6 +157,7 @@ class _Rule:
     def __init__(self, decoder, schedule):
         self.decoder, self.schedule = decoder, schedule
         self.kept, self.scores, self.quiet, self.fired = decoder.visual.clone(), None, 0, False
+        self.weights, self.merged = None, {}
 
     def live(self, number, hidden, last):
         rule, visual, total = self.schedule, self.decoder.visual, int(self.decoder.visual.sum())
@@ -149,7 +169,11 @@ class _Rule:
         if isinstance(rule, Fused):
             amount = rule.plan.keep.get(number)
             if amount is not None:
-                self._keep(self.scores, min(amount, total) if isinstance(amount, int) else int(total * amount))
+                count = min(amount, total) if isinstance(amount, int) else int(total * amount)
+                if rule.plan.select == "diversity":
+                    self._choose(diverse(self.decoder.embeds[0, visual], count))
+                else:
+                    self._keep(self.scores, count)
             return self.kept if rule.plan.sees(number) else nothing
         if isinstance(rule, FastV) and number == rule.layer:
             self._keep(self.scores, round(total * (1 - rule.drop)))
@@ -163,7 +187,49 @@ class _Rule:
             drawn = torch.randperm(total, generator=torch.Generator().manual_seed(rule.seed))[: int(total * rule.ratio)]
             self.kept = torch.zeros_like(visual)
             self.kept[visual.nonzero().flatten()[drawn]] = True
+        self._baseline(rule, number, hidden, total)
         return self.kept
+
+    def _baseline(self, rule, number, hidden, total):
+        visual = self.decoder.visual
+        if isinstance(rule, DivPrune) and number == 0:
+            self._choose(diverse(self.decoder.embeds[0, visual], max(1, round(total * rule.ratio))))
+        if isinstance(rule, CDPruner) and number == 0 and total:
+            relevance = self.decoder.relevance[0, visual]
+            count = max(1, round(total * rule.tokens / 576))
+            self._choose(likeliest(self.decoder.embeds[0, visual], relevance, count))
+        if isinstance(rule, VisionZip) and number == 0 and total:
+            self.merged = zipped(self.decoder, rule)
+            self.kept = torch.zeros_like(visual)
+            self.kept[list(self.merged)] = True
+        if isinstance(rule, SparseVLM) and number in rule.layers and self.kept.any():
+            self._recycle(rule, hidden, rule.tokens[rule.layers.index(number)] / 576)
+
+    def states(self, hidden):
+        """Returns hidden states (1, S, D) with those of merged tokens, which `live` made."""
+        hidden = hidden.clone()
+        for place, state in self.merged.items():
+            hidden[0, place] = state
+        self.merged = {}
+        return hidden
+
+    def _choose(self, chosen):
+        places = self.decoder.visual.nonzero().flatten()
+        self.kept = torch.zeros_like(self.kept)
+        self.kept[places[chosen]] = True
+
+    def _recycle(self, rule, hidden, ratio):
+        places, total = self.kept.nonzero().flatten().tolist(), int(self.decoder.visual.sum())
+        raters = text_raters(self.decoder)
+        score = {place: float(self.weights[:, raters, place].mean()) for place in places}
+        ranked = sorted(places, key=lambda place: -score[place])
+        count = min(max(1, round(total * ratio)), len(places) - 1)
+        gone = ranked[count:]
+        recycled = sorted(gone[: int(0.3 * len(gone)) + 1])
+        states = [hidden[0, place] for place in recycled]
+        self.merged = {recycled[centre]: state for centre, state in clustered(states, len(recycled) // 10 + 1).items()}
+        self.kept = torch.zeros_like(self.kept)
+        self.kept[ranked[:count] + list(self.merged)] = True
 
     def _keep(self, scores, count):
         kept = self.kept.nonzero().flatten().tolist()
@@ -178,7 +244,8 @@ class _Rule:
 
     def after(self, number, live, last):
         if live.any():
-            self.scores = ATTENTION.weights[:, last].mean(dim=0)
+            self.weights = ATTENTION.weights
+            self.scores = self.weights[:, last].mean(dim=0)
         rule = self.schedule
         if not isinstance(rule, VisiPruner) or "middle" not in rule.modes or number <= rule.shallow_end:
             return
@@ -196,6 +263,93 @@ class _Rule:
             self.quiet += 1
             if self.quiet == rule.exit_patience:
                 self.kept = torch.zeros_like(live)
+
+
+def diverse(features, count):
+    """Returns DivPrune's choice of `count` rows: the most isolated one, then always the farthest from those chosen."""
+
+    def distance(one, other):
+        return 1 - float(torch.cosine_similarity(features[one], features[other], dim=0))
+
+    def farthest(places, value):
+        best = max(map(value, places), default=0.0)
+        return next(place for place in places if value(place) >= best - 1e-6)
+
+    chosen, others = [], list(range(len(features)))
+    while others and len(chosen) < count:
+        compared = chosen or others
+        value = {one: min([distance(one, other) for other in compared if other != one], default=9.0) for one in others}
+        chosen.append(farthest(others, value.__getitem__))
+        others.remove(chosen[-1])
+    return chosen
+
+
+def likeliest(features, relevance, count):
+    """Returns CDPruner's choice of `count` rows: each adds most to the determinant of the kernel."""
+    weight = -relevance
+    spread = weight.max() - weight.min()
+    weight = (weight - weight.min() + 1e-6) / spread if spread > 0 else torch.ones_like(weight)
+    rows = (weight[:, None] * features / features.norm(dim=1, keepdim=True)).double()
+    chosen = []
+    for _ in range(count):
+        others = [place for place in range(len(rows)) if place not in chosen]
+        chosen.append(max(others, key=lambda place: float((rows[[*chosen, place]] @ rows[[*chosen, place]].T).det())))
+    return chosen
+
+
+def text_raters(decoder):
+    """Returns the places of SparseVLM's raters: the words behind the image that it attends to above average."""
+    visual = decoder.visual.nonzero().flatten().tolist()
+    text = list(range(visual[-1] + 1, len(decoder.visual))) or (~decoder.visual).nonzero().flatten().tolist()
+    likeness = decoder.embeds[0, visual] @ decoder.embeds[0, text].T
+    mean = likeness.softmax(dim=1).mean(dim=0)
+    return [place for place, value in zip(text, mean.tolist(), strict=True) if value > 1 / len(text)] or text
+
+
+def clustered(states, count):
+    """Returns {centre: mean of its cluster}, `count` of them, by density peaks, of a list of states (D,)."""
+    scale, places = len(states[0]) ** 0.5, range(len(states))
+    distance = [[float((one - other).norm()) / scale for other in states] for one in states]
+    density = [torch.tensor(sorted(row)[:count]).square().mean().neg().exp().item() for row in distance]
+    farthest = max(map(max, distance))
+    denser = [[distance[one][other] for other in places if density[other] > density[one]] for one in places]
+    peak = [density[one] * min(denser[one], default=farthest) for one in places]
+    centres = sorted(places, key=lambda place: -peak[place])[:count]
+    member = {one: one if one in centres else min(centres, key=lambda centre: distance[one][centre]) for one in places}
+    return {
+        centre: torch.stack([states[one] for one in places if member[one] == centre]).mean(dim=0) for centre in centres
+    }
+
+
+def zipped(decoder, rule):
+    """Returns {place: projected token} of VisionZip for a LLaVA with a CLIP tower without a place for class tokens."""
+    model, seen, found = decoder.model.model, {}, {}
+    layer = model.vision_tower.encoder.layers[model.config.vision_feature_layer]
+    hook = layer.self_attn.k_proj.register_forward_hook(lambda *given: seen.update(keys=given[2]))
+    with torch.no_grad():
+        tower = model.vision_tower(decoder.pixels, output_attentions=True, output_hidden_states=True)
+    hook.remove()
+    visual = decoder.visual.nonzero().flatten().tolist()
+    for image in range(len(decoder.pixels)):
+        hidden, weights = tower.hidden_states[-1][image], tower.attentions[-1][image]
+        keys = seen["keys"][image].unflatten(-1, (weights.shape[0], -1)).mean(dim=1)
+        size = len(hidden) - 1
+        dominant, contextual = (round(count * size / 576) for count in (rule.dominant, rule.contextual))
+        ranked = sorted(range(1, size + 1), key=lambda patch: -float(weights[:, 0, patch].sum()))
+        best, rest = sorted(ranked[: dominant - 1]), sorted(ranked[dominant - 1 :])
+        targets = rest[:: len(rest) // contextual][:contextual]
+        joined = {target: [] for target in targets}
+        for patch in rest:
+            if patch not in targets:
+                closest = max(targets, key=lambda target: float(torch.cosine_similarity(keys[patch], keys[target], 0)))
+                joined[closest].append(hidden[patch])
+        tokens = {patch: hidden[patch] for patch in best}
+        tokens[next(patch for patch in rest if patch not in targets)] = hidden[0]
+        for target, members in joined.items():
+            tokens[target] = hidden[target] + (torch.stack(members).mean(dim=0) if members else 0)
+        for patch, token in tokens.items():
+            found[visual[image * size + patch - 1]] = model.multi_modal_projector(token)
+    return found
 
 
 def _blocks(model, batch):

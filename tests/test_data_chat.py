@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError, freeze_templates
+from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError, freeze_templates, frozen
 from data.rows import RowError, Turn
 
 CHATML = (
@@ -193,7 +193,7 @@ def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
     [
         ({"image": False}, "has no token <image>"),
         ({"eos_token": None}, "has no eos_token"),
-        ({"single": "<s> $A </s>"}, "ends every text by a token of its own"),
+        ({"single": "<s> $A </s>"}, "adds an end mark to every text"),
         ({"chat_template": None}, "got chat_template, but the tokenizer has none"),
     ],
 )
@@ -334,8 +334,31 @@ def test_a_frozen_template_is_what_a_run_saves():
         assert "26 July 2024" in part.chat_template
 
 
-def test_a_day_that_cannot_be_frozen_is_refused():
+def test_templates_by_name_are_frozen_each():
+    named = {"default": DATED, "tool_use": DATED + "x"}
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=None), chat_template=named)
+    freeze_templates(processor)
+    assert processor.chat_template == {name: frozen(text) for name, text in named.items()}
+    assert "strftime_now" not in "".join(processor.chat_template.values())
+
+
+@pytest.mark.parametrize(
+    ("before", "call"),
+    [
+        ("{% set form = '%d' %}", "strftime_now(form)"),
+        ("{% set now = strftime_now %}", "now('%d')"),
+        ("{% set names = namespace(now=strftime_now) %}", "names.now('%d')"),
+        ("", "(['Monday', 'Tuesday'] | random)"),
+    ],
+)
+def test_what_changes_by_itself_and_cannot_be_frozen_is_refused(before, call):
     tokenizer = byte_level()
-    tokenizer.chat_template = "{% set form = '%d' %}" + DATED.replace("'%d %B %Y'", "form")
-    with pytest.raises(TokenizerError, match="depends on the day in a way that cannot be frozen"):
+    tokenizer.chat_template = before + DATED.replace("strftime_now('%d %B %Y')", call)
+    assert call in tokenizer.chat_template
+    with pytest.raises(TokenizerError, match="depends on the day, or on chance, in a way that cannot be frozen"):
         ChatFormat("chat_template", tokenizer)
+
+
+def test_a_template_may_ask_whether_the_day_is_known():
+    asked = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
+    assert "is defined" in frozen(asked)

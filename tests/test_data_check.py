@@ -1,6 +1,8 @@
 """`python -m data.check`: what it prints, and how it ends."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -96,17 +98,25 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("data: {files: []}", [], "data.files: List should have at least 1 item"),
-        ("data: {files: [x.json], format: plain, color: 1}", [], "data.color: Extra inputs are not permitted"),
+        ("data: {files: []}", [], "data.files: got [], expected at least 1 item"),
+        (
+            "data: {files: [x.json], format: plain, color: 1}",
+            [],
+            "data.color: unknown key, expected files, images",
+        ),
         ("name: x", [], "data: got none, expected a recipe with a data section"),
         ("data: [", [], "recipe.yaml: not YAML"),
         ("data: {files: [nothing.json], format: plain}", [], "nothing.json: no such file"),
-        ("data: {files: [x.json], format: plain}", ["data.workers=many"], "data.workers: Input should be a valid int"),
+        (
+            "data: {files: [x.json], format: plain}",
+            ["data.workers=many"],
+            "data.workers: got 'many', expected a",
+        ),
         ("data: {files: [x.json], format: plain}", ["data.workers=["], "got '[', expected a value in YAML"),
         ("data: {files: [x.json], format: plain}", ["data.workers"], "expected data.key=value, because only these"),
         ("data: {files: [x.json], format: plain}", ["train.max_steps=2"], "expected data.key=value, because only"),
         ("data: {files: [x.json], format: plain}", ["align.data.workers=2"], "expected data.key=value, because only"),
-        ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: Input should be a valid dictionary"),
+        ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: got None, expected a valid dictionary"),
     ],
 )
 def test_what_is_wrong_with_the_recipe_is_one_line(folder, capsys, text, overrides, message):
@@ -134,6 +144,24 @@ def test_the_command_itself(folder, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    path = recipe(folder, data=[{"id": 1}])
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out, contextlib.redirect_stdout(out):
+        assert main([path, "--all"]) == 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_cache_folder_that_cannot_be_made_is_one_line(folder, monkeypatch, capsys, place):
+    (folder / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / place)
+    assert main([recipe(folder, data=GOOD)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data: cache: {folder / place}: ")
+    assert line.endswith("; expected a folder that can be written, named by HF_DATASETS_CACHE")
+
+
 def with_model(folder, rows, **data):
     """Writes a recipe with the quickstart's tokenizer; returns its path."""
     path = Path(recipe(folder, data=rows))
@@ -157,7 +185,7 @@ def test_a_first_answer_that_is_too_long_is_found(folder, capsys, style):
     assert summary.endswith("4 rows, 2 with an image (3 images), 1 text only, 8 turns, 1 faults")
     assert main([path, "data.long_answers=cut"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == ["  rows that have a first answer that ends where max_length does (data.long_answers: cut): 1"]
+    assert lines[1:] == ["  rows that have a first answer that is cut at max_length (data.long_answers: cut): 1"]
     assert main([path, "data.max_length=40000"]) == 0
 
 
@@ -242,10 +270,15 @@ def test_decode_finds_damage_in_the_middle(folder, capsys):
     [
         ([{"path": "a.json", "weight": 1}, "b.json"], "data: files: got a weight for some sources"),
         ([{"path": "a.json", "wieght": 1}], "data.files.0: wieght: unknown key, expected path, weight, limit, images"),
-        ([{"path": "a.json", "limit": 0}], "data.files.0: limit: input should be greater than 0"),
-        ([{"weight": 1}], "data.files.0: path: field required"),
-        ([{"path": "a.json", "weight": -1}], "data.files.0: weight: input should be greater than 0"),
-        ([{"path": "a.json", "format": "x"}], "data.files.0: format: input should be 'vicuna_v1'"),
+        ([{"path": "a.json", "limit": 0}], "data.files.0: limit: got 0, expected greater than 0"),
+        ([{"weight": 1}], "data.files.0: path: missing key"),
+        ([{"path": "a.json", "weight": -1}], "data.files.0: weight: got -1, expected greater than 0"),
+        ([{"path": "a.json", "format": "x"}], "data.files.0: format: got 'x', expected 'vicuna_v1'"),
+        ([{"path": "a.json", "limit": "5"}], "data.files.0: limit: got '5', expected a valid integer"),
+        ([None], "data.files.0: got None, expected a path or a mapping of path, weight, limit, images, format"),
+        ([["a.json"]], "data.files.0: got ['a.json'], expected a path or a mapping"),
+        ([""], "data.files.0: got '', expected a path or a mapping"),
+        ({"path": "a.json"}, "data.files: got {'path': 'a.json'}, expected a valid list"),
     ],
 )
 def test_what_is_wrong_with_a_source_is_named(folder, capsys, files, message):

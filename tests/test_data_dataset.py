@@ -195,7 +195,7 @@ def test_another_tokenizer_is_not_served_from_the_cache(folder):
     one, other = (AutoProcessor.from_pretrained(ROOT / "recipes/configs/quickstart") for _ in range(2))
     given = config(folder, GOOD[:1])
     before = ConversationDataset(given, one)[0]["input_ids"]
-    other.tokenizer.chat_template = "red " + other.tokenizer.chat_template
+    other.chat_template = "red " + other.chat_template
     added = len(one.tokenizer("red ")["input_ids"])
     assert len(ConversationDataset(given, other)[0]["input_ids"]) == len(before) + added
 

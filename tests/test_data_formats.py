@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -108,7 +109,7 @@ PATHS = {
         ],
         [TWO, ONE, ONE],
     ),
-    "Cauldron and FineVision": (
+    "Cauldron, FineVision": (
         [{"images": ["a.png"], "texts": [{"user": "What is it?", "assistant": "Red.", "source": "x"}]}],
         [ONE],
     ),
@@ -129,6 +130,12 @@ def test_rows_in_json(folder, name, packed):
         data = (folder / "x.zst").read_bytes()
     (folder / f"data.{packed}").write_bytes(data)
     assert seen(folder, check(folder, folder / f"data.{packed}")) == expected
+
+
+def test_the_docs_list_every_format():
+    table = (ROOT / "docs/data.md").read_text().partition("| format |")[2].partition("\n\n")[0]
+    listed = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert listed == [name for name in PATHS if name != "LLaVA, several images"]
 
 
 def inside(colour, path=None):
@@ -192,11 +199,9 @@ def as_dataset(name):
     return made.cast(datasets.Features({**made.features, **FEATURES[name]}))
 
 
-@pytest.mark.parametrize(
-    "form", ["plain parquet", "datasets parquet", "saved", "saved split", "arrow", "hub", "folder"]
-)
+@pytest.mark.parametrize("form", ["plain parquet", "datasets parquet", "saved", "saved split", "arrow", "folder"])
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_rows_with_their_images_inside(folder, monkeypatch, name, form):
+def test_rows_with_their_images_inside(folder, name, form):
     columns, expected = EMBEDDED[name]
     place = folder / "set"
     if form == "plain parquet":
@@ -214,12 +219,9 @@ def test_rows_with_their_images_inside(folder, monkeypatch, name, form):
         as_dataset(name).save_to_disk(place)
         (place,) = place.glob("*.arrow")
     else:
-        (folder / "org/set/part").mkdir(parents=True)
-        as_dataset(name).to_parquet(folder / "org/set/part/train-00000-of-00001.parquet")
-        config = "configs:\n- config_name: part\n  data_files:\n  - split: train\n    path: part/train-*\n"
-        (folder / "org/set/README.md").write_text(f"---\n{config}---\n")
-        monkeypatch.chdir(folder)  # `datasets` takes a folder for the set of the hub of that name
-        place = "hf://org/set/part:train" if form == "hub" else folder / "org"
+        (folder / "org/part").mkdir(parents=True)
+        as_dataset(name).to_parquet(folder / "org/part/train-00000-of-00001.parquet")
+        place = folder / "org"
     assert seen(folder, check(folder, place)) == expected
 
 
@@ -244,7 +246,7 @@ def test_an_embedded_image_that_is_broken_is_a_fault_of_its_row(folder):
     }
     parquet.write_table(pa.table(columns), folder / "data.parquet")
     (fault,) = faults_of(check(folder, folder / "data.parquet"))
-    assert str(fault) == f"{folder / 'data.parquet'}:0: image 'x.png' is not an image, or its header is broken"
+    assert str(fault).startswith(f"{folder / 'data.parquet'}:0: image 'x.png' is not an image that Pillow reads")
 
 
 def test_a_struct_without_bytes_is_a_path(folder):
@@ -301,13 +303,21 @@ UNREADABLE = {
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     "data.csv": (b"id,text\n1,hello\n", "a .csv file"),
     "tar": (b"x" * 257 + b"ustar" + b"x" * 20, "a tar archive"),
-    "tar.gz": (gzip.compress(b"x" * 257 + b"ustar" + b"x" * 20), "a tar archive"),
+    "tar.gz": (gzip.compress(b"x" * 257 + b"ustar" + b"x" * 20, mtime=0), "a tar archive"),
     "xz": (b"\xfd7zXZ\0 and more", "xz"),
     "pickle": (b"\x80\x04\x95 and more", "a Python pickle"),
     "picture.json": (png(COLOURS[0]), "an image"),
     "paper.json": (b"%PDF-1.7", "a PDF"),
     "zeros.json": (b"[{\0\0\0}]", "binary data"),
     "numpy.json": (b"\x93NUMPY\x01", "a NumPy array"),
+    "utf16 without a mark.json": ("[{}]".encode("utf-16-le"), "UTF-16 text or binary data"),
+    "utf32.json": ("[{}]".encode("utf-32"), "UTF-32 text"),
+    "twice.json.gz": (gzip.compress(gzip.compress(b"[]")), "gzip"),
+    "lz4": (b"\x04\x22\x4d\x18 and more", "lz4"),
+    "avro": (b"Obj\x01 and more", "Avro"),
+    "orc": (b"ORC\0", "ORC"),
+    "clip.json": (b"\0\0\0\x18ftypisom\0\0\0\0", "a video"),
+    "photo.json": (b"\0\0\0\x18ftypheic\0\0\0\0", "an image (HEIC)"),
     "sqlite": (b"SQLite format 3\0", "an SQLite database"),
     "pretty.json": (b'{\n  "data": [\n  ]\n}', "one JSON object over several lines"),
 }
@@ -331,45 +341,79 @@ def test_what_cannot_be_read_says_what_it_looks_like(folder, name):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("cut.json.gz", gzip.compress(json.dumps([talk("a", "b")] * 900).encode())[:-30], "end-of-stream"),
-        ("bad.jsonl.gz", gzip.compress(b"x" * 100)[:-8] + b"12345678", "CRC"),
+        ("cut.json.gz", gzip.compress(json.dumps([talk("a", "b")] * 900).encode(), mtime=0)[:-30], "end-of-stream"),
+        ("bad.jsonl.gz", gzip.compress(b"x" * 100, mtime=0)[:-8] + b"12345678", "CRC"),
         ("cut.zst", b"\x28\xb5\x2f\xfd\x04", "expected a whole file"),
         ("cut.parquet", b"PAR1 and no more", "cannot be read"),
+        ("half.jsonl.zst", None, "Truncated compressed stream"),
+        ("more.jsonl.gz", gzip.compress(b"{}") + b"junk", "Not a gzipped file"),
         ("cut.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "cannot be read"),
     ],
 )
 def test_broken_archives_and_tables_are_one_line(folder, name, data, reason):
+    if data is None:
+        with pa.CompressedOutputStream(folder / "whole.zst", "zstd") as stream:
+            stream.write("\n".join(json.dumps(talk(str(number), "x" * 40)) for number in range(3000)).encode())
+        data = (folder / "whole.zst").read_bytes()
+        data = data[: len(data) * 2 // 3]
     (folder / name).write_bytes(data)
     with pytest.raises(DataError, match=rf"{name}.*{reason}") as caught:
         check(folder, folder / name)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("packed", ["gz", "zst"])
+def test_archives_one_after_the_other_in_a_file_are_all_read(folder, packed):
+    parts = []
+    for number in range(2):
+        text = json.dumps(talk(str(number), "a")).encode() + b"\n"
+        with pa.CompressedOutputStream(folder / "part", {"gz": "gzip", "zst": "zstd"}[packed]) as stream:
+            stream.write(text)
+        parts.append((folder / "part").read_bytes())
+    (folder / f"data.jsonl.{packed}").write_bytes(b"".join(parts))
+    assert [row["texts"][0] for row in check(folder, folder / f"data.jsonl.{packed}")] == ["0", "1"]
+
+
+def test_a_table_without_rows_is_an_error(folder):
+    parquet.write_table(pa.table({"messages": pa.array([], pa.string())}), folder / "none.parquet")
+    with pytest.raises(DataError, match=r"none.parquet: got no rows, expected at least one conversation"):
+        check(folder, folder / "none.parquet")
+
+
 @pytest.mark.parametrize(
-    ("path", "reason"),
+    ("names", "other"),
     [
-        ("hf://name", "expected hf://org/name"),
-        ("hf://org//x", "expected hf://org/name"),
-        ("hf://org/none:train", "hf://org/none:train: cannot be read"),
+        (("train-0.json", "validation-0.json"), "validation-0.json"),
+        (("train/0.json", "test/0.json"), "test/0.json"),
+        (("llava_train.jsonl", "llava_Test.jsonl"), "llava_Test.jsonl"),
+        (("data/a.json", "data/a.dev.json.gz"), "data/a.dev.json.gz"),
+        (("0.json", "eval/deep/1.json"), "eval/deep/1.json"),
     ],
 )
-def test_hub_names_that_mean_nothing_here(folder, monkeypatch, path, reason):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=reason) as caught:
-        check(folder, path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_of_several_splits_is_refused(folder):
-    (folder / "set").mkdir()
-    for name in ("train-0.json", "validation-0.json"):
+def test_a_folder_or_glob_of_several_splits_is_refused(folder, names, other):
+    for name in names:
+        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "set" / name).write_text(json.dumps([talk("a", "b")]))
-    with pytest.raises(DataError, match=r"got several splits \(such as validation-0.json\), expected a glob"):
-        find_files(str(folder / "set"))
-    assert len(check(folder, folder / "set/train*")) == 1
+    for path in (folder / "set", folder / "set/**/*.json*"):
+        message = rf"^{re.escape(str(path))}: got several splits \(such as {other}\), expected one, by a glob such as"
+        with pytest.raises(DataError, match=message):
+            find_files(str(path))
+    assert len(check(folder, folder / "set" / names[0])) == 1
+
+
+def test_a_saved_set_of_several_splits_is_refused(folder):
     datasets.DatasetDict({"train": as_dataset("messages"), "test": as_dataset("messages")}).save_to_disk(folder / "two")
     with pytest.raises(DataError, match=r"got splits train, test, expected one of them: .*two:train"):
         check(folder, folder / "two")
+
+
+@pytest.mark.parametrize("name", [".cache/x.json", ".x.json", "._rows.json", "__MACOSX/rows.json"])
+def test_hidden_files_of_a_folder_are_no_rows(folder, name):
+    for file in (f"set/{name}", "set/rows.json"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps([talk("a", "b")]))
+    assert find_files(str(folder / "set")) == [str(folder / "set/rows.json")]
+    assert find_files(str(folder / "set/**/*.json")) == [str(folder / "set/rows.json")]
 
 
 def test_a_file_that_changes_under_the_same_size_and_time_is_read_again(folder):
@@ -441,6 +485,31 @@ MEANT = {
         ["q", "a"],
     ),
     "an empty system prompt": (talk("q", "a", system=""), ["q", "a"]),
+    "parts without a type": (messages([{"image": "x.png"}, {"text": "q"}], "a"), ["<image>\nq", "a"]),
+    "parts of one Arrow struct": (
+        messages([{"type": "image", "text": "", "image": "x"}, {"type": "text", "text": "q", "image": None}], "a"),
+        ["<image>\nq", "a"],
+    ),
+    "an index that pandas wrote": (
+        messages([{"type": "image", "index": 1.0}, {"type": "image", "index": 0.0}, "q"], "a", images=["x", "y"]),
+        ["<image>\n<image>\nq", "a"],
+    ),
+    "images in the parts and listed": (
+        messages([{"type": "image", "image": "x"}, "q"], "a", images=["x"]),
+        ["<image>\nq", "a"],
+    ),
+    "one part, one image, two keys": (
+        messages([{"type": "image_url", "image_url": {"url": "x", "detail": "low"}, "url": "x"}, "q"], "a"),
+        ["<image>\nq", "a"],
+    ),
+    "a prompt of spaces": ({"system": " ", **messages("q", "a")}, ["q", "a"]),
+    "roles of LangChain": (
+        {"messages": [{"role": "human", "content": "q"}, {"role": "ai", "content": "a"}]},
+        ["q", "a"],
+    ),
+    "a class label": (talk("q", "a", label=3), ["q", "a"]),
+    "an empty key of another spelling": (talk("q", "a", Videos=[], imagePath=None), ["q", "a"]),
+    "tags of a web page": (talk("what is <img>x</img>?", "a"), ["what is <img>x</img>?", "a"]),
     "a leading answer": (
         {"conversations": [{"from": "gpt", "value": "x"}, *talk("q", "a")["conversations"]]},
         ["q", "a"],
@@ -466,11 +535,56 @@ NAMED = {
     "tools as text": (talk("q", "a", tools="[{}]"), "got key 'tools'"),
     "image_path": (talk("<image>q", "a", image_path="x.png"), "got key 'image_path', .* expected image or images"),
     "picture": (talk("<image>q", "a", picture="x.png"), "got key 'picture'"),
-    "an image under any key": (talk("<image>q", "a", frame="sub/x.JPG"), "got key 'frame', which holds an image"),
+    "an image under any key": (
+        talk("<image>q", "a", frame="sub/x.JPG"),
+        "got key 'frame', which names or holds a file",
+    ),
     "a struct under any key": (
         talk("q", "a", jpg={"bytes": b"x", "path": None}),
-        "got key 'jpg', which holds an image",
+        "got key 'jpg', which names or holds a file",
     ),
+    "a list of files under any key": (talk("q", "a", frames=["1.jpg", "2.jpg"]), "got key 'frames', which names"),
+    "a clip under any key": (talk("q", "a", clip="v/a.MP4"), "got key 'clip', which names or holds a file"),
+    "a sound under any key": (talk("q", "a", speech="a.wav"), "got key 'speech', which names or holds a file"),
+    "base64 under any key": (talk("q", "a", image_base64_str="iVBORw0KGgoAAAA"), "got key 'image_base64_str', which"),
+    "bytes under any key": (talk("q", "a", jpg=b"\xff\xd8\xff\xe0"), "got key 'jpg', which names or holds a file"),
+    "an address under any key": (talk("q", "a", pic={"url": "x"}), "got key 'pic', which names or holds a file"),
+    "video in capitals": (talk("q", "a", Videos=["a.mp4"]), "got key 'Videos', expected 'videos'"),
+    "image in capitals": (talk("<image>q", "a", Image="x.png"), "got key 'Image', expected 'image'"),
+    "a prompt in camel case": (talk("q", "a", systemPrompt="s"), "got key 'systemPrompt', expected 'system_prompt'"),
+    "a path with a dash": (talk("q", "a", **{"image-path": "x"}), "got key 'image-path', expected 'image_path'"),
+    "a switch in capitals": (turn(Loss=0), r"messages\[1\]: got key 'Loss', expected 'loss'"),
+    "earlier turns": (talk("q", "a", history=[["q", "a"]]), "got key 'history', which is not supported"),
+    "a verdict": (messages("q", "a", label=False), "got key 'label' with true or false, a preference"),
+    "a verdict of LLaMA-Factory": (messages("q", "a", kto_tag=True), "got key 'kto_tag' with true or false"),
+    "axolotl's switch": (turn(training=False), "no label is left"),
+    "swift's switch": (turn(loss_scale=0.0), "no label is left"),
+    "xtuner's switch": (turn(output_with_loss=False), "no label is left"),
+    "a switch of a pair": ({"texts": [{"user": "q", "assistant": "a", "weight": 0}]}, "no label is left"),
+    "a video of a pair": ({"texts": [{"user": "q", "assistant": "a", "video": "x"}]}, r"texts\[0\]: got key 'video'"),
+    "a refusal": (turn("", refusal="no"), r"messages\[1\]: got key 'refusal'"),
+    "Qwen's image": (talk("<img>a/x.png</img>q", "a"), "got '<img>a/x.png</img>' in a question"),
+    "a video's address": (talk("<video> http://x/y.mp4 </video>", "a"), "got '<video> http://x/y.mp4 </video>' in"),
+    "two images in a part": (
+        messages([{"type": "image", "image": "x", "url": "y"}, "q"], "a"),
+        "got two different images in one part",
+    ),
+    "a text part with an image": (messages([{"type": "text", "text": "q", "image": "x"}], "a"), "one part with a text"),
+    "an image part with a text": (
+        messages([{"type": "image", "image": "x", "text": "lost"}, "q"], "a"),
+        r"messages\[0\]\[0\]: got one part with a text and an image, expected two",
+    ),
+    "a text part that is an image": (messages([{"type": "text", "image": "x"}], "a"), "text: got an image"),
+    "an index of words": (
+        messages([{"type": "image", "index": "first"}, "q"], "a", images=["x"]),
+        "index: got 'first', expected the number of an image",
+    ),
+    "an index for one of two": (
+        messages([{"type": "image", "index": 0}, {"type": "image"}, "q"], "a", images=["x", "y"]),
+        "got 2 image parts for 2 images",
+    ),
+    "an image that is empty among others": (talk("<image>q", "a", image=["x", ""]), r"image\[1\]: got '', expected"),
+    "an image named nan": (talk("q", "a", image="nan"), r"for 1 images \('nan'\)"),
     "row weight": (talk("q", "a", weight=0), "got key 'weight' with 0, expected 1 or none"),
     "row weight of a half": (talk("q", "a", weight=0.5), "got key 'weight' with 0.5"),
     "row loss": (talk("q", "a", loss=False), "got key 'loss' with False"),
@@ -557,6 +671,21 @@ def test_a_key_twice_with_the_same_value_or_where_nobody_looks_is_fine(folder):
     assert record.ignored == ("id", "meta")
 
 
+def test_keys_of_turns_that_mean_nothing_are_counted_too():
+    row = messages("q", "a", id=1)
+    row["messages"][0]["name"] = row["messages"][1]["name"] = "Bob"
+    assert parse(row).ignored == ("id", "messages[].name")
+    assert parse({"texts": [{"user": "q", "assistant": "a", "source": "x"}]}).ignored == ("texts[].source",)
+
+
+@pytest.mark.parametrize(
+    ("question", "note"),
+    [("  ", "empty_question"), ("<video> what happens?", "media_as_text"), ("hear <audio>", "media_as_text")],
+)
+def test_questions_worth_counting(question, note):
+    assert parse(talk(question, "a")).notes == (note,)
+
+
 def test_an_answer_that_is_switched_off_is_not_trained():
     row = messages("q", "a", "r", "b")
     row["messages"][1]["weight"] = 0
@@ -585,6 +714,22 @@ def test_payloads_are_never_printed_whole(folder):
     assert "is an address" in faults[0].reason
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "base64": "DATA"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "DATA"}},
+        {"type": "image", "image": "data:image/png;base64,DATA"},
+        {"type": "image", "image": "data:image/png;base64, \n DATA \n"},
+    ],
+)
+def test_an_image_in_base64_is_read(folder, part):
+    data = base64.b64encode(png(COLOURS[0])).decode()
+    part = json.loads(json.dumps(part).replace("DATA", data))
+    (folder / "data.json").write_text(json.dumps([messages([part, {"type": "text", "text": "What is it?"}], "Red.")]))
+    assert seen(folder, check(folder, folder / "data.json")) == [ONE]
+
+
 def test_an_image_in_a_data_address_is_read(folder):
     address = "data:image/png;base64," + base64.b64encode(png(COLOURS[0])).decode()
     part = {"type": "image_url", "image_url": {"url": address}}
@@ -600,7 +745,7 @@ HALF = "\ud83d"
     ("row", "message"),
     [
         ({HALF: 1}, r"got keys '\ud83d'"),
-        ({"messages": [{"role": HALF, "content": "x"}]}, r"unknown role '\ud83d'"),
+        ({"messages": [{"role": HALF, "content": "x"}]}, r"got role '\ud83d'"),
         ({"messages": [{"role": "user", "content": [{"type": HALF}]}]}, r"type '\ud83d'"),
         (talk("q", "a", system=HALF), "half a character"),
         (talk("q", "a", weight=[1] * 5000), "got key 'weight' with"),

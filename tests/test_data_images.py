@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ from data.images import (
     MAX_PIXELS,
     ImageOptions,
     check_image,
+    framed,
     open_image,
     pad_to_square,
-    pixel_values,
     rgb,
-    visual_tokens,
 )
 from data.rows import RowError
 
@@ -171,19 +169,10 @@ def test_padding_keeps_what_a_crop_would_cut():
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     wide = Image.new("RGB", (32, 8))
     wide.paste((255, 255, 255), (0, 0, 4, 8))  # a white edge, which a center crop throws away
-    padded = pixel_values(wide, processor, aspect="pad")
-    cropped = pixel_values(wide, processor, aspect="processor")
+    padded, cropped = (
+        processor(framed(wide, aspect, processor.image_mean), return_tensors="pt")["pixel_values"]
+        for aspect in ("pad", "processor")
+    )
     assert padded.shape == cropped.shape == (1, 3, 8, 8)
     assert padded.max() > cropped.max()
     assert padded[0, :, 0, 0].abs().max() < 0.03  # the mean colour becomes zero
-
-
-@pytest.mark.parametrize(("strategy", "expected"), [("default", 576), ("full", 577)])
-def test_visual_tokens_of_llava(strategy, expected):
-    processor = SimpleNamespace(
-        image_processor=SimpleNamespace(crop_size={"height": 336, "width": 336}),
-        patch_size=14,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy=strategy,
-    )
-    assert visual_tokens(processor) == expected

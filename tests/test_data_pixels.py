@@ -4,13 +4,15 @@ import io
 import json
 import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor
+from transformers.image_utils import load_image
 
-from data.images import ImageOptions, check_image, open_image, pixel_values, read_image, rgb
+from data.images import ImageOptions, check_image, framed, open_image, read_image, rgb
 from data.rows import NOTES, EmbeddedImage, RowError
 
 DECODED = ImageOptions(decode=True)
@@ -64,7 +66,7 @@ def test_grey_of_more_than_8_bits_is_scaled(name):
 def test_modes_without_a_known_range_are_refused_by_name(array, mode):
     image = Image.fromarray(array)
     for read in (check_image, open_image):
-        with pytest.raises(RowError, match=rf"image 'x.tiff' has .*\(mode {mode}\), expected 8 or 16 bits"):
+        with pytest.raises(RowError, match=rf"image 'x.tiff' has .*\(mode {mode}\), expected unsigned 8 or 16 bits"):
             read(None, saved(image, "TIFF"))
     with pytest.raises(RowError, match=rf"mode {mode}"):
         rgb(image)
@@ -82,6 +84,97 @@ def test_every_other_mode_is_what_it_shows(mode):
     pixels = np.asarray(rgb(image))
     assert pixels.shape == (4, 4, 3)
     assert pixels.min() >= 250
+
+
+def raw_png(depth, kind, row, *before, after=()):
+    """Returns a PNG of one row of two pixels; chunks are pairs of name and body."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    whole = [header, *(chunk(*one) for one in before), data, *(chunk(*one) for one in after), chunk(b"IEND", b"")]
+    return EmbeddedImage("x.png", b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+
+
+def signed(bits):
+    """Returns a grey TIFF of signed values."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 4), (339, 2)]
+    body = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    return EmbeddedImage("x.tif", b"II*\0" + struct.pack("<I", 12) + bytes(4) + struct.pack("<H", 10) + body + bytes(4))
+
+
+FITS = b"".join(line.ljust(80) for line in (
+    b"SIMPLE  =                    T", b"BITPIX  =                   16", b"NAXIS   =                    2",
+    b"NAXIS1  =                    2", b"NAXIS2  =                    2", b"END",
+)).ljust(2880) + bytes(2880)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (signed(8), "has signed pixels, expected unsigned 8 or 16 bits"),
+        (signed(16), "has 32-bit pixels"),
+        (EmbeddedImage("x", FITS), r"has pixels of format FITS \(mode I;16\), expected unsigned"),
+        (EmbeddedImage("x", b"Pf\n2 2\n-1.0\n" + bytes(16)), "has floating-point pixels"),
+        (
+            EmbeddedImage("x", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF"),
+            "is EPS, which another program decodes, expected PNG or JPEG",
+        ),
+    ],
+)
+def test_what_no_rule_makes_right_is_refused_by_name(image, reason):
+    for read in (check_image, open_image):
+        with pytest.raises(RowError, match=reason):
+            read(None, image)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>404", "a web page or XML"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a web page or XML"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", r"an image \(HEIC\)"),
+        (b"\xff\x0a and more", r"an image \(JPEG XL\)"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "a video"),
+        (b"PK\x03\x04", "a zip archive"),
+    ],
+)
+def test_what_is_no_image_says_what_it_looks_like(tmp_path, data, kind):
+    (tmp_path / "x.jpg").write_bytes(data)
+    for read in (lambda: open_image(None, EmbeddedImage("x.jpg", data)), lambda: check_image(tmp_path, "x.jpg")):
+        with pytest.raises(RowError, match=f"image 'x.jpg' is not an image that Pillow reads.*: it looks like {kind}"):
+            read()
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif.tobytes()[6:]
+
+
+XMP = b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x='adobe:ns:meta/'><a tiff:Orientation=\"6\"/></x:xmpmeta>"
+
+
+@pytest.mark.parametrize("options", [ImageOptions(), DECODED])
+@pytest.mark.parametrize(
+    "image",
+    [
+        raw_png(8, 2, bytes(6), (b"eXIf", orientation(6))),
+        raw_png(8, 2, bytes(6), after=[(b"eXIf", orientation(6))]),
+        raw_png(8, 2, bytes(6), (b"iTXt", XMP)),
+    ],
+    ids=["EXIF", "EXIF behind the pixels", "XMP"],
+)
+def test_an_orientation_is_found_wherever_a_png_holds_it(image, options):
+    assert check_image(None, image, options) == ["turned"]
+    assert open_image(None, image).size == (1, 2)
+    with Image.open(io.BytesIO(image.data)) as stored:
+        assert load_image(stored).size == (1, 2)  # transformers and its servers
 
 
 def coloured(mode):
@@ -114,6 +207,12 @@ TRANSPARENT = {
     "L and a key colour": lambda: key_colour("L", 80, 0),
     "LA PNG": lambda: saved(Image.merge("LA", (Image.new("L", (4, 4), 0), coloured("RGBA").getchannel("A"))), "PNG"),
     "GIF": lambda: saved(coloured("RGBA"), "GIF"),
+    "16-bit grey and a key value": lambda: raw_png(16, 0, struct.pack(">2H", 40_000, 0), (b"tRNS", b"\x9c\x40")),
+    "16-bit grey and alpha": lambda: raw_png(16, 4, struct.pack(">4H", 40_000, 0, 0, 65_535)),
+    "16-bit RGB and a key colour": lambda: raw_png(
+        16, 2, struct.pack(">6H", 65_535, 0, 0, 0, 0, 65_535), (b"tRNS", struct.pack(">3H", 65_535, 0, 0))
+    ),
+    "1 bit and a key value": lambda: raw_png(1, 0, b"\x80", (b"tRNS", b"\0\1")),
 }
 
 
@@ -124,7 +223,7 @@ def test_transparency_is_on_white(name):
     check_image(None, image)
     opened = open_image(None, image)
     assert opened.getpixel((0, 0)) == (255, 255, 255)
-    assert opened.getpixel((3, 3))[:2] == (0, 0)
+    assert opened.getpixel((opened.width - 1, opened.height - 1))[:2] == (0, 0)
 
 
 def test_half_transparency_is_mixed_with_white():
@@ -196,7 +295,7 @@ def test_long_thin_images_are_refused_with_their_sides_before_memory_is_taken(si
     for refuse in (
         lambda: check_image(None, image, options),
         lambda: open_image(None, image, options),
-        lambda: pixel_values(Image.new("RGB", sides), processor, aspect=aspect),
+        lambda: framed(Image.new("RGB", sides), aspect, processor.image_mean),
     ):
         with pytest.raises(
             RowError, match=f"too long and thin: {sides[0]} x {sides[1]}, expected sides of up to 1,000"
@@ -228,7 +327,7 @@ def test_a_link_out_of_the_folder_is_followed_where_the_recipe_says_so(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "disk/a.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "images/coco").symlink_to(tmp_path / "disk")
-    with pytest.raises(RowError, match=r"behind a link to .*/disk/a.png; data.follow_links: true allows links"):
+    with pytest.raises(RowError, match=r"behind a link to .*; data.follow_links: true allows links"):
         check_image(tmp_path / "images", "coco/a.png")
     followed = ImageOptions(follow_links=True)
     assert check_image(tmp_path / "images", "coco/a.png", followed) == []
@@ -242,10 +341,13 @@ def test_training_and_demo_see_the_same_pixels(tmp_path):
     exif[0x0112] = 6
     noise(64).resize((24, 16)).save(tmp_path / "a.jpg", exif=exif)
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    trained = pixel_values(open_image(tmp_path, "a.jpg"), processor, aspect="pad")
-    shown = pixel_values(read_image(tmp_path / "a.jpg"), processor, aspect="pad")
+
+    def pixels(image):
+        return processor(framed(image, "pad", processor.image_mean), return_tensors="pt")["pixel_values"]
+
+    trained, shown = pixels(open_image(tmp_path, "a.jpg")), pixels(read_image(tmp_path / "a.jpg"))
     with Image.open(tmp_path / "a.jpg") as stored:
-        benchmark = pixel_values(stored, processor, aspect="pad")  # images that lmms-eval brings
+        benchmark = pixels(stored)  # images that lmms-eval brings
     assert np.array_equal(trained, shown)
     assert np.array_equal(trained, benchmark)
     assert json.dumps(trained.shape) == "[1, 3, 8, 8]"

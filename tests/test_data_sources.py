@@ -142,5 +142,17 @@ def test_a_file_without_rows_is_an_error(tmp_path, text):
 def test_what_is_no_file_is_an_error(name):
     with pytest.raises(DataError) as caught:
         find_files(name)
-    start = "" if name.startswith("~") else rf" in {Path.cwd()}, where relative paths start"
+    start = "" if name.startswith("~") else f" in {Path.cwd()}, where relative paths start"
+    start += " (the variable NOTHING is not set)" if name.startswith("$") else ""
     assert str(caught.value).startswith(f"{name}: no such file{start}; expected JSON or JSONL")
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/datasets/org/name", "s3://bucket/rows.jsonl"])
+def test_an_address_is_refused(name):
+    with pytest.raises(DataError, match=f"^{name}: is an address, expected it downloaded, or hf://org/name"):
+        find_files(name)
+
+
+def test_a_device_is_neither_file_nor_folder():
+    with pytest.raises(DataError, match=r"^/dev/null: is neither a file nor a folder"):
+        find_files("/dev/null")

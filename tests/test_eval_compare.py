@@ -2,27 +2,38 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from eval import bench, compare, measure, settings, stages
+from eval import bench, compare, measure, speed, stages
+from eval.arguments import UsageError, schedules_of
 from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.compare import main
+from eval.compare import arguments, main, prepare
 from eval.plots import Point, pareto_front, smooth
-from eval.rows import FLOOR, cell_row, score_error, score_table, score_text
-from eval.settings import ComparisonError, named
+from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text
+from eval.seeds import common_name, groups_of
+from eval.seeds import compared as compared_seeds
+from eval.settings import ComparisonError, meaning, named
+from models import StagePlan
+from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
-from tests.conftest import QUICKSTART, write_run
+from tests.conftest import QUICKSTART, ROOT, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def memory_is_not_measured():
+def little_is_measured():
     """A fresh process for each checkpoint takes ten seconds; tests/test_eval_speed.py measures once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "REPEATS", 1)
+        patch.setattr(speed, "STEPS", 2)
         patch.setattr(measure, "added_memory_each", lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20))
         yield
 
@@ -116,13 +127,42 @@ def test_a_finished_comparison_runs_nothing_again(compared, runs, monkeypatch, c
 
 def test_other_settings_in_one_folder_are_refused(compared, runs, capsys):
     assert main([*runs, "--limit", "41", "--out", str(compared)]) == 2
-    assert "holds cells made with limit 40, found 41" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds cells made with limit 40, got 41, expected the same" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_cells_of_other_code_are_refused(compared, runs, monkeypatch, capsys):
-    monkeypatch.setattr(settings, "code", lambda: "0123456789ab")
-    assert main([*runs, "--limit", "40", "--out", str(compared)]) == 2
-    assert "holds cells made with code " in capsys.readouterr().err.splitlines()[-1]
+def test_a_cell_is_kept_for_what_decides_it_alone(tmp_path):
+    """Weights, the schedule with its settings, code: with another of them the record is not this cell's."""
+    made_by = {"weights": "w", "code": "c", "schedules": {"fastv": "FastV(layer=2)", "vtw": "VTW(layer=4)"}}
+    store = Store(tmp_path, "run", **made_by)
+    for parts in (("fastv", "pope"), ("speed",)):
+        assert not store.is_outdated(*parts)
+        store.write({"status": "done"}, *parts)
+        assert store.read(*parts)["status"] == "done"
+    fewer = Store(tmp_path, "run", **made_by | {"schedules": {"fastv": "FastV(layer=2)"}})
+    assert fewer.read("speed") is not None
+    for other in ({"weights": "x"}, {"code": "x"}, {"schedules": {"fastv": "FastV(layer=3)", "vtw": "VTW(layer=4)"}}):
+        store = Store(tmp_path, "run", **made_by | other)
+        assert store.read("fastv", "pope") is None
+        assert store.read("speed") is None
+        assert store.is_outdated("fastv", "pope")
+
+
+def test_comments_docstrings_and_layout_do_not_make_other_code():
+    first = meaning(
+        '"""One."""\nclass A:\n    """Two."""\n    def f(self, x):\n        # three\n        return (x + 1)\n'
+    )
+    assert meaning("class A:\n    def f(self, x): return x + 1") == first
+    assert meaning("class A:\n    def f(self, x): return x + 2") != first
+
+
+def test_cells_of_other_code_are_run_again_and_it_is_said(runs, tmp_path, monkeypatch, capsys):
+    given = [runs[0], "--limit", "2", "--out", str(tmp_path)]
+    assert main(given) == 0
+    before = (tmp_path / "cells/dense/dense/easy_vqa.json").read_text()
+    monkeypatch.setattr(compare, "code", lambda: "0123456789ab")
+    assert main(given) == 0
+    assert "1 cells of " in capsys.readouterr().err
+    assert (tmp_path / "cells/dense/dense/easy_vqa.json").read_text() != before
 
 
 def test_a_failed_cell_is_told_and_run_again(runs, tmp_path, monkeypatch, capsys):
@@ -130,8 +170,8 @@ def test_a_failed_cell_is_told_and_run_again(runs, tmp_path, monkeypatch, capsys
     real, ran = compare.run_cell, []
 
     def failing(loaded, schedule, task, **options):
-        ran.append(schedule)
-        if schedule == "vtw" and len(ran) <= 2:
+        ran.append(type(getattr(schedule, "inner", schedule)).__name__)
+        if ran == ["Fused", "VTW"]:
             raise RuntimeError("CUDA out of memory")
         return real(loaded, schedule, task, **options)
 
@@ -139,21 +179,20 @@ def test_a_failed_cell_is_told_and_run_again(runs, tmp_path, monkeypatch, capsys
     assert main(given) == 1
     text = (tmp_path / "table.md").read_text()
     assert "| fused | vtw | failed |" in text
+    assert "| layer 4 |" in text
     assert "- fused, vtw, easy_vqa: RuntimeError: CUDA out of memory" in text
     assert "CUDA out of memory" in (tmp_path / "report.html").read_text()
     assert main(given) == 0
-    assert ran == ["trained", "vtw", "vtw"]
+    assert ran == ["Fused", "VTW", "VTW"]
     assert "failed" not in (tmp_path / "table.md").read_text()
 
 
 def test_changed_weights_are_evaluated_again(tmp_path):
     folder = write_run(tmp_path / "run", None)
     found = Checkpoint.find(folder)
-    store = Store(tmp_path, "run", compare.fingerprint(found))
-    store.write({"status": "done"}, "dense", "easy_vqa")
-    assert store.read("dense", "easy_vqa")["status"] == "done"
+    before = compare.fingerprint(found)
     write_run(folder, {"enter": 1, "exit": 2})
-    assert Store(tmp_path, "run", compare.fingerprint(found)).read("dense", "easy_vqa") is None
+    assert compare.fingerprint(found) != before
 
 
 def test_a_checkpoint_that_does_not_load_fails_its_cells_alone(runs, tmp_path, capsys):
@@ -174,7 +213,7 @@ def test_rows_that_are_asked_differently_are_refused(runs, tmp_path, capsys):
     assert Checkpoint.find(other).chat_format == "vicuna_v1"
     assert main([runs[0], str(other), "--limit", "4", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--chat-format: found chat_template (dense) and vicuna_v1 (other)" in error
+    assert "--chat-format: got chat_template (dense) and vicuna_v1 (other)" in error
     assert not (tmp_path / "out").exists()
     given = [runs[0], str(other), "--chat-format", "chat_template", "--limit", "4", "--out", str(tmp_path / "out")]
     assert main(given) == 0
@@ -225,6 +264,8 @@ def test_the_report_opens_offline_in_a_browser(compared):
         assert page.locator("details.sample").count() == 6
         page.locator("details.sample summary").nth(1).click()
         assert page.locator("details.sample").nth(1).locator("img").count() == 1 + 7
+        page.set_viewport_size({"width": 420, "height": 900})
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= 420
         assert opened.errors == []
         assert {url.split(":")[0] for url in opened.urls} <= {"file", "data"}
 
@@ -247,7 +288,7 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path, runs):
         shutil.copytree(runs[0], tmp_path / seed / "dense")
     found = [Checkpoint.find(tmp_path / seed / "dense") for seed in ("seed0", "seed1")]
     assert list(named(found)) == ["seed0_dense", "seed1_dense"]
-    with pytest.raises(ComparisonError, match="found dense twice"):
+    with pytest.raises(ComparisonError, match="got dense twice"):
         named([found[0], found[0]])
 
 
@@ -259,8 +300,167 @@ def test_a_score_that_is_no_mean_has_no_error():
     assert score_error(75.0, None, samples) is None
 
 
+def seed_runs(folder, runs):
+    """Writes two seeds of a dense and of a fused run, trained alike; returns their folders."""
+    folders = []
+    for kind, source in zip(("dense", "fused"), runs, strict=True):
+        for seed in (0, 1):
+            target = folder / f"{kind}_seed{seed}"
+            shutil.copytree(source, target)
+            stages = "null" if kind == "dense" else "{enter: 2, exit: 5}"
+            data = '{files: ["easy_vqa:short"], format: chat_template, image_aspect: processor}'
+            (target / "final/recipe.yaml").write_text(
+                f"name: {target.name}\nseed: {seed}\noutput: {target}\nmodel: {{stages: {stages}}}\ndata: {data}\n"
+            )
+            if seed:
+                weights = load_file(target / "final/model.safetensors")
+                first = next(name for name in weights if name.endswith("layers.0.self_attn.v_proj.weight"))
+                weights[first] = -weights[first]
+                save_file(weights, target / "final/model.safetensors", metadata={"format": "pt"})
+            folders.append(str(target))
+    return folders
+
+
+def test_runs_that_differ_in_seed_alone_are_pooled(runs, tmp_path):
+    given = [*seed_runs(tmp_path / "seeds", runs), "--limit", "8"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out/table.json").read_text())
+    rows = {(row["run"], row["schedule"]): row for row in record["rows"]}
+    for label, schedule in (("dense, 2 seeds", "dense"), ("fused, 2 seeds", "trained")):
+        together, kind = rows[label, schedule], label.split(",")[0]
+        alone = [rows[f"{kind}_seed{seed}", schedule] for seed in (0, 1)]
+        assert {row["pooled_in"] for row in alone} == {label}
+        assert not any("difference" in row for row in alone)
+        scores = [row["score"] for row in alone]
+        assert together["score"] == pytest.approx(sum(scores) / 2)
+        assert together["standard_error"] == pytest.approx(abs(scores[0] - scores[1]) / 2)
+        assert together["settings"] == alone[0]["settings"]
+    assert record["compared_with"] == {"easy_vqa": "dense, 2 seeds dense"}
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| enter 2, exit 5 |" in next(line for line in text.splitlines() if "| fused, 2 seeds | trained |" in line)
+    assert "fused_seed0 | trained" not in text
+    assert "Student's t over seeds and images" in text
+    assert "1 comparison of this table by Holm's rule" in text
+    assert "fused, 2 seeds, trained" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_run_with_another_recipe_is_no_seed(runs, tmp_path):
+    folders = seed_runs(tmp_path, runs)
+    found = {Path(folder).name: Checkpoint.find(folder) for folder in folders}
+    assert groups_of(found) == {
+        "dense": {0: "dense_seed0", 1: "dense_seed1"},
+        "fused": {0: "fused_seed0", 1: "fused_seed1"},
+    }
+    recipe = tmp_path / "dense_seed1/final/recipe.yaml"
+    recipe.write_text(recipe.read_text() + "train: {max_steps: 7}\n")
+    assert list(groups_of(found)) == ["fused"]
+    assert common_name(["seed0_dense", "seed1_dense"]) == "dense"
+    assert common_name(["a", "b"]) == "a"
+
+
+def test_differences_over_seeds_pair_what_belongs_together():
+    def cell(*values):
+        return {"samples": [{"id": number, "image": number, "value": value} for number, value in enumerate(values)]}
+
+    base = {0: cell(1.0, 0.0, 0.0, 1.0), 1: cell(0.0, 0.0, 1.0, 0.0)}
+    better = {0: cell(1.0, 1.0, 0.0, 1.0), 1: cell(0.0, 1.0, 1.0, 0.0)}
+    found = compared_seeds(better, base)  # each seed gains one question: no spread over seeds, but one over images
+    assert (found.mean, found.gained, found.lost) == (0.25, 2, 0)
+    assert found.low < 0 < found.high
+    assert found.p == pytest.approx(0.391, abs=1e-3)  # t = 1 with 3 degrees of freedom
+    others = compared_seeds({7: better[0], 8: better[1]}, base)  # other seeds: nothing pairs them
+    assert others.mean == 0.25
+    assert others.gained is None
+    assert others.low < 0 < others.high
+    single = compared_seeds({0: better[0]}, base)
+    assert single.mean == pytest.approx(0.75 - 0.375)
+    assert compared_seeds({0: {"samples": []}}, base) is None
+
+
+def test_every_row_says_the_settings_of_its_schedule():
+    assert settings_text(FastV(1, 0.5)) == "layer 1, drop 0.5"
+    assert settings_text(PyramidDrop()) == "layers 8/16/24, ratios 0.5/0.25/0.125"
+    assert settings_text(PyramidDrop(renumber=True)).endswith("renumber")
+    assert settings_text(ShortV()) == "layers 0/2/3/12/17-31"
+    assert settings_text(Within(StagePlan(2, 5), VTW(4))) == "layer 4"
+    assert settings_text(Fused(StagePlan(2, 5, keep={3: 2}))) == "enter 2, exit 5, keep 2 from 3"
+    assert settings_text(Dense()) == ""
+
+
+def test_a_column_that_tells_rows_apart_in_nothing_is_left_out():
+    lines = [
+        ["run", "same", "near", "other", "none", "word"],
+        ["a", "1", "100.0", "1", "-", "x"],
+        ["b", "1", "101.0", "2", "-", "y"],
+    ]
+    assert informing(lines, keep=("run",)) == [["run", "other", "word"], ["a", "1", "x"], ["b", "2", "y"]]
+    assert informing([["run", "one"], ["a", "1"]], keep=()) == [["run", "one"], ["a", "1"]]
+
+
+def test_schedules_may_be_named_with_settings():
+    found = schedules_of("--schedules", "dense, fastv(layer=2, drop=0.75),pyramiddrop(layers=(2,4),ratios=(.5,.2))")
+    assert found == {
+        "dense": "dense",
+        "fastv(layer=2,drop=0.75)": {"name": "fastv", "layer": 2, "drop": 0.75},
+        "pyramiddrop(layers=(2,4),ratios=(0.5,0.2))": {"name": "pyramiddrop", "layers": (2, 4), "ratios": (0.5, 0.2)},
+    }
+    for wrong in ("fastv(2)", "fastv(layer=)", "fastv(layer=x)", "fastv(layer=2", "fastw(layer=2)"):
+        with pytest.raises(UsageError, match=r"--schedules: got 'fast"):
+            schedules_of("--schedules", wrong)
+
+
+def test_a_schedule_that_does_not_go_with_a_checkpoint_is_refused_before_anything_is_made(runs, tmp_path, capsys):
+    for given, said in (
+        ("fastv(layer=99)", "FastV.layer: got 99, expected at most 7"),
+        ("cdpruner", "--schedules: got cdpruner, which reads the question with a text tower"),
+    ):
+        assert main([runs[0], "--schedules", given, "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plans_of_a_checkpoint_are_rows_of_it(runs, tmp_path, capsys):
+    config = json.loads((Path(runs[1]) / "final/config.json").read_text())
+    plans = {"fused": config["stages"], "fast": {**config["stages"], "keep": {"3": 0.25}}, "dense": None}
+    shutil.copytree(runs[1], tmp_path / "elastic")
+    (tmp_path / "elastic/final/config.json").write_text(json.dumps({**config, "plans": plans}))
+    given = [runs[0], str(tmp_path / "elastic"), "--limit", "4", "--out", str(tmp_path / "out"), "--schedules"]
+    comparison, _ = prepare(arguments([*given, "trained,fast,vtw"]))
+    assert {name: list(chosen) for name, chosen in comparison.schedules.items()} == {
+        "dense": ["dense", "vtw"],
+        "elastic": ["trained", "fast", "vtw"],
+    }
+    assert comparison.schedules["elastic"]["fast"] == Fused(StagePlan(2, 5, keep={3: 0.25}))
+    with pytest.raises(SystemExit):
+        arguments([*given, "slow"])
+    assert "--schedules: got 'slow', expected trained, fused, fast, dense, visipruner" in capsys.readouterr().err
+
+
+RANKS = """
+import sys
+from eval import measure, speed
+measure.added_memory_each = lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
+speed.REPEATS, speed.STEPS = 1, 2
+from eval.compare import arguments, main, prepare
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_answer_each_their_part(runs, compared, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = [runs[0], "--schedules", "vtw", "--limit", "5", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, str(tmp_path / "ranks.py"), *given], env=environment, cwd=ROOT, check=True)
+    cells = [json.loads((out / "cells/dense/vtw/easy_vqa.json").read_text()) for out in (tmp_path / "out", compared)]
+    answers = [[(one["id"], one["answer"], one["value"]) for one in cell["samples"]] for cell in cells]
+    assert answers[0] == answers[1][:5]
+    assert cells[0]["metrics"]["accuracy"] == pytest.approx(sum(value for *_, value in answers[0]) / 5)
+    assert "| dense | vtw |" in (tmp_path / "out/table.md").read_text()
+
+
 def test_a_failed_row_and_a_score_in_points_are_shown():
-    row = cell_row("run", "dense", "mme", {"status": "failed", "error": "x"}, None)
+    row = cell_row("run", "dense", "mme", {"status": "failed", "error": "x"}, Dense(), None)
     assert score_table([row])[1][:3] == ["run", "dense", "failed"]
     assert score_text({"scale": None}, 1510.72) == "1510.7"
     assert score_text({"scale": 1.0}, 0.5, 0.0123) == "50.00 ± 1.23 %"
@@ -334,8 +534,9 @@ def test_a_processor_that_cannot_count_visual_tokens_is_refused(runs, tmp_path):
     fields = json.loads((tmp_path / "processor_config.json").read_text())
     del fields["patch_size"]
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match="without patch_size, expected a processor_config"):
-        Checkpoint.find(tmp_path).processor()
+    found = Checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: got no patch_size"):
+        found.prompter(found.processor())
 
 
 def test_a_record_that_is_cut_off_is_named(runs, tmp_path):

@@ -182,7 +182,7 @@ def test_the_page_in_a_browser(served, loaded, asked, tmp_path):
         assert opened.errors == []
         assert {urlsplit(url).hostname for url in opened.urls} == {"127.0.0.1"}
         process.send_signal(signal.SIGINT)  # with the page still open
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ def test_questions_with_several_images_and_with_none(loaded):
     red = Image.new("RGB", (64, 64), "red")
     inputs = prompter.batch([Asked("what is it?", [red, red]), Asked("a <image> here?")])
     image = prompter.tokenizer.convert_tokens_to_ids("<image>")
-    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompter.visual_tokens, 0]
+    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompter.vision.count(*red.size), 0]
     assert len(inputs["pixel_values"]) == 2
     assert "pixel_values" not in prompter.batch([Asked("what is it?")])
 
@@ -230,6 +230,7 @@ def test_model_args_name_checkpoint_and_schedule(quickstart_run):
         "schedule=vtw",
         f"pretrained={quickstart_run},schedul=vtw",
         f"pretrained={quickstart_run},schedule=x",
+        f"pretrained={quickstart_run},schedule=cdpruner",
     ):
         with pytest.raises(CheckpointError, match=r"--model_args: .*got .*expected "):
             FusedLlava.create_from_arg_string(wrong)

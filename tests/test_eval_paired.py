@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from eval.paired import RESAMPLES, difference, standard_error
+from eval.paired import RESAMPLES, difference, holm, over_seeds, standard_error
 
 
 def test_the_error_of_independent_values_is_the_textbooks():
@@ -58,3 +58,24 @@ def test_clusters_widen_the_interval():
     alone = difference(first, second, range(100))
     together = difference(first, second, [number // 10 for number in range(100)])
     assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_holm_corrects_for_the_number_of_comparisons():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_differences_over_seeds_are_students():
+    mean, low, high, p = over_seeds([0.70, 0.72, 0.71], [0.73, 0.76, 0.72], paired=True)  # 0.03, 0.04, 0.01
+    error = statistics.stdev([0.03, 0.04, 0.01]) / 3**0.5
+    assert mean == pytest.approx(0.08 / 3)
+    assert (high - low) / 2 == pytest.approx(4.3027 * error, rel=1e-3)  # the table's t for 2 degrees of freedom
+    t = mean / error
+    assert p == pytest.approx(1 - t / (t * t + 2) ** 0.5, abs=1e-5)  # closed form of 2 degrees of freedom
+    mean, low, high, p = over_seeds([1.0, 2.0], [4.0, 5.0], paired=False)  # Welch's rule makes 2 of these
+    assert (mean, (high - low) / 2) == (3.0, pytest.approx(4.3027 * 0.5**0.5, rel=1e-3))
+    assert p == pytest.approx(1 - 18**0.5 / 20**0.5, abs=1e-5)
+    assert over_seeds([0.5, 0.5], [0.5, 0.5], paired=True) == (0.0, 0.0, 0.0, 1.0)
+    mean, low, high, p = over_seeds([0.5, 0.6], [0.6, 0.7], paired=True, images=(0.05, 3))  # seeds say it is certain
+    assert p == pytest.approx(1 - 2 / 6**0.5, abs=1e-5)

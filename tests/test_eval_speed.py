@@ -7,7 +7,7 @@ from eval import speed
 from eval.checkpoint import Checkpoint
 from eval.live import costs_of, live_visual, text_tokens
 from eval.prompts import Asked
-from models.schedules import VTW, Dense, FastV
+from models.schedules import VTW, Dense, DivPrune, FastV, ShortV, SparseVLM, VisionZip
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,10 @@ def asked():
     return [Asked("what is the red shape?", [image]), Asked("is it?", [image])]
 
 
-@pytest.mark.parametrize("schedule", [Dense(), VTW(layer=3), FastV(layer=2)])
+SCHEDULES = (Dense(), VTW(3), FastV(2), DivPrune(), VisionZip(), SparseVLM((3, 4, 5)), ShortV((2, 4)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 def test_the_cache_is_as_large_as_the_cost_model_says(loaded, asked, schedule):
     _, model, prompter = loaded
     inputs = prompter.batch(asked[:1])

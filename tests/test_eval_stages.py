@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,10 +12,11 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 from data.chat import IGNORE_INDEX
 from eval import stages
 from eval.live import live_visual
+from eval.paired import RESAMPLES
 from eval.probe_samples import Asker, Batch, Sample, spaced
 from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed, own_schedule
 from eval.prompts import Asked, Prompter
-from eval.stages_search import Trials, needs_vision, propose
+from eval.stages_search import Trials, needs_vision, propose, side_intervals
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, published
 from recipes.schema import load_recipe
@@ -37,7 +39,7 @@ def probed(model, rows):
     """Returns the rows of make_batch as the probes' batch: the last two tokens are the answer."""
     labels = torch.full_like(rows["input_ids"], IGNORE_INDEX)
     labels[:, -2:] = rows["input_ids"][:, -2:]
-    return Batch.of(model, rows["input_ids"], rows["attention_mask"], labels, rows["pixel_values"])
+    return Batch.of(model, rows, labels)
 
 
 def singles(rows):
@@ -249,8 +251,11 @@ def test_a_plans_own_exit_is_not_visipruners():
 # -- the search ---------------------------------------------------------------------------------------------------
 
 
-def searched(is_right, depth=6, samples=100, tolerance=2.0, plan=None):
-    """Returns the proposal of a model that answers right where `is_right(sample, layers with vision)`."""
+def searched(is_right, depth=6, samples=100, tolerance=2.0, plan=None, intervals=False):
+    """Returns the proposal of a model that answers right where `is_right(sample, layers with vision)`.
+
+    Or the intervals of its sides.
+    """
     trials = Trials(plan, depth)
     trials.groups = [str(sample) for sample in range(samples)]
 
@@ -261,6 +266,8 @@ def searched(is_right, depth=6, samples=100, tolerance=2.0, plan=None):
             trials.right[trial] = [is_right(sample, seen) for sample in range(samples)]
 
     run(trials.sweep(1))
+    if intervals:
+        return side_intervals(trials, tolerance)
     return propose(trials, tolerance, run) if needs_vision(trials, tolerance) else None
 
 
@@ -279,6 +286,50 @@ def test_losses_within_the_tolerance_are_taken_with_their_error():
     assert (one.enter, one.exit) == (2, 4)  # 1 point and its error of 1
     two = searched(lambda sample, seen: {2, 3} <= seen and (sample > 1 or 1 in seen))
     assert (two.enter, two.exit) == (1, 4)  # 2 points and their error
+
+
+def test_the_sides_of_a_window_have_intervals_over_images():
+    def sharp(_, seen):
+        return {2, 3} <= seen
+
+    def fuzzy(sample, seen):  # two samples need layer 1 too, four need layer 4
+        return {2, 3} <= seen and (sample % 50 != 7 or 1 in seen) and (sample % 50 not in (9, 11) or 4 in seen)
+
+    found = searched(sharp, intervals=True)
+    assert (found.enter, found.exit) == ((2, 2), (4, 4))
+    found = searched(fuzzy, intervals=True)
+    assert (found.enter, found.exit) == ((1, 2), (4, 5))
+    assert searched(fuzzy, tolerance=20.0, intervals=True).exit == (4, 4)
+
+
+def test_intervals_are_what_a_bootstrap_by_hand_gives():
+    random = np.random.default_rng(5)
+    trials = Trials(None, 4)
+    trials.groups = [str(number // 3) for number in range(60)]
+    for trial in trials.sweep(1):
+        hidden = len(trial) - 1
+        trials.right[trial] = [bool(random.random() > 0.02 * hidden) for _ in range(60)]
+    trials.right[trials.whole] = [True] * 60
+    draws = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), RESAMPLES)[:300]
+    enters, leaves = [], []
+    for draw in draws:
+        places = [3 * image + part for image in range(20) for _ in range(draw[image]) for part in range(3)]
+        groups = [f"{place}" for place in range(len(places) // 3) for _ in range(3)]
+        resampled = Trials(None, 4)
+        resampled.groups = groups
+        resampled.right = {trial: [right[place] for place in places] for trial, right in trials.right.items()}
+        holds = {trial: resampled.result(trial).costs_at_most(4.0) for trial in resampled.right}
+        enters.append(max((layer for layer in range(1, 5) if holds[trials.masked_outside(layer, 4)]), default=0))
+        leaves.append(min((layer for layer in range(4) if holds[trials.masked_outside(0, layer)]), default=4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.stages_search.RESAMPLES", 300)
+        found = side_intervals(trials, 4.0)
+    expected = [
+        tuple(np.quantile(side, [0.025, 0.975], method="inverted_cdf").astype(int).tolist())
+        for side in (enters, leaves)
+    ]
+    assert [found.enter, found.exit] == expected
+    assert found.enter[0] < found.enter[1]
 
 
 def test_a_task_that_needs_no_image_has_no_window():
@@ -364,7 +415,8 @@ def by_construction(reads, plan=None):
         attention = layer.self_attn
         for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
             part.weight.zero_()
-    kinds = [set(Asker(model, prompter, "chat_template").encode(pictured_samples()[kind])[0]) for kind in (0, 1)]
+    asker, samples = Asker(model, prompter), pictured_samples()
+    kinds = [set(asker.encode(samples[kind], prompter.vision.encode(samples[kind].asked.images))[0]) for kind in (0, 1)]
     answers = {words(word) for word in (*COLOURS, *SHAPES)}
     for kind, other in ((0, 1), (1, 0)):
         for token in kinds[kind] - kinds[other] - answers:
@@ -384,9 +436,13 @@ def by_construction(reads, plan=None):
     return model
 
 
+def pixels_of(prompter, image):
+    return prompter.vision.encode([image]).inputs["pixel_values"]
+
+
 def project_exactly(model, prompter):
     """Sets the projector so that each image's features are its colour (channels 0-2) and its shape (3-5)."""
-    pixels = torch.cat([prompter.pixels(picture(number // 3, number % 3)) for number in range(9)])
+    pixels = torch.cat([pixels_of(prompter, picture(number // 3, number % 3)) for number in range(9)])
     inner = {}
     handle = model.model.multi_modal_projector.act.register_forward_hook(lambda *call: inner.update(out=call[2]))
     model.model.get_image_features(pixel_values=pixels)
@@ -473,13 +529,14 @@ def test_a_model_that_needs_every_layer_or_no_image_gets_no_stages(task, capsys)
 def trained(plan):
     """Returns a model that has learned to name colours and shapes under a plan."""
     model, processor = tiny_model(plan), tiny_processor()
-    asker = Asker(model, Prompter(processor, chat_format="chat_template", aspect="processor"), "chat_template")
+    asker = Asker(model, Prompter(processor, chat_format="chat_template", aspect="processor"))
     samples = pictured_samples()
-    batch, encoded = asker.batch(samples), [asker.encode(sample) for sample in samples]
+    images = [asker.prompter.vision.encode(sample.asked.images) for sample in samples]
+    batch, encoded = asker.batch(samples), [asker.encode(*pair) for pair in zip(samples, images, strict=True)]
     labels = torch.full_like(batch.ids, IGNORE_INDEX)
     for row, (_, own) in zip(labels, encoded, strict=True):
         row[-len(own) :] = torch.tensor(own)
-    pixels = torch.cat([asker.prompter.pixels(sample.asked.images[0]) for sample in samples])
+    pixels = torch.cat([pixels_of(asker.prompter, sample.asked.images[0]) for sample in samples])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     with torch.enable_grad():
         for _ in range(150):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from models import StagePlan, run_decoder
 from models.cost import live_cost, plan_cost
-from models.schedule_base import Dense, Fused
+from models.schedules import Dense, Fused, ShortV
 
 LLAVA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 
@@ -19,6 +19,7 @@ LLAVA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_lay
         StagePlan(2, 4),
         StagePlan(2, 4, "kv"),
         StagePlan(layers=[0, 3, 5], update="kv"),
+        ShortV((0, 2, 3)),
     ],
 )
 def test_flops_are_what_torch_counts(make_model, family, plan):
@@ -26,13 +27,15 @@ def test_flops_are_what_torch_counts(make_model, family, plan):
     embeds, visual = torch.randn(1, 20, 32), torch.zeros(1, 20, dtype=torch.bool)
     visual[:, 3:13] = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        output = run_decoder(decoder, embeds, visual, schedule=Dense() if plan is None else Fused(plan))
-    cost = plan_cost(decoder.config, plan, visual=10, text=10)
+        schedule = Fused(plan) if isinstance(plan, StagePlan) else plan or Dense()
+        output = run_decoder(decoder, embeds, visual, schedule=schedule)
+    counts = [len(live[0]) - 10 for live in output.live]
+    kv = [schedule.update_at(layer) == "kv" for layer in range(6)]
+    cost = live_cost(decoder.config, counts, text=10, kv=kv)
     rotary = sum(flops for name, flops in counter.get_flop_counts()["Global"].items()) - cost.flops
     assert rotary == 0
-    counts = [len(live[0]) - 10 for live in output.live]
-    kv = plan is not None and plan.update == "kv"
-    assert live_cost(decoder.config, counts, text=10, kv=kv) == cost
+    if plan is None or isinstance(plan, StagePlan):
+        assert plan_cost(decoder.config, plan, visual=10, text=10) == cost
     assert cost.token_layers == sum(len(live[0]) for live in output.live)
 
 

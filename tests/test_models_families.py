@@ -9,7 +9,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from models import FAMILIES, FusedAutoModel, StagePlan
-from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, Random, ScheduleError, VisiPruner, Within
+from models.schedules import (
+    VTW,
+    CDPruner,
+    Dense,
+    DivPrune,
+    FastV,
+    Fused,
+    PyramidDrop,
+    Random,
+    ScheduleError,
+    ShortV,
+    SparseVLM,
+    VisionZip,
+    VisiPruner,
+    Within,
+)
 from tests.slow_reference import SlowDecoder
 from tests.tiny_vlms import IMAGE, LAYERS, PAD, TINY, VIDEO
 
@@ -18,6 +33,7 @@ PLANS = {
     "late": {"enter": 1, "exit": 6},
     "early": {"enter": 0, "exit": 3},
     "pyramid": {"enter": 1, "exit": 5, "keep": {2: 3, 4: 1}},
+    "diverse": {"enter": 2, "exit": 5, "keep": {2: 0.5, 4: 1}, "select": "diversity"},
     "kv_window": {"enter": 2, "exit": 5, "update": "kv"},
     "kv_layers": {"layers": [0, 2, 3, 5], "update": "kv"},
     "kv_pyramid": {"layers": [0, 2, 3, 5], "update": "kv", "keep": {3: 2, 5: 1}},
@@ -29,6 +45,11 @@ SCHEDULES = {
     "fastv": FastV(2, 0.4),
     "pyramiddrop": PyramidDrop((2, 4), (0.5, 0.25)),
     "random": Random(1, 0.5, seed=3),
+    "divprune": DivPrune(0.5),
+    "sparsevlm": SparseVLM((2, 4), (320, 144)),
+    "cdpruner": CDPruner(288),
+    "shortv": ShortV((0, 2, 3)),
+    "visionzip": VisionZip(288, 144),
     "visipruner": VisiPruner(2, 0.97, 0.25, 0.8),
     "visipruner_half": VisiPruner(3, 0.97, 0.25, 0.8, first_layer="half", visual_self_attention=False),
 }
@@ -55,8 +76,19 @@ def name(request):
 
 
 @pytest.fixture(params=list(SCHEDULES))
-def schedule(request):
+def schedule(request, name):
+    if request.param == "visionzip" and TINY[name].family != "llava":
+        pytest.skip("needs a tower with a class token and one patch a visual token")
     return SCHEDULES[request.param]
+
+
+def tiny_batch(name, schedule, *layouts, **more):
+    """Returns a batch, with the relevance of visual tokens where the schedule wants it."""
+    batch = TINY[name].batch(*layouts, **more)
+    if isinstance(schedule, CDPruner):
+        visual = batch["input_ids"] == IMAGE
+        batch["relevance"] = (3.0 * visual.cumsum(dim=1)).sin()
+    return batch
 
 
 def alone(batch, layouts, sample):
@@ -150,7 +182,7 @@ def test_a_video_beside_an_image_is_hugging_faces(name):
 
 @pytest.mark.parametrize("layout", ["tttItttt", "ItIttt", "tttt"])
 def test_a_schedule_equals_the_slow_reference(name, schedule, layout):
-    batch = TINY[name].batch(layout)
+    batch = tiny_batch(name, schedule, layout)
     expected, places = SlowDecoder(theirs(name, "eager"), batch).run(schedule)
     with torch.no_grad():
         output = ours(name)(**batch, schedule=schedule)
@@ -160,7 +192,7 @@ def test_a_schedule_equals_the_slow_reference(name, schedule, layout):
 
 
 def test_a_sample_in_a_padded_batch_is_itself_alone(name, schedule):
-    batches = {side: TINY[name].batch(*BATCH, side=side) for side in ("left", "right")}
+    batches = {side: tiny_batch(name, schedule, *BATCH, side=side) for side in ("left", "right")}
     singles = [alone(batches["left"], BATCH, sample) for sample in range(len(BATCH))]
     with torch.no_grad():
         together = {side: ours(name)(**batch, schedule=schedule) for side, batch in batches.items()}
@@ -177,7 +209,7 @@ def test_a_sample_in_a_padded_batch_is_itself_alone(name, schedule):
 
 
 def test_eager_equals_sdpa(name, schedule):
-    batch = TINY[name].batch(*BATCH, side="left")
+    batch = tiny_batch(name, schedule, *BATCH, side="left")
     text = text_of(batch)
     states = [logits(ours(name, attention), batch, schedule=schedule)[text] for attention in ("sdpa", "eager")]
     torch.testing.assert_close(*states, rtol=1e-4, atol=2e-4)
@@ -188,7 +220,7 @@ def test_generation_with_the_cache_equals_generation_without(name, schedule):
         pytest.skip("without a cache each step chooses anew")
     if isinstance(schedule, VisiPruner):
         pytest.skip("shallow masks are for the prompt")
-    batch = TINY[name].batch("ttItttt", "tttt", "tItItt", side="left")
+    batch = tiny_batch(name, schedule, "ttItttt", "tttt", "tItItt", side="left")
     cached = generate(ours(name), batch, schedule=schedule)
     assert torch.equal(cached, generate(ours(name), batch, schedule=schedule, use_cache=False))
 
@@ -197,8 +229,8 @@ def test_one_decode_step_equals_a_longer_prefill(name, schedule):
     """The prompt chooses; an answer's token then sees in each layer what the prompt left there."""
     if "shallow" in getattr(schedule, "modes", ()):
         pytest.skip("shallow masks are for the prompt: decode steps see the image again, by the rule")
-    tiny, model = TINY[name], ours(name)
-    batch = tiny.batch("ttIttttt")
+    model = ours(name)
+    batch = tiny_batch(name, schedule, "ttIttttt")
     size = batch["input_ids"].shape[1]
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, -1] = batch["input_ids"][:, -1]  # so that the token before it is the instruction's last

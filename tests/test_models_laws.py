@@ -5,7 +5,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from models import run_decoder
-from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, VisiPruner, Within
+from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, SparseVLM, VisiPruner, Within
 from models.stage_plan import StagePlan
 from tests.conftest import merged_inputs
 
@@ -30,6 +30,7 @@ CHOOSING = {
     "pyramiddrop": PyramidDrop((2, 4), (0.5, 0.25), renumber=True),
     "visipruner": VisiPruner(1, 0.95, 0.3, 0.8, modes=("middle", "deep")),
     "visipruner_masks": VisiPruner(3, 0.95, 0.3, 0.8, first_layer="half"),
+    "sparsevlm": SparseVLM((2, 4), (320, 144), renumber=True),
     "within_kv": Within(StagePlan.from_dict(PLANS["kv_layers"]), FastV(2, 0.4)),
 }
 SCHEDULES = STATIC | CHOOSING

@@ -8,11 +8,16 @@ from models import StagePlan, run_decoder
 from models.schedules import (
     SCHEDULES,
     VTW,
+    CDPruner,
     Dense,
+    DivPrune,
     FastV,
     Fused,
     PyramidDrop,
     Random,
+    ShortV,
+    SparseVLM,
+    VisionZip,
     VisiPruner,
     Within,
     published,
@@ -26,6 +31,9 @@ PRUNERS = {
     "pyramiddrop_renumbered": PyramidDrop((2, 4), (0.5, 0.25), renumber=True),
     "vtw": VTW(3),
     "random": Random(1, 0.5, seed=3),
+    "divprune": DivPrune(0.5),
+    "sparsevlm": SparseVLM((2, 4), (320, 144)),
+    "shortv": ShortV((0, 2, 3)),
 }
 
 
@@ -281,6 +289,13 @@ def test_a_pruner_does_not_train(make_model, make_batch, pruner):
         (lambda: PyramidDrop((), ()), r"PyramidDrop.layers: got \(\)"),
         (lambda: PyramidDrop((2, 4), (0.5,)), r"PyramidDrop.ratios: got \(0.5,\), expected .*each of layers"),
         (lambda: PyramidDrop((2, 4), (0.25, 0.5)), r"PyramidDrop.ratios: .*not growing"),
+        (lambda: DivPrune(1.5), "DivPrune.ratio: got 1.5, expected a ratio, 0 to 1"),
+        (lambda: SparseVLM((3, 3, 9)), r"SparseVLM.layers: got \(3, 3, 9\), expected .*ascending"),
+        (lambda: SparseVLM(tokens=(66, 30)), "SparseVLM.tokens: got .*expected a count .* for each of layers"),
+        (lambda: VisionZip(0), r"VisionZip.dominant: got 0, expected a count of 576 patches \(int >= 1\)"),
+        (lambda: VisionZip(54, -1), "VisionZip.contextual: got -1"),
+        (lambda: CDPruner(577), r"CDPruner.tokens: got 577, expected a count of 576 tokens \(1 to 576\)"),
+        (lambda: ShortV((2, 1)), r"ShortV.layers: got \(2, 1\), expected .*ascending"),
         (lambda: PyramidDrop(renumber="no"), "PyramidDrop.renumber: got 'no', expected true or false"),
         (lambda: published(["vtw"], 6), r"schedule: got \['vtw'\], expected one of trained, dense"),
     ],
@@ -296,6 +311,8 @@ def test_a_wrong_setting_is_named(make, message):
         (FastV(6), "FastV.layer: got 6, expected at most 5, because the decoder has 6 layers"),
         (PyramidDrop(), "PyramidDrop.layers: got 24, expected at most 5"),
         (VTW(7), "VTW.layer: got 7, expected at most 6"),
+        (ShortV((2, 6)), r"ShortV.layers: got \(2, 6\), expected at most 5"),
+        (SparseVLM(), "SparseVLM.layers: got 16, expected at most 5"),
         (Random(9), "Random.layer: got 9"),
         (Within(StagePlan(1, 3), VTW(7)), "VTW.layer: got 7"),
         (Within(StagePlan(1, 9), VTW(3)), "stages.exit: got 9"),
@@ -311,6 +328,10 @@ def test_every_published_schedule_fits_other_depths():
     assert published("pyramiddrop", 32) == PyramidDrop()
     assert published("pyramiddrop", 8).layers == (2, 4, 6)
     assert published("vtw", 40).layer == 20
+    assert published("shortv", 32) == ShortV()
+    assert published("shortv", 8).layers == (0, 4, 5, 6, 7)
+    assert published("sparsevlm", 8).layers == (1, 2, 4)
+    assert published("sparsevlm", 6).layers == (1, 2, 3)
     for name in SCHEDULES:
         for depth in (6, 8, 24, 28, 40):
             published(name, depth).check(depth)

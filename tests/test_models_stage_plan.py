@@ -26,6 +26,11 @@ def test_shares_count_the_samples_own_tokens():
     assert StagePlan(0, 4, keep={1: 0.5, 2: 0.25}).visual_counts(9, 5) == [9, 4, 2, 2, 0]
 
 
+def test_a_tenth_of_the_tokens_may_enter():
+    plan = StagePlan(2, 4, keep={2: 0.1}, select="diversity")
+    assert plan.visual_counts(576, 5) == [0, 0, 57, 57, 0]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -39,6 +44,11 @@ def test_shares_count_the_samples_own_tokens():
         ({"layers": [], "update": "kv"}, "at least one"),
         ({"layers": [1], "enter": 0, "update": "kv"}, "one or the other"),
         ({"enter": 1, "exit": 4, "keep": {1: 3}}, "stages.keep: got layer 1"),
+        (
+            {"enter": 1, "exit": 4, "keep": {1: 3}, "select": "chance"},
+            "stages.select: got 'chance', expected attention",
+        ),
+        ({"enter": 1, "exit": 4, "keep": {0: 3}, "select": "diversity"}, "stages.keep: got layer 0"),
         ({"enter": 1, "exit": 4, "keep": {4: 3}}, "stages.keep: got layer 4"),
         ({"enter": 1, "exit": 4, "keep": {2: 0}}, "stages.keep: got 2: 0"),
         ({"enter": 1, "exit": 4, "keep": {2: 1.5}}, "stages.keep: got 2: 1.5"),

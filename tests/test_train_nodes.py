@@ -90,7 +90,9 @@ def test_the_machine_that_is_left_goes_on_alone(nodes, tmp_path):
         ).stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(child), signal.SIGKILL)
-        assert first.wait(240) == 0, (tmp_path / "runs-a.txt").read_text()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(480)  # beside other work
+        assert first.poll() == 0, (tmp_path / "runs-a.txt").read_text()
     finally:
         for process in (first, second):
             with contextlib.suppress(ProcessLookupError):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models import StagePlan
 from models.cost import plan_cost
 from recipes.errors import RecipeError
 from recipes.schema import load_recipe
@@ -23,7 +24,19 @@ def check(name, *overrides):
     return "\n".join(preview(load_recipe(f"recipes/{name}.yaml", overrides)))
 
 
-@pytest.mark.parametrize("name", ["llava_pretrain", "llava_dense", "llava_fused", "llava_pyramid", "llava_vica"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava_pretrain",
+        "llava_dense",
+        "llava_fused",
+        "llava_pyramid",
+        "llava_vica",
+        "llava_fast",
+        "llava_elastic",
+        "llava_dualspeed",
+    ],
+)
 def test_published_recipes_are_checked_without_weights_or_data(name):
     text = check(name)
     assert "projector 20,979,712" in text  # (1024 + 1) x 4096 + (4096 + 1) x 4096
@@ -46,7 +59,8 @@ def test_adapters_are_counted_and_lower_what_learns():
 
 
 @pytest.mark.parametrize(
-    ("name", "token_layers"), [("llava_fused", 9216), ("llava_pyramid", 2048), ("llava_vica", 4608)]
+    ("name", "token_layers"),
+    [("llava_fused", 9216), ("llava_pyramid", 2048), ("llava_vica", 4608), ("llava_fast", 912)],
 )
 def test_the_cost_is_the_plan_s(name, token_layers):
     recipe = load_recipe(f"recipes/{name}.yaml")
@@ -56,6 +70,16 @@ def test_the_cost_is_the_plan_s(name, token_layers):
     text = check(name)
     assert f"{token_layers:,} visual token-layers" in text
     assert f"{3 * 5198 * 128 * cost.flops:.3g} FLOPs" in text
+
+
+def test_a_mix_of_plans_costs_its_mean_and_its_teachers():
+    text = check("llava_dualspeed")
+    config = read_config(load_recipe("recipes/llava_dualspeed.yaml").model).text_config
+    tenth = StagePlan(0, 32, keep={0: 0.1}, select="diversity")
+    fast, dense = (plan_cost(config, plan, visual=576, text=256).flops for plan in (tenth, None))
+    total = 5198 * 128 * (0.9 * 3 * fast + 0.1 * (3 * dense + fast))
+    assert "fast, 90% of the steps: 1,824 visual token-layers" in text
+    assert f"decoder {total:.3g} FLOPs" in text
 
 
 def test_steps_and_seconds_that_the_command_sets_are_the_run_s():
@@ -90,3 +114,36 @@ def test_the_command_checks_from_a_shell(first, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "steps: 7 of 128 samples" in done.stdout
+
+
+READY = [
+    ("qwen3_vl_4b_fused", "300 visual + 256 text"),
+    ("qwen2_5_vl_3b_fused", "391 visual + 256 text"),
+    ("internvl3_2b_fused", "1792 visual + 256 text"),
+    ("llava_onevision_0.5b_fused", "2929 visual + 256 text"),
+    ("smolvlm2_500m_fused", "832 visual + 256 text"),
+    ("mobilevlm_v2_3b_fused", "144 visual + 256 text"),
+    ("qwen3_siglip2_fused", "729 visual + 256 text"),
+    ("llava_1.5_13b_fused", "576 visual + 256 text"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), READY)
+def test_the_recipes_of_todays_models_are_valid_without_a_hub(name, said):
+    lines = list(preview(load_recipe(f"recipes/{name}.yaml")))
+    assert lines[0] == f"{name}: the recipe is valid"
+    assert any(said in line for line in lines)
+    assert "projector" in "".join(line for line in lines if "trainable parameters" in line)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("llava_1.5_13b_fused", [0, 6, 8, 9, 10, 13, 14, 16]),
+        ("mobilevlm_v2_3b_fused", [0, 1, 14, 15, 18, 19, 21, 22, 23]),
+    ],
+)
+def test_vica_s_layers_are_an_override(name, layers):
+    override = f"model.stages={{update: kv, layers: {layers}}}"
+    assert override.replace("=", "='", 1) + "'" in Path(f"recipes/{name}.yaml").read_text()
+    assert load_recipe(f"recipes/{name}.yaml", [override]).plan.layers == tuple(layers)

@@ -19,11 +19,12 @@ from pathlib import Path
 from threading import Thread
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -36,7 +37,8 @@ from transformers import (
 
 from data.chat import ChatFormat
 from data.config import DataConfig
-from data.images import pixel_values, visual_tokens
+from data.images import framed, open_image
+from data.processor import VisionProcessor
 from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import SCHEDULES
@@ -327,7 +329,8 @@ def test_a_release_holds_all_that_it_needs(released, llava):
 
 def test_its_code_is_this_repositorys(released):
     code = sorted(path.name for path in released.glob("*.py"))
-    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py", "visipruner.py"} <= set(code)
+    assert {"families.py", "fused.py", "decoder.py", "stage_plan.py", "schedules.py"} <= set(code)
+    assert {f"{kind.__module__.rpartition('.')[2]}.py" for kind in SCHEDULES.values()} <= set(code)
     for name in set(code) - {"modeling_fused.py"}:  # which says what transformers it needs, and names the classes
         assert (released / name).read_bytes() == (ROOT / "models" / name).read_bytes()
 
@@ -414,7 +417,7 @@ def test_it_asks_as_training_asked(llava, quickstart, chat_format):
         ]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         found = processor.apply_chat_template(messages, **options)["input_ids"][0]
-        repeats = {trained.image_token_id: visual_tokens(processor)}
+        repeats = {trained.image_token_id: VisionProcessor(processor).count(8, 8)}
         assert found == [token for token in trained.prompt(turns) for _ in range(repeats.get(token, 1))]
         assert ChatFormat(chat_format, processor.tokenizer).prompt(turns) == trained.prompt(turns)
         texts = [{"role": turn.role, "content": turn.text} for turn in turns]  # in place of parts
@@ -435,7 +438,7 @@ def test_the_processor_of_a_finished_run_takes_parts_too(llava, quickstart, tmp_
         messages = [{"role": "user", "content": parts("one?", [Image.new("RGB", (64, 64))])}]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         found = processor.apply_chat_template(messages, **options)["input_ids"][0]
-        repeats = {trained.image_token_id: visual_tokens(processor)}
+        repeats = {trained.image_token_id: VisionProcessor(processor).count(8, 8)}
         assert found == [token for token in trained.prompt(turns[:1]) for _ in range(repeats.get(token, 1))]
         assert ChatFormat(chat_format, processor.tokenizer).encode(turns) == expected
     assert (tmp_path / "chat_template.jinja").read_text().count("set plain = namespace") == 1
@@ -455,9 +458,64 @@ def test_it_pads_images_as_training_padded(released, llava, size):
     image = Image.fromarray(values.numpy())
     own = AutoProcessor.from_pretrained(llava / "final").image_processor
     found = AutoProcessor.from_pretrained(released).image_processor(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(found, pixel_values(image, own, aspect="pad"))
+    assert torch.equal(found, own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"])
     if size[0] != size[1]:
-        assert not torch.equal(found, pixel_values(image, own, aspect="processor"))
+        assert not torch.equal(found, own(image, return_tensors="pt")["pixel_values"])
+
+
+def invisible(mode, size=(40, 30)):
+    """Returns an image whose left half is red and, where it can be, invisible; the rest is blue."""
+    image = Image.new("RGBA", size, (0, 0, 255, 255))
+    image.paste((255, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return image.convert(mode)
+
+
+def saved_turned(file):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    invisible("RGB").save(file, exif=exif)
+
+
+WHAT_SERVERS_LOAD = {  # how the file is made, and whether a server sees what training saw
+    "opaque.png": (lambda file: invisible("RGB").save(file), True),
+    "turned.png": (saved_turned, True),
+    "transparent.png": (lambda file: invisible("RGBA").save(file), False),
+    "grey16.png": (lambda file: Image.fromarray(np.full((30, 40), 9000, np.uint16)).save(file), False),
+}
+
+
+def trained_pixels(run, image):
+    """Returns the pixel values that training made of an image of the LLaVA-like run."""
+    own = AutoProcessor.from_pretrained(run / "final").image_processor
+    return own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("name", WHAT_SERVERS_LOAD)
+def test_what_servers_make_of_images_is_what_the_docs_say(released, llava, tmp_path, name):
+    """docs/release.md: by path, address or base64 transformers turns photos, drops transparency and clips 16 bits."""
+    write, is_alike = WHAT_SERVERS_LOAD[name]
+    write(tmp_path / name)
+    trained = trained_pixels(llava, open_image(tmp_path, name))
+    processor = AutoProcessor.from_pretrained(released)
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / name).read_bytes()).decode()
+    prepared = open_image(tmp_path, name)
+    for image in (str(tmp_path / name), url, prepared):
+        messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        found = processor.apply_chat_template(messages, **options)["pixel_values"]
+        assert torch.allclose(found, trained, atol=1e-5) == (is_alike or image is prepared)
+
+
+def test_a_release_puts_opened_images_on_white_and_does_not_turn_them(released, llava, tmp_path):
+    processor = AutoProcessor.from_pretrained(released).image_processor
+    found = processor(invisible("RGBA"), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(found, trained_pixels(llava, invisible("RGBA")), atol=1e-5)
+    saved_turned(tmp_path / "turned.png")
+    with Image.open(tmp_path / "turned.png") as opened:
+        found = processor(opened, return_tensors="pt")["pixel_values"]
+        assert not torch.allclose(found, trained_pixels(llava, opened), atol=1e-5)
+        upright = processor(ImageOps.exif_transpose(opened), return_tensors="pt")["pixel_values"]
+        assert torch.allclose(upright, trained_pixels(llava, opened), atol=1e-5)
 
 
 def answer(run, image, question, schedule=None):
@@ -473,8 +531,10 @@ def answer_ids(run, image, question, schedule=None):
     processor = AutoProcessor.from_pretrained(found.final)
     chat = ChatFormat(found.data.format, processor.tokenizer)
     ids = chat.prompt([Turn("user", f"<image>\n{question}")])
-    ids = [token for token in ids for _ in range(visual_tokens(processor) if token == chat.image_token_id else 1)]
-    pixels = pixel_values(image, processor.image_processor, aspect=found.data.image_aspect)
+    visual = VisionProcessor(processor).count(8, 8)
+    ids = [token for token in ids for _ in range(visual if token == chat.image_token_id else 1)]
+    images = processor.image_processor
+    pixels = images(framed(image, found.data.image_aspect, images.image_mean), return_tensors="pt")["pixel_values"]
     made = model.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -683,7 +743,7 @@ def serving(folder, cache):
             stderr=log,
         )
         try:
-            for _ in range(240):
+            for _ in range(960):
                 try:
                     urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
                     break
@@ -693,7 +753,7 @@ def serving(folder, cache):
             yield f"http://localhost:{port}"
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(120)
 
 
 def test_a_fused_llava_answers_over_transformers_serve(released, llava, tmp_path):
@@ -836,6 +896,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
         ([llava, "--schedule", "nope"], "--schedule: schedule: got 'nope', expected one of trained, dense"),
         ([llava, "--schedule", '{"name": "vtw", "layer": 99}'], "--schedule: VTW.layer: got 99"),
         ([llava, "--schedule", '{"name": "vtw", "nope": 1}'], "--schedule: schedule vtw: got setting 'nope'"),
+        ([llava, "--schedule", "cdpruner"], "--schedule: schedule CDPruner: got a checkpoint without the text tower"),
         ([llava, "--schedule", '{"layer": 1}'], "--schedule: schedule: got None"),
         ([llava, "--schedule", "{"], "--schedule: got '{'"),
         ([llava, "--comparison", tmp_path], "expected a folder that eval.compare wrote"),

@@ -10,16 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from models import FusedLlavaForConditionalGeneration
 from recipes.schema import Lora, RecipeError
 from train.errors import TrainingError
-from train.groups import group_of, layer_of
+from train.groups import layer_of, part_of
 from train.initial import load_checkpoint
 
 _TOLERANCE: Final = 1e-3  # float32, relative to the largest logit
 
 
-def add_adapters(model: FusedLlavaForConditionalGeneration, lora: Lora) -> PeftModel:
+def add_adapters(model: Any, lora: Lora) -> PeftModel:
     """Returns the model with the adapters of a recipe; errors as adapted_layers."""
     return get_peft_model(
         model,
@@ -34,7 +33,7 @@ def add_adapters(model: FusedLlavaForConditionalGeneration, lora: Lora) -> PeftM
     )
 
 
-def adapted_layers(model: FusedLlavaForConditionalGeneration, lora: Lora) -> dict[str, nn.Linear]:
+def adapted_layers(model: Any, lora: Lora) -> dict[str, nn.Linear]:
     """Returns the Linear layers that get adapters, by name.
 
     Raises:
@@ -44,7 +43,7 @@ def adapted_layers(model: FusedLlavaForConditionalGeneration, lora: Lora) -> dic
     linear: dict[str, nn.Linear] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and group_of(name) in lora.parts and module is not model.lm_head
+        if isinstance(module, nn.Linear) and part_of(model, name) in lora.parts and module is not model.lm_head
     }
     known = sorted({name.rpartition(".")[2] for name in linear})
     for name in lora.modules or ():
@@ -54,11 +53,11 @@ def adapted_layers(model: FusedLlavaForConditionalGeneration, lora: Lora) -> dic
         name: module
         for name, module in linear.items()
         if (lora.modules is None or name.rpartition(".")[2] in lora.modules)
-        and (group_of(name) != "language_model" or layer_of(name) in numbers)
+        and (part_of(model, name) != "language_model" or layer_of(name) in numbers)
     }
 
 
-def _numbers(model: FusedLlavaForConditionalGeneration, lora: Lora) -> Container[int | None]:
+def _numbers(model: Any, lora: Lora) -> Container[int | None]:
     """Returns the layers of the language model that get adapters."""
     depth = model.config.text_config.num_hidden_layers
     if lora.layers == "all":
@@ -73,9 +72,7 @@ def _numbers(model: FusedLlavaForConditionalGeneration, lora: Lora) -> Container
     return lora.layers
 
 
-def merged(
-    weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: torch.dtype
-) -> FusedLlavaForConditionalGeneration:
+def merged(weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: torch.dtype) -> Any:
     """Returns the full model: the initial checkpoint with what was learned, adapters merged in float32.
 
     Args:

@@ -27,6 +27,7 @@ _MAY_CHANGE: Final = (
     "name",
     "output",
     "data.workers",
+    "data.max_bad_rows",
     "data.expected_rows",
     "data.expected_text_tokens",
     "train.deepspeed",

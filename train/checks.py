@@ -5,27 +5,31 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
+from transformers import LlavaConfig
 
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, run_decoder
-from recipes.schema import Phase, Recipe, RecipeError, TrainSection
+from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
+from models import run_decoder
+from models.families import family_of
+from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
 from train.adapters import adapted_layers
 from train.arguments import check_batches
 from train.checkpoints import check_same_run
 from train.errors import one_line
-from train.initial import CONFIG_FAULTS, IMAGE_TOKEN, check_tokens, read_config, read_processor
+from train.groups import tower_depth
+from train.initial import CONFIG_FAULTS, check_tokens, read_config, read_processor
 from train.tracking import check_tracking
 
 _WORKERS_A_CORE = 16
 _BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these from there
 
 
-def check_run(recipe: Recipe, num_ranks: int) -> FusedLlavaConfig:
+def check_run(recipe: Recipe, num_ranks: int) -> Any:
     """Refuses what would fail later, without weights and without data; returns the model's config.
 
     Args:
@@ -92,20 +96,26 @@ def _check_libraries(train: TrainSection) -> None:
         )
 
 
-def _check_model(recipe: Recipe, config: FusedLlavaConfig) -> None:
-    """Builds the model without weights and passes an image through its tower, so that shapes that do not fit show."""
+def _check_model(recipe: Recipe, config: Any) -> None:
+    """Builds the model without weights and, of a LLaVA, passes an image through its tower: shapes have to fit."""
     key = "model.config" if recipe.model.config is not None else "model.checkpoint"
-    size = config.vision_config.image_size
+    visual = None
     try:
         with torch.device("meta"):
-            model: Any = FusedLlavaForConditionalGeneration(config)
-            pixels = torch.zeros(1, config.vision_config.num_channels, size, size)
-            features = model.model.get_image_features(pixel_values=pixels, return_dict=True)
-        visual = sum(len(image) for image in features.pooler_output)
+            model: Any = family_of(config.model_type).model_class(config)
+            if isinstance(config, LlavaConfig):  # the others look at values, which there are none of without weights
+                size = config.vision_config.image_size
+                pixels = torch.zeros(1, config.vision_config.num_channels, size, size)
+                features = model.model.get_image_features(pixel_values=pixels, return_dict=True)
+                visual = sum(len(image) for image in features.pooler_output)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: config.json describes no model that can be built: {one_line(error)}") from error
-    _check_decoder(key, model.model.language_model, config)
-    _check_visual_tokens(recipe, config, visual)
+    decoder = model.model.get_decoder()
+    _check_decoder(key, decoder, config)
+    _check_deepstack(recipe, model)
+    if visual is not None:
+        _check_visual_tokens(recipe, config, visual)
+    _check_processor(recipe, config, visual)
     for phase in recipe.phases:
         _check_trained(phase.train, model)
 
@@ -113,7 +123,7 @@ def _check_model(recipe: Recipe, config: FusedLlavaConfig) -> None:
 def _check_trained(train: TrainSection, model: Any) -> None:
     """Refuses adapters and layers that the model does not have."""
     depths = {"layers": model.config.text_config.num_hidden_layers}
-    depths["tower_layers"] = model.config.vision_config.num_hidden_layers
+    depths["tower_layers"] = tower_depth(model)
     for key, last in (("layers", train.layers and train.layers[1]), ("tower_layers", train.tower_layers)):
         if last is not None and last > depths[key]:
             raise RecipeError(f"train.{key}: got {last}, expected at most {depths[key]}, as many as there are")
@@ -127,7 +137,7 @@ def _check_trained(train: TrainSection, model: Any) -> None:
         )
 
 
-def _check_decoder(key: str, decoder: nn.Module, config: FusedLlavaConfig) -> None:
+def _check_decoder(key: str, decoder: nn.Module, config: Any) -> None:
     text = config.text_config
     heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if shared is not None and heads % shared:
@@ -143,7 +153,7 @@ def _check_decoder(key: str, decoder: nn.Module, config: FusedLlavaConfig) -> No
         pass  # a known kind, which goes no further without weights
 
 
-def _check_visual_tokens(recipe: Recipe, config: FusedLlavaConfig, visual: int) -> None:
+def _check_visual_tokens(recipe: Recipe, config: Any, visual: int) -> None:
     """Compares the tower's tokens of an image with the config's, the plan's and, where at hand, the processor's."""
     key = "model.config" if recipe.model.config is not None else "model.checkpoint"
     if config.image_seq_length != visual:
@@ -151,18 +161,46 @@ def _check_visual_tokens(recipe: Recipe, config: FusedLlavaConfig, visual: int) 
             f"{key}: image_seq_length: got {config.image_seq_length}, expected {visual}, the tokens that the vision "
             "tower makes of an image"
         )
-    for layer, kept in (recipe.plan.keep if recipe.plan else {}).items():
-        if isinstance(kept, int) and kept > visual:
-            raise RecipeError(f"model.stages.keep.{layer}: got {kept}, expected at most {visual}, an image's tokens")
-    parts = (recipe.model.config or recipe.model.checkpoint or "", recipe.model.language_model or ".")
-    if not all(Path(part).exists() for part in parts):
+    for plan in (named.stages for named in recipe.model.plans.values()):
+        for layer, kept in (plan.keep if plan else {}).items():
+            if isinstance(kept, int) and kept > visual:
+                raise RecipeError(
+                    f"model.stages.keep.{layer}: got {kept}, expected at most {visual}, an image's tokens"
+                )
+
+
+def _check_processor(recipe: Recipe, config: Any, visual: int | None) -> None:
+    """Compares the processor, where it is at hand, with the config and with a LLaVA's tokens of an image."""
+    key = "model.config" if recipe.model.config is not None else "model.checkpoint"
+    if not processor_is_here(recipe.model):
         return
     processor = read_processor(recipe.model)
     check_tokens(config, processor)
+    for phase in recipe.phases:
+        try:
+            vision = VisionProcessor(with_settings(copy(processor), phase.data), aspect=phase.data.image_aspect)
+        except ProcessorError as error:
+            raise RecipeError(f"{phase.name}: {error}") from error
+    if visual is None:
+        return
     size = config.vision_config.image_size
-    ids = processor(images=Image.new("RGB", (size, size)), text=IMAGE_TOKEN)["input_ids"][0]
-    found = list(ids).count(config.image_token_id)
+    found = vision.count(size, size)
     if found != visual:
         raise RecipeError(
             f"{key}: the processor makes {found} tokens of an image, expected {visual}, as the vision tower does"
         )
+
+
+def processor_is_here(model: ModelSection) -> bool:
+    """Returns whether the processor of a recipe's model can be read without a hub."""
+    source, brings = processor_sources(model.config, model.checkpoint, model.language_model)
+    return Path(source).exists() and Path(brings or source).exists()
+
+
+def _check_deepstack(recipe: Recipe, model: Any) -> None:
+    """Refuses a plan that leaves no layer to read the last DeepStack feature, as the first step of training would."""
+    for name in recipe.model.plans:
+        try:
+            model.check_training(model.resolve(name))
+        except ValueError as error:
+            raise RecipeError(f"model.{error}") from error

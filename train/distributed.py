@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.errors import RecipeError
 from train.errors import PeerError, one_line
-from train.extensions import build_communication
+from train.extensions import build_communication, release_shared_memory
 from train.stop import STOP_SIGNALS, ignore_signals
 
 _TIMEOUT: Final = timedelta(hours=2)  # rank 0 may read a 7B checkpoint from the hub while the others wait
@@ -119,6 +119,7 @@ def init() -> None:
         raise
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     barrier()
+    release_shared_memory()
 
 
 def print_rank0(text: str) -> None:
@@ -290,7 +291,8 @@ def _watch(store: Any) -> None:
         while not store.check([_FAULT]):
             time.sleep(1.0)
         _Group.heard = code = int(store.get(_FAULT))
-        store.add(f"{_FAULT}/heard", 1)
+        if rank() > 0:  # rank 0 hears itself too, and would leave before the others have heard
+            store.add(f"{_FAULT}/heard", 1)
     except (RuntimeError, ValueError):  # the store is gone with rank 0: the collective calls tell
         return
     time.sleep(_GRACE_SECONDS)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import LlavaConfig
 
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from models.attention import CacheShim, project_visual_kv, rotary, rotary_kind, run_layer, uses_mrope
-from models.cost import plan_cost
-from recipes.schema import TrainSection
+from models.cost import Cost, plan_cost
+from models.families import family_of
+from recipes.schema import NamedPlan, TrainSection
 from train.adapters import add_adapters
 from train.groups import freeze, trainable_counts
 from train.precision import resolve_dtype
@@ -62,14 +63,23 @@ class Batch:
 class Estimate:
     """The costs of training one phase of a model, from its shapes alone.
 
+    Args:
+        config: of the model.
+        train: the phase's.
+        plans: the stage plans of which each step draws one; None: the config's.
+
     Attributes:
         weights: parameters; `trained`: those that learn; `counts`: these by part of the model.
+        ratios: each stage plan's share of the steps.
     """
 
-    def __init__(self, config: FusedLlavaConfig, train: TrainSection) -> None:
+    def __init__(self, config: Any, train: TrainSection, plans: Mapping[str, NamedPlan] | None = None) -> None:
         self.config, self.train, self.dtype = config, train, resolve_dtype(train)
+        self._plans = plans or {"trained": NamedPlan(name="trained", plan=config.stages)}
+        weights = sum(plan.weight for plan in self._plans.values())
+        self.ratios = {name: plan.weight / weights for name, plan in self._plans.items()}
         with torch.device("meta"):
-            model: Any = FusedLlavaForConditionalGeneration._from_config(config, dtype=self.dtype)
+            model: Any = family_of(config.model_type).model_class._from_config(config, dtype=self.dtype)
             self._model = model
             if train.lora is not None:
                 model = add_adapters(model, train.lora)
@@ -122,12 +132,29 @@ class Estimate:
         checkpointing computes again does not count, as usual for MFU.
         """
         text = self.config.text_config
-        decoder = plan_cost(text, self._model.plan, visual=batch.visual, text=batch.text).flops * batch.samples
+        decoder = self.decoder_flops(self.costs(visual=batch.visual, text=batch.text)) * batch.samples
         labels = batch.samples * batch.text if labels is None else labels
         head = 2 * labels * text.hidden_size * text.vocab_size
-        passes = 3 if self._learns["language_model"] and self.train.lora is None else 2  # frozen: no weights' gradients
         tower = self._image[1] * self._images(batch) * (3 if self._learns["vision_tower"] else 1)
-        return (decoder + head) * passes + tower
+        return decoder + head * self.passes + tower
+
+    @property
+    def passes(self) -> int:
+        """The FLOPs of forward and backward, in forward passes; backward makes no gradients of frozen weights."""
+        return 3 if self._learns["language_model"] and self.train.lora is None else 2
+
+    def costs(self, *, visual: int, text: int) -> dict[str, Cost]:
+        """Returns the cost of a sample's forward pass under each stage plan."""
+        config = self.config.text_config
+        return {name: plan_cost(config, plan.stages, visual=visual, text=text) for name, plan in self._plans.items()}
+
+    def decoder_flops(self, costs: Mapping[str, Cost]) -> float:
+        """Returns the decoder's FLOPs of training on a sample, the mean over the plans, teachers' passes included."""
+        flops = 0.0
+        for name, plan in self._plans.items():
+            teacher = 0 if plan.distill is None else costs[plan.distill.teacher].flops
+            flops += self.ratios[name] * (self.passes * costs[name].flops + teacher)
+        return flops
 
     def window_flops(self, sums: Mapping[str, float]) -> float:
         """Returns the model FLOPs of training on samples of the mean length: see `TrainMetrics`.
@@ -140,7 +167,9 @@ class Estimate:
 
     @cached_property
     def _image(self) -> tuple[float, float]:
-        """The bytes that tower and projector keep of one image, and the FLOPs of their forward."""
+        """The bytes that tower and projector keep of one image, and the FLOPs of their forward; 0 if not known."""
+        if not isinstance(self.config, LlavaConfig):  # the others look at values, which there are none of here
+            return 0.0, 0.0
         with self._mode:
             blank = type(self._model).family_blank(self.config)
             image = {name: one.to(self.dtype) if one.is_floating_point() else one for name, one in blank.items()}
@@ -150,7 +179,7 @@ class Estimate:
         return saved, float(counter.get_total_flops())
 
     def _images(self, batch: Batch) -> float:
-        return batch.samples * batch.visual / self.config.image_seq_length
+        return batch.samples * batch.visual / getattr(self.config, "image_seq_length", batch.visual or 1)
 
     def _weight_bytes(self) -> float:
         bits = self.train.lora.bits if self.train.lora is not None else None
@@ -158,20 +187,21 @@ class Estimate:
             return self.weights * self.dtype.itemsize
         frozen = sum(
             module.weight.numel()
-            for module in self._model.model.language_model.modules()
+            for module in self._model.model.get_decoder().modules()
             if isinstance(module, nn.Linear) and not module.weight.requires_grad
         )
         return (self.weights - frozen) * self.dtype.itemsize + frozen * bits / 8
 
     def _layers(self, batch: Batch) -> list[tuple[float, int]]:
         """Returns of each decoder layer the bytes that it keeps, 0 without a graph, and its rows of a sample."""
-        depth, plan = self.config.text_config.num_hidden_layers, self._model.plan
+        depth, costs = self.config.text_config.num_hidden_layers, self.costs(visual=batch.visual, text=batch.text)
+        plan = self._plans[max(costs, key=lambda name: costs[name].flops)].stages  # memory is that of the dearest
         counts = [batch.visual] * depth if plan is None else plan.visual_counts(batch.visual, depth)
         is_kv = plan is not None and plan.update == "kv"
         found, known = [], self._known
         has_graph = self._learns["language_model"] and self.train.lora is None and self.train.layers is None
         for number, visual in enumerate(counts):
-            learns = any(one.requires_grad for one in self._model.model.language_model.layers[number].parameters())
+            learns = any(one.requires_grad for one in self._model.model.get_decoder().layers[number].parameters())
             has_graph = has_graph or visual > 0 or learns
             rows, kv = batch.text + (0 if is_kv else visual), visual if is_kv else 0
             key = batch.samples, rows, kv, learns
@@ -181,7 +211,7 @@ class Estimate:
         return found
 
     def _layer(self, number: int, samples: int, rows: int, kv: int) -> Tensor:
-        decoder = self._model.model.language_model
+        decoder = self._model.model.get_decoder()
         width = self.config.text_config.hidden_size
 
         def tokens(count: int) -> tuple[Tensor, Tensor, Any]:

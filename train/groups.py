@@ -9,15 +9,15 @@ from typing import Any, Final
 
 from torch import nn
 
+from models.families import PARTS, family_of
 from recipes.schema import LearningRates, TrainSection
 
 _LAYER: Final = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|$)")
-_MARKS: Final = {"multi_modal_projector": "projector", "vision_tower": "vision_tower"}
 
 
-def group_of(name: str) -> str:
-    """Returns the group of a parameter name: projector, vision_tower or language_model (with its head)."""
-    return next((group for mark, group in _MARKS.items() if mark in name), "language_model")
+def part_of(model: Any, name: str) -> str:
+    """Returns the part of a parameter: projector, vision_tower or language_model (with its head)."""
+    return family_of(model.config.model_type).part_of(name)
 
 
 def layer_of(name: str) -> int | None:
@@ -26,20 +26,25 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def tower_depth(model: Any) -> int:
+    """Returns the number of layers of the vision tower."""
+    numbers = [layer_of(name) for name, _ in model.named_parameters() if part_of(model, name) == "vision_tower"]
+    return 1 + max((number for number in numbers if number is not None), default=-1)
+
+
 def freeze(model: nn.Module, train: TrainSection) -> None:
     """Lets exactly the parameters learn whose group has a rate and, where the recipe names some, whose layer it names.
 
     Of a part with adapters only those learn.
     """
     adapted = train.lora.parts if train.lora is not None else ()
-    tower = [layer_of(name) for name, _ in model.named_parameters() if group_of(name) == "vision_tower"]
-    depth = 1 + max((number for number in tower if number is not None), default=0)
+    depth = tower_depth(model)
     chosen = {
         "language_model": None if train.layers is None else range(*train.layers),
         "vision_tower": None if train.tower_layers is None else range(depth - train.tower_layers, depth),
     }
     for name, parameter in model.named_parameters():
-        group = group_of(name)
+        group = part_of(model, name)
         layers = chosen.get(group)
         learns = getattr(train.learning_rate, group) is not None and (layers is None or layer_of(name) in layers)
         parameter.requires_grad_(learns and (group not in adapted or "lora_" in name))
@@ -47,10 +52,10 @@ def freeze(model: nn.Module, train: TrainSection) -> None:
 
 def trainable_counts(model: nn.Module) -> dict[str, int]:
     """Returns {group: number of parameters that learn}; under ZeRO-3 of the whole parameter, not of this share."""
-    counts = {"projector": 0, "vision_tower": 0, "language_model": 0}
+    counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[group_of(name)] += getattr(parameter, "ds_numel", parameter.numel())
+            counts[part_of(model, name)] += getattr(parameter, "ds_numel", parameter.numel())
     return counts
 
 
@@ -69,7 +74,7 @@ def parameter_groups(
     members: dict[str, tuple[list[Any], list[Any]]] = {group: ([], []) for group in groups}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name)][name not in decayed].append(parameter)
+            members[part_of(model, name)][name not in decayed].append(parameter)
     return [
         {"params": parameters, "lr": getattr(rates, group), "weight_decay": decay, "name": group}
         for group, both in members.items()

@@ -13,19 +13,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from data.processor import ProcessorError, VisionProcessor, model_processor, save_processor
+from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
+from models.families import family_of, is_original
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.errors import one_line
 from train.precision import resolve_dtype
@@ -34,30 +33,48 @@ from train.weights import save_model
 INITIAL = "init"  # folder below the run folder
 # What transformers raises for a config.json that describes no model.
 CONFIG_FAULTS: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"  # names of tokens, as llava-hf's
 
 
-def read_config(model: ModelSection) -> FusedLlavaConfig:
-    """Returns the config of the recipe's model, with the recipe's stage plan.
+def read_config(model: ModelSection) -> Any:
+    """Returns the fused config of the recipe's model, with the recipe's stage plan.
 
     Raises:
-        RecipeError: config.json does not describe a LLaVA that the plan fits.
+        RecipeError: config.json does not describe a model of a supported family that the plan fits.
     """
-    key = "model.config" if model.config is not None else "model.checkpoint"
-    source = model.config if model.config is not None else model.checkpoint or ""
+    key = "model.config" if model.checkpoint is None else "model.checkpoint"
+    source = model.checkpoint or model.config or ""
     try:
-        if model.config is not None:
-            fields = json.loads((Path(model.config) / "config.json").read_text(encoding="utf-8"))
-        else:
-            fields, _ = FusedLlavaConfig.get_config_dict(source)
-        if not isinstance(fields, dict):
-            raise TypeError(f"got {type(fields).__name__}, expected a mapping of keys")
-        return FusedLlavaConfig(**{**_without_type(fields), "stages": model.stages})
+        return _config_of(source, _fields_of(model), **model.plan_fields)
     except CONFIG_FAULTS as error:
-        raise RecipeError(f"{key}: '{source}': config.json describes no LLaVA: {one_line(error)}") from error
+        raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
 
 
-def read_processor(model: ModelSection) -> LlavaProcessor:
+def _fields_of(model: ModelSection) -> Any:
+    """Returns the fields of the checkpoint's config.json; of the config folder's where it is not at hand, or original.
+
+    LLaVA's original format says little of the model; the config folder says what becomes of it.
+    """
+    if model.checkpoint is not None:
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(model.checkpoint)
+        except OSError:
+            if model.config is None:
+                raise
+        else:
+            if model.config is None or not is_original(fields):
+                return fields
+    return json.loads((Path(str(model.config)) / "config.json").read_text(encoding="utf-8"))
+
+
+def _config_of(source: Any, fields: Any, **more: Any) -> Any:
+    """Returns the fused config of the fields of a config.json."""
+    if not isinstance(fields, dict):
+        raise TypeError(f"got {type(fields).__name__}, expected a mapping of keys")
+    family = family_of(fields.get("model_type"), source)
+    return family.config_class(**{**_without_type(fields), **more})
+
+
+def read_processor(model: ModelSection) -> Any:
     """Returns the processor of the recipe's model.
 
     The image processor is the config folder's; the tokenizer too or, where the recipe names a `language_model`, that
@@ -66,21 +83,10 @@ def read_processor(model: ModelSection) -> LlavaProcessor:
     Raises:
         RecipeError: a part is missing or cannot be fetched.
     """
-    source = model.config or model.checkpoint
     try:
-        if model.language_model is None:
-            return AutoProcessor.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(model.language_model)
-        for kind in ({"additional_special_tokens": [IMAGE_TOKEN]}, {"pad_token": PAD_TOKEN}):  # llava-hf's order
-            tokenizer.add_special_tokens(kind)
-        shape = json.loads((Path(str(source)) / "processor_config.json").read_text("utf-8"))
-        shape.pop("processor_class", None)
-        images = AutoImageProcessor.from_pretrained(source)
-        return LlavaProcessor(image_processor=images, tokenizer=tokenizer, **shape)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"model: the processor of '{model.language_model or source}' cannot be read: {error}"
-        ) from error
+        return model_processor(model.config, model.checkpoint, model.language_model)
+    except ProcessorError as error:
+        raise RecipeError(f"model: {error}") from error
 
 
 def build_initial(recipe: Recipe, folder: Path) -> None:
@@ -104,20 +110,18 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
     if recipe.model.checkpoint is not None:
         model = load_checkpoint(recipe.model.checkpoint, config=config, dtype=dtype)
     elif recipe.model.language_model is None and recipe.model.vision_tower is None:
-        model = FusedLlavaForConditionalGeneration(config).to(dtype)
+        model = family_of(config.model_type).model_class(config).to(dtype)
     else:
         model = _assemble(config, recipe.model, dtype)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_model(model, partial)
-    processor.save_pretrained(partial)
+    save_processor(processor, partial)
     partial.rename(folder)
 
 
-def load_checkpoint(
-    source: str | Path, *, config: FusedLlavaConfig | None = None, dtype: torch.dtype, bits: int | None = None
-) -> FusedLlavaForConditionalGeneration:
-    """Loads a LLaVA checkpoint, all of it; under ZeRO-3 each rank keeps its share.
+def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtype, bits: int | None = None) -> Any:
+    """Loads a checkpoint of any family, all of it; under ZeRO-3 each rank keeps its share.
 
     Args:
         source: folder or hub id.
@@ -129,16 +133,26 @@ def load_checkpoint(
         RecipeError: the checkpoint cannot be read, or names of weights are missing, unexpected or of another shape.
     """
     try:
-        model, report = FusedLlavaForConditionalGeneration.from_pretrained(
+        if is_original(PreTrainedConfig.get_config_dict(source)[0]):
+            stages = None if config is None else config.stages
+            return FusedAutoModel.from_pretrained(source, stages=stages, dtype=dtype)
+        config = config or checkpoint_config(source)
+        model, report = family_of(config.model_type).model_class.from_pretrained(
             source,
-            config=config or checkpoint_config(source),
+            config=config,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, together with the other faults
             **({} if bits is None else _quantized(bits, dtype)),
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnsupportedModelError) as error:
         raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
+    text = config.get_text_config()
+    if "lm_head.weight" in report["missing_keys"] and getattr(text, "tie_word_embeddings", False):
+        raise RecipeError(
+            f"model: checkpoint '{source}': config.json: tie_word_embeddings: got false, but text_config's is true and "
+            "there is no lm_head.weight; expected true in both"
+        )
     refuse_faults(source, report)
     return model
 
@@ -160,10 +174,10 @@ def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": place}}
 
 
-def checkpoint_config(source: str | Path) -> FusedLlavaConfig:
-    """Returns the config of a LLaVA checkpoint, fused or ordinary."""
-    fields, _ = FusedLlavaConfig.get_config_dict(source)
-    return FusedLlavaConfig(**_without_type(fields))
+def checkpoint_config(source: str | Path) -> Any:
+    """Returns the config of a checkpoint, fused or ordinary."""
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    return _config_of(source, fields)
 
 
 def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
@@ -179,27 +193,31 @@ def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
 
 
 def _without_type(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the model type, because an ordinary LLaVA is read too."""
+    """Leaves out the model type, because an ordinary checkpoint is read too."""
     return {name: value for name, value in fields.items() if name != "model_type"}
 
 
-def check_tokens(config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
-    """Raises RecipeError when the tokenizer's `<image>` or size is not the config's."""
-    tokenizer = processor.tokenizer
-    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if found != config.image_token_id:
+def check_tokens(config: Any, processor: Any) -> None:
+    """Raises RecipeError when the tokenizer's image token or its size is not the config's."""
+    try:
+        vision = VisionProcessor(processor)
+    except ProcessorError as error:
+        raise RecipeError(f"model.config: {error}") from error
+    tokenizer, found = processor.tokenizer, sorted(vision.visual_ids)
+    if config.image_token_id not in found:
+        key = config.attribute_map.get("image_token_id", "image_token_id")  # LLaVA's is image_token_index
         raise RecipeError(
-            f"model.config: image_token_index is {config.image_token_id}, but the tokenizer's {IMAGE_TOKEN} is "
-            f"{found}; expected the same number"
+            f"model.config: {key} is {config.image_token_id}, but the processor writes "
+            f"{tokenizer.convert_ids_to_tokens(found)} {found} for an image; expected one of them"
         )
-    rows = config.text_config.vocab_size
+    rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise RecipeError(
             f"model.config: text_config.vocab_size is {rows}, expected at least {len(tokenizer)}, the tokenizer's"
         )
 
 
-def _assemble(config: FusedLlavaConfig, parts: ModelSection, dtype: torch.dtype) -> FusedLlavaForConditionalGeneration:
+def _assemble(config: Any, parts: ModelSection, dtype: torch.dtype) -> Any:
     """Returns a LLaVA of pretrained parts; a part that the recipe does not name, and the projector, are random."""
     decoder: Any = _decoder(config, parts.language_model, dtype)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = decoder.config.tie_word_embeddings
@@ -220,7 +238,7 @@ def _assemble(config: FusedLlavaConfig, parts: ModelSection, dtype: torch.dtype)
     return model
 
 
-def _decoder(config: FusedLlavaConfig, source: str | None, dtype: torch.dtype) -> nn.Module:
+def _decoder(config: Any, source: str | None, dtype: torch.dtype) -> nn.Module:
     if source is None:
         return AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
     try:
@@ -232,11 +250,13 @@ def _decoder(config: FusedLlavaConfig, source: str | None, dtype: torch.dtype) -
     return decoder
 
 
-def _tower(shape: PreTrainedModel, config: FusedLlavaConfig, source: str | None, dtype: torch.dtype) -> nn.Module:
+def _tower(shape: PreTrainedModel, config: Any, source: str | None, dtype: torch.dtype) -> nn.Module:
     if source is None:
         return AutoModel.from_config(config.vision_config, dtype=dtype)
     try:
-        return type(shape).from_pretrained(source, dtype=dtype)
+        # SigLIP's pooling head, which no projector reads, is left out where the config says so
+        head = {} if getattr(config.vision_config, "vision_use_head", True) else {"vision_use_head": False}
+        return type(shape).from_pretrained(source, dtype=dtype, **head)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model.vision_tower: '{source}' cannot be read: {error}") from error
 

@@ -223,7 +223,7 @@ def _metrics(recipe: Recipe, phase: Phase, progress: Progress) -> TrainMetrics:
         tokens=progress.tokens,
         window=progress.window,
         image_token=config.image_token_id,
-        flops=Estimate(config, phase.train).window_flops if distributed.rank() == 0 else None,
+        flops=Estimate(config, phase.train, phase.plans).window_flops if distributed.rank() == 0 else None,
         peak=None if peak is None else peak * distributed.count(),
     )
 

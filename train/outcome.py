@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from models import FusedLlavaForConditionalGeneration
+from models.families import family_of
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
@@ -129,9 +129,10 @@ def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
 
 def _check_loads(folder: Path) -> None:
     """Loads names and shapes of a checkpoint, no weights, and refuses any that do not fit its config."""
-    _, report = FusedLlavaForConditionalGeneration.from_pretrained(
+    config = checkpoint_config(folder)
+    _, report = family_of(config.model_type).model_class.from_pretrained(
         folder,
-        config=checkpoint_config(folder),
+        config=config,
         device_map="meta",
         output_loading_info=True,
         ignore_mismatched_sizes=True,

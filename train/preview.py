@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from transformers import LlavaConfig
+
+from data.processor import ProcessorError, VisionProcessor, with_settings
 from data.sources import missing_paths
 from data.stream import ConversationStream
-from models import FusedLlavaConfig
 from models.cost import plan_cost
-from recipes.schema import Phase, Recipe
+from recipes.schema import Phase, Recipe, RecipeError
 from train.arguments import is_timed, split_batch
 from train.cards import Card
-from train.checks import check_run
+from train.checks import check_run, processor_is_here
 from train.deepspeed_config import read_deepspeed
 from train.estimate import Batch, Estimate
 from train.initial import read_processor
 from train.samples import hold_out, read_samples
 
 _KEPT_BACK: Final = 0.08  # share of a card's memory
+_TYPICAL: Final = 640, 480  # width and height of a photo, as COCO's are
 
 
 def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu: float = 0.4) -> Iterator[str]:
@@ -43,19 +46,20 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
         if place is not None and not Path(place).exists():
             yield f"note: model.{part}: {place} is no folder here; the run fetches it from the hub"
     for phase in recipe.phases:
-        rows, text, note = _measure(recipe, phase, config)
-        estimate = Estimate(config, phase.train)
+        rows, visual, text, note = _measure(recipe, phase, config)
+        estimate = Estimate(config, phase.train, phase.plans)
         yield f"{phase.name}:"
-        yield from _preview_phase(recipe, phase, estimate, (rows, text, note))
-        if text is not None:
-            yield from _memory(phase, estimate, text=text, num_ranks=num_ranks, card=card)
-            yield from _hours(phase, estimate, text=text, steps=_steps(phase, rows), card=card, mfu=mfu)
+        yield from _preview_phase(phase, estimate, (rows, visual, text, note))
+        if text is not None and visual is not None:
+            batch = Batch(phase.train.global_batch, visual, text)
+            yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
+            yield from _hours(estimate, batch, steps=_steps(phase, rows), card=card, mfu=mfu)
 
 
 def _preview_phase(
-    recipe: Recipe, phase: Phase, estimate: Estimate, measured: tuple[int | None, int | None, str]
+    phase: Phase, estimate: Estimate, measured: tuple[int | None, int | None, int | None, str]
 ) -> Iterator[str]:
-    config, (rows, text, note) = estimate.config, measured
+    config, (rows, visual, text, note) = estimate.config, measured
     counts = [f"{group} {count:,}" for group, count in estimate.counts.items() if count]
     yield f"  trainable parameters: {', '.join(counts)}"
     if note:
@@ -70,33 +74,30 @@ def _preview_phase(
     if phase.eval is not None:
         what = "held-out files" if phase.eval.files is not None else f"{phase.eval.share:.3g} of the rows, held out"
         yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
-    if text is None:
+    if text is None or visual is None:
         return
-    visual = config.image_seq_length
-    cost = plan_cost(config.text_config, recipe.plan, visual=visual, text=text)
+    costs = estimate.costs(visual=visual, text=text)
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
-    share = cost.flops / dense.flops
-    yield (
-        f"  a sample: {visual} visual + {text} text tokens; {cost.visual_token_layers:,} visual token-layers "
-        f"(dense {dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs ({share:.0%} of dense)"
-    )
+    yield f"  a sample: {visual} visual + {text} text tokens"
+    for name, cost in costs.items():
+        of_steps = f", {estimate.ratios[name]:.0%} of the steps" if len(costs) > 1 else ""
+        yield (
+            f"  {name}{of_steps}: {cost.visual_token_layers:,} visual token-layers (dense "
+            f"{dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs "
+            f"({cost.flops / dense.flops:.0%} of dense)"
+        )
     if steps is not None:
         samples = steps * phase.train.global_batch
-        passes = 3 if _trains_weights(phase) else 2
+        flops, without = samples * estimate.decoder_flops(costs), samples * estimate.passes * dense.flops
         yield (
-            f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder "
-            f"{passes * samples * cost.flops:.3g} FLOPs (dense {passes * samples * dense.flops:.3g})"
+            f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
+            f"FLOPs (dense {without:.3g}, {without / flops:.2f} times as many)"
         )
 
 
-def _trains_weights(phase: Phase) -> bool:
-    """Returns whether backward also makes gradients of the decoder's weights: two passes' worth, else one."""
-    return phase.train.learning_rate.language_model is not None and phase.train.lora is None
-
-
-def _memory(phase: Phase, estimate: Estimate, *, text: int, num_ranks: int, card: Card | None) -> Iterator[str]:
+def _memory(phase: Phase, estimate: Estimate, batch: Batch, *, num_ranks: int, card: Card | None) -> Iterator[str]:
     """Yields the memory of one GPU, of a batch of mean samples and of the longest ones, and whether it fits."""
-    train, deepspeed, visual = phase.train, read_deepspeed(phase.train), estimate.config.image_seq_length
+    train, deepspeed, visual, text = phase.train, read_deepspeed(phase.train), batch.visual, batch.text
     stage = deepspeed["zero_optimization"]["stage"]
     samples, _ = split_batch(train, num_ranks)
     mean = Batch(samples, visual, text)
@@ -121,15 +122,14 @@ def _memory(phase: Phase, estimate: Estimate, *, text: int, num_ranks: int, card
         yield f"    {card.gigabytes:g} GB: {words} ({_KEPT_BACK:.0%} are kept for CUDA and fragmentation)"
 
 
-def _hours(
-    phase: Phase, estimate: Estimate, *, text: int, steps: int | None, card: Card | None, mfu: float
-) -> Iterator[str]:
+def _hours(estimate: Estimate, batch: Batch, *, steps: int | None, card: Card | None, mfu: float) -> Iterator[str]:
+    """Yields how long the steps of a global batch take at a share of the cards' peak."""
     if card is None or steps is None:
         return
     if card.peak is None:
         yield "  time: unknown; --gpu with the name of a card tells"
         return
-    flops = steps * estimate.step_flops(Batch(phase.train.global_batch, estimate.config.image_seq_length, text))
+    flops = steps * estimate.step_flops(batch)
     hours = flops / (card.count * card.peak * mfu) / 3600
     at = f"{mfu:.0%} of {card.count} x {card.peak / 1e12:g} TFLOP/s"
     yield f"  time: {hours:.1f} hours at {at} (MFU; {flops:.3g} model FLOPs)"
@@ -139,24 +139,37 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
-def _measure(recipe: Recipe, phase: Phase, config: FusedLlavaConfig) -> tuple[int | None, int | None, str]:
-    """Returns rows, text tokens of a mean sample, and a note on where they come from when it is not the data."""
+def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int | None, int | None, str]:
+    """Returns rows, visual tokens of a sample with images, text tokens of a mean sample, and a note on their source."""
     rows = phase.data.expected_rows
     if rows is not None and phase.eval is not None and phase.eval.files is None:
         rows -= round(rows * (phase.eval.share or 0.0))
-    expected = rows, phase.data.expected_text_tokens
+    expected = rows, _typical_visual(recipe, phase, config), phase.data.expected_text_tokens
     missing = missing_paths(phase.data)
     if missing:
         return *expected, f"data: {missing[0]} is not here; rows and text tokens are the recipe's"
-    brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
-    if not Path(brings).exists():
+    if not processor_is_here(recipe.model):
+        brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
         return *expected, f"data: not read, its tokenizer ({brings}) is not here"
     dataset, _ = hold_out(phase, read_samples(phase, read_processor(recipe.model)), seed=recipe.seed)
     if isinstance(dataset, ConversationStream):
         return *expected, "data: streamed, so not read; rows and text tokens are the recipe's"
     with_image = sum(dataset.has_image)
-    text = (sum(dataset.lengths) - with_image * config.image_seq_length) / len(dataset)
-    return len(dataset), round(text), ""
+    text = (sum(dataset.lengths) - dataset.visual_tokens) / len(dataset)
+    return len(dataset), round(dataset.visual_tokens / max(1, with_image)), round(text), ""
+
+
+def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
+    """Returns the tokens of one image: a LLaVA's, else of _TYPICAL pixels, without a processor what the recipe says."""
+    if isinstance(config, LlavaConfig):
+        return config.image_seq_length
+    if not processor_is_here(recipe.model):
+        return phase.data.expected_visual_tokens
+    try:
+        processor = with_settings(read_processor(recipe.model), phase.data)
+        return VisionProcessor(processor, aspect=phase.data.image_aspect).count(*_TYPICAL)
+    except ProcessorError as error:
+        raise RecipeError(f"{phase.name}: {error}") from error
 
 
 def _steps(phase: Phase, rows: int | None) -> int | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-from transformers import LlavaProcessor
+from typing import Any
 
 from data.chat import TokenizerError
 from data.dataset import ConversationDataset, LengthModalitySampler
+from data.processor import ProcessorError, with_settings
 from data.rows import DataError
 from data.sources import find_files
 from data.stream import ConversationStream
@@ -21,13 +21,14 @@ from train.validation import Validation
 Samples = ConversationDataset | ConversationStream
 
 
-def read_samples(phase: Phase, processor: LlavaProcessor, *, seed: int = 0) -> Samples:
+def read_samples(phase: Phase, processor: Any, *, seed: int = 0) -> Samples:
     """Returns the phase's samples, every row of them checked, or this rank's endless stream of them.
 
     Raises:
         RecipeError: a file is missing or wrong, or more rows have faults than the recipe allows.
     """
     try:
+        processor = with_settings(processor, phase.data)
         if phase.data.streaming:
             ranks = distributed.count()
             batch, _ = split_batch(phase.train, ranks)
@@ -35,7 +36,7 @@ def read_samples(phase: Phase, processor: LlavaProcessor, *, seed: int = 0) -> S
                 phase.data, processor, seed=seed, batch=batch, rank=distributed.rank(), ranks=ranks
             )
         return ConversationDataset(phase.data, processor)
-    except (DataError, TokenizerError) as error:
+    except (DataError, TokenizerError, ProcessorError) as error:
         raise RecipeError(f"{phase.name}: {error}") from error
 
 

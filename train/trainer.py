@@ -22,6 +22,7 @@ from train.extensions import build_cpu_adam
 from train.groups import muon_groups, parameter_groups
 from train.metrics import TrainMetrics
 from train.order import WholeBatches
+from train.plans import PlanDraw, divergence, predicting
 from train.stop import StopRequest, ignore_signals
 from train.validation import Validation
 from train.watch import DataWatch
@@ -35,6 +36,7 @@ class FusedTrainer(Trainer):
         order: the order of the samples; None for a stream, which has its own.
         clock: training time, agreed between the ranks once a step.
         metrics: sums of the run.
+        plans: which stage plan each step runs under; None: the model's.
         watch: the rows that were passed over, and the loss of each source.
         validation: the held-out samples; None without.
         stop: the stop request of this process.
@@ -64,6 +66,7 @@ class FusedTrainer(Trainer):
         super().__init__(eval_dataset=None if validation is None else validation.samples, **kwargs)
         self.phase, self.order, self.clock, self.metrics, self.watch = phase, order, clock, metrics, watch
         self.validation, self.stop, self.fingerprints = validation, stop, fingerprints
+        self.plans = PlanDraw(phase.plans, self.args.seed) if len(phase.plans) > 1 else None
         self.last_step: dict[str, float] = {}
         watch.watch_loss(self.model)
         self.is_stopping = False
@@ -170,12 +173,29 @@ class FusedTrainer(Trainer):
                 not be read.
         """
         self.watch.take(inputs)
-        loss = super().compute_loss(model, inputs, return_outputs=False, num_items_in_batch=num_items_in_batch)
+        loss, distilled = self._losses(model, inputs, num_items_in_batch)
         part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
         self.metrics.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._sync_ranks()
-        return loss
+        return loss if distilled is None else loss + distilled
+
+    def _losses(
+        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the loss on the labels, and what is added where the step's plan learns from another one."""
+        if self.plans is None:
+            return super().compute_loss(model, inputs, num_items_in_batch=items), None
+        plan = self.plans.of_step(self.state.global_step)
+        inputs = {**inputs, "schedule": self.plans.schedule(plan.name)}
+        if plan.distill is None:
+            return super().compute_loss(model, inputs, num_items_in_batch=items), None
+        inputs["logits_to_keep"] = predicting(inputs["labels"])
+        with torch.no_grad():  # first, so that what DeepSpeed knows of the last forward is the one with a backward
+            teacher = model(**{**inputs, "schedule": self.plans.schedule(plan.distill.teacher)}).logits
+        loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        scale = self.accelerator.num_processes / (len(teacher) if items is None else items)
+        return loss, scale * divergence(output.logits, teacher, plan.distill)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoProcessor, LlavaImageProcessorPil
+from transformers import LlavaImageProcessorPil
 
-from data.chat import VICUNA_SYSTEM, ChatFormat
+from data.chat import VICUNA_SYSTEM, ChatFormat, ImageText
 from data.config import DataConfig
-from data.images import visual_tokens
+from data.processor import ProcessorError, VisionProcessor, load_processor
+from data.processor import save_processor as save_parts
 from data.rows import IMAGE_MARK, Turn
 from train.release.errors import InputError, ReleaseError
 
@@ -94,9 +94,9 @@ def read_processor(final: Path) -> Any:
         InputError: it cannot be read.
     """
     try:
-        return AutoProcessor.from_pretrained(final)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{final}: {' '.join(str(error).split())}; expected the processor that a run writes") from None
+        return load_processor(final)
+    except ProcessorError as error:
+        raise InputError(f"{error}; expected the processor that a run writes") from None
 
 
 def released_processor(final: Path, data: DataConfig) -> Any:
@@ -133,12 +133,12 @@ def save_processor(processor: Any, data: DataConfig, folder: Path) -> None:
     Where no template makes the tokens of the training, it keeps its own.
     """
     take_parts(processor, data)
-    processor.save_pretrained(folder)
+    save_parts(processor, folder)
 
 
 def save_released(processor: Any, folder: Path) -> None:
     """Writes the processor of a release, in the words that transformers 4 knows too."""
-    processor.save_pretrained(folder)
+    save_parts(processor, folder)
     file = folder / "tokenizer_config.json"
     fields = json.loads(file.read_text(encoding="utf-8"))
     if fields.get("tokenizer_class") == "TokenizersBackend":
@@ -159,8 +159,11 @@ def take_parts(processor: Any, data: DataConfig) -> bool:
         TokenizerError: the tokenizer does not go with the format.
     """
     before = processor.chat_template, processor.tokenizer.chat_template
-    wanted = trained_ids(processor, data)
-    for template in _templates(data.format, processor.tokenizer):
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    text, wanted = VisionProcessor(processor).text, trained_ids(processor, data)
+    if data.format == "chat_template" and text.has_parts and released_ids(processor) == wanted:
+        return True  # the family's own, which takes parts
+    for template in _templates(data.format, processor.tokenizer, text):
         processor.chat_template = processor.tokenizer.chat_template = template
         if released_ids(processor) == wanted:
             return True
@@ -169,33 +172,31 @@ def take_parts(processor: Any, data: DataConfig) -> bool:
 
 
 def trained_ids(processor: Any, data: DataConfig) -> list[int]:
-    """Returns the ids of CONVERSATION as training makes them, each image token repeated for its visual tokens."""
-    chat = ChatFormat(data.format, processor.tokenizer)
-    return _expanded(chat.prompt(_TURNS), chat.image_token_id, visual_tokens(processor))
+    """Returns the ids of CONVERSATION as training makes them, with one image token for its image."""
+    vision = VisionProcessor(processor)
+    return ChatFormat(data.format, processor.tokenizer, vision.text).prompt(_TURNS)
 
 
 def released_ids(processor: Any) -> list[int]:
     """Returns the ids of CONVERSATION as the processor's chat template and its tokenizer make them."""
-    text = processor.apply_chat_template(list(CONVERSATION), tokenize=False, add_generation_prompt=True)
+    text = processor.tokenizer.apply_chat_template(
+        list(CONVERSATION), chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
+    )
     begin = processor.tokenizer.bos_token
     # as the processor's apply_chat_template does with an image at hand
     has_begin = begin is not None and text.startswith(begin)
-    ids = processor.tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
-    return _expanded(ids, processor.image_token_id, visual_tokens(processor))
+    text = VisionProcessor(processor).text.bordered(text)
+    return processor.tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
 
 
-def _expanded(ids: Sequence[int], image_token: int, count: int) -> list[int]:
-    return [token for token in ids for _ in range(count if token == image_token else 1)]
-
-
-def _templates(chat_format: str, tokenizer: Any) -> list[str]:
+def _templates(chat_format: str, tokenizer: Any, image: ImageText) -> list[str]:
     """Returns the templates that may fit, the best first.
 
     Without a written beginning the processor adds what training added. With one the tokenizer alone does so too: the
     better one for vicuna_v1, but a tokenizer that puts a space before the first word may not do so behind it.
     """
     if chat_format == "chat_template":
-        return [_PARTS_TO_TEXT + tokenizer.get_chat_template().removeprefix(_PARTS_TO_TEXT)]
-    if chat_format == "plain":
-        return [_PARTS_TO_TEXT + _PLAIN]
-    return [_BEGIN + _PARTS_TO_TEXT + _VICUNA, _PARTS_TO_TEXT + _VICUNA]
+        parts = _PARTS_TO_TEXT.replace(IMAGE_MARK, image.token)
+        return [parts + str(image.template or tokenizer.get_chat_template()).removeprefix(parts)]
+    parts, vicuna, plain = (text.replace(IMAGE_MARK, image.mark) for text in (_PARTS_TO_TEXT, _VICUNA, _PLAIN))
+    return [parts + plain] if chat_format == "plain" else [_BEGIN + parts + vicuna, parts + vicuna]

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.config import DataConfig
-from data.images import pixel_values
+from data.processor import VisionProcessor
 from train.release.errors import ReleaseError
 from train.release.processor import CONVERSATION, trained_ids
 
 SUMS: Final = "SHA256SUMS"
 _PROBE: Final = Path(__file__).with_name("probe.py")
 _NEW_TOKENS: Final = 8
+_SIDE: Final = 64  # pixels of the image that a processor without a crop is shown
 _LAST: Final = 8  # positions whose logits are compared: the last ones, which are text
 _TOLERANCE: Final = 1e-4  # of logits, relative to the largest; the same code on the same machine gives 0
 _PIXEL_TOLERANCE: Final = 1e-5
@@ -39,23 +40,28 @@ def expect(model: Any, processor: Any, data: DataConfig, image: Image.Image) -> 
         image: RGB.
 
     Returns:
-        input_ids (1, S), pixel_values (1, 3, h, w) in float32, logits (1, 8, vocabulary) of the last positions, and
-        tokens (1, new), the greedy answer.
+        input_ids (1, S), pixel_values as the family has them, in float32, logits (1, 8, vocabulary) of the last
+        positions, and tokens (1, new), the greedy answer.
     """
-    ids = torch.tensor([trained_ids(processor, data)])
-    pixels = pixel_values(image, processor.image_processor, aspect=data.image_aspect)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
+    vision = VisionProcessor(processor, aspect=data.image_aspect)
+    images = vision.encode([image])
+    spans = iter(images.spans)
+    written = trained_ids(processor, data)
+    ids = torch.tensor([[new for one in written for new in (next(spans) if one == vision.image_token_id else [one])]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision.type_ids(ids), **images.inputs}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=_LAST).logits.float()
         answer = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
-    return {"input_ids": ids, "pixel_values": pixels.float(), "logits": logits, "tokens": answer[:, ids.shape[1] :]}
+    pixels = images.inputs["pixel_values"].float()
+    return {"input_ids": ids, "pixel_values": pixels, "logits": logits, "tokens": answer[:, ids.shape[1] :]}
 
 
 def picture(image_processor: Any) -> Image.Image:
     """Returns an image of many colours; not square, where the processor takes such images."""
-    crop = image_processor.crop_size
-    width, height = crop["width"], crop["height"]
-    if image_processor.do_resize and image_processor.do_center_crop:
+    crop = getattr(image_processor, "crop_size", None) or {}
+    width, height = crop.get("width", _SIDE), crop.get("height", _SIDE)
+    if image_processor.do_resize and (not crop or image_processor.do_center_crop):
         width = width * 3 // 2
     random = torch.Generator().manual_seed(0)
     values = torch.randint(0, 256, (height, width, 3), generator=random, dtype=torch.uint8)

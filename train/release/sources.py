@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from data import easy_vqa, scenes
+from data.sources import HUB, HubSet
 from recipes.schema import Recipe
 
 _LLAMA2: Final = "Llama 2 Community License"
@@ -108,6 +109,9 @@ def _data_source(file: str) -> Source:
         return Source("data", f"drawn scenes and questions about them: `{file}`", None, _SCENES)
     if easy_vqa.is_built_in(file):
         return Source("data", f"easy-VQA, questions about coloured shapes: `{file}`", None, _EASY_VQA)
+    if file.startswith(HUB):
+        name = HubSet.of(file).name
+        return Source("data", name, name, f"check the licence of {name}, and of its images")
     name = Path(file).name
     hub, words = _DATA.get(name, (None, f"check the licence of {name}, and of its images"))
     return Source("data", f"{name} ({hub})" if hub else name, hub, words)

@@ -14,7 +14,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from models import FusedAutoModel, StagePlan
 from models.families import family_of
-from models.schedules import TRAINED, ScheduleError, resolve_schedule
+from models.fused import require_nothing_more, resolve_config
+from models.schedules import TRAINED, ScheduleError
 from train.initial import refuse_faults
 from train.release.errors import InputError
 from train.release.run import Run
@@ -53,8 +54,7 @@ def parse_schedule(text: str | None, run: Run) -> dict[str, Any] | None:
         choice = json.loads(text) if text.lstrip().startswith("{") else {"name": text.strip()}
         fields = json.loads((run.final / "config.json").read_text(encoding="utf-8"))
         config = family_of(fields.get("model_type")).config_class.from_pretrained(run.final)
-        plan = None if config.stages is None else StagePlan.from_dict(config.stages)
-        resolve_schedule(choice, plan, config.text_config.num_hidden_layers)
+        require_nothing_more(resolve_config(config, choice), config)
     except ScheduleError as error:
         raise InputError(f"--schedule: {error}") from None
     except (OSError, ValueError, TypeError) as error:
@@ -73,7 +73,11 @@ def load(run: Run, schedule: Mapping[str, Any] | None) -> Any:
             f"{run.final}: cannot be loaded: {' '.join(str(error).split())}; expected the checkpoint that a run writes"
         ) from error
     refuse_faults(run.final, report)
-    if model.plan is not None and _is_dense(model.plan, model.config.text_config.num_hidden_layers):
+    if (
+        model.plan is not None
+        and not model.config.plans
+        and _is_dense(model.plan, model.config.text_config.num_hidden_layers)
+    ):
         model.config.stages = model.plan = None  # it computes the same
     model.config.schedule = None if schedule is None else dict(schedule)
     model.schedule = model.config.schedule
@@ -89,7 +93,7 @@ def _is_dense(plan: StagePlan, num_layers: int) -> bool:
 def is_plain(model: Any) -> bool:
     """Returns whether Hugging Face's class of the family computes the same: dense, and transformers has the class."""
     has_class = _base(model).__module__.startswith("transformers.")
-    return has_class and model.config.stages is None and model.config.schedule is None
+    return has_class and not any((model.config.stages, model.config.plans, model.config.schedule))
 
 
 def write_model(model: Any, folder: Path, *, max_shard_size: str) -> None:

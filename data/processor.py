@@ -1,0 +1,389 @@
+"""A family's processor as the data uses it: what stands for an image in a text, what that becomes, and its inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from jinja2.exceptions import TemplateError
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from data.chat import ImageText
+from data.config import DataConfig, expand, shorten
+from data.images import framed
+from data.rows import IMAGE_MARK, RowError
+
+VIDEOS: Final = "video_processor"  # a part of many processors, which needs torchvision
+_VIDEO_CLASSES: Final = {  # of processors that take videos: what they need where a checkpoint does not say
+    "LlavaOnevisionProcessor": "LlavaOnevisionVideoProcessor",
+    "InternVLProcessor": "InternVLVideoProcessor",
+    "Qwen2VLProcessor": "Qwen2VLVideoProcessor",
+    "Qwen2_5_VLProcessor": "Qwen2VLVideoProcessor",
+    "Qwen3VLProcessor": "Qwen3VLVideoProcessor",
+    "Glm4vProcessor": "Glm4vVideoProcessor",
+    "SmolVLMProcessor": "SmolVLMVideoProcessor",
+}
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+# what transformers raises of a processor, a tokenizer or a config that is wrong
+_READING: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
+TYPES: Final = ("mm_token_type_ids", "token_type_ids")  # inputs that tell image tokens from text
+_PROBE: Final = Image.new("RGB", (64, 64), "gray")
+_SIZES: Final = 1 << 16  # sizes of images whose tokens are remembered
+_STAND_IN: Final = "(7f3C Question 9a1E)"
+
+
+class ProcessorError(ValueError):
+    """A processor cannot be read, or cannot do what the data asks of it; the text names the key."""
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """The images of one sample.
+
+    Attributes:
+        spans: for each image, the ids in the place of its token.
+        inputs: what the model needs beside ids, by name (`pixel_values`, `image_grid_thw`, ...).
+    """
+
+    spans: list[list[int]]
+    inputs: dict[str, Tensor]
+
+
+class VisionProcessor:
+    """Turns images into tokens and inputs as the family's processor does.
+
+    Args:
+        processor: of Hugging Face, with a tokenizer and an image processor.
+        aspect: `pad` pads images to a square in the processor's mean colour first (LLaVA-1.5); `processor` does not.
+
+    Attributes:
+        tokenizer: the processor's.
+        text: how a text holds an image.
+        image_token_id: the id of `text.token`.
+        visual_ids: ids that stand in the place of an image and are no ordinary text.
+
+    Raises:
+        ProcessorError: the processor lacks something, which the text names.
+    """
+
+    def __init__(self, processor: Any, *, aspect: str = "processor") -> None:
+        self.processor, self.aspect = processor, aspect
+        for part in ("tokenizer", "image_processor", "image_token"):
+            if getattr(processor, part, None) is None:
+                raise ProcessorError(
+                    f"processor_config.json: got a {type(processor).__name__} without {part}, expected one that has it"
+                )
+        self.tokenizer, token = processor.tokenizer, processor.image_token
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if self.image_token_id in (None, self.tokenizer.unk_token_id):
+            raise ProcessorError(f"tokenizer: has no token {token}, expected one that has")
+        if isinstance(processor, LlavaProcessor) and not processor.patch_size:
+            raise ProcessorError("processor_config.json: got no patch_size, expected the vision tower's")
+        if aspect == "pad" and not getattr(processor.image_processor, "image_mean", None):
+            raise ProcessorError("data.image_aspect: got pad, expected processor, because it has no mean colour")
+        self._separator: str = self.tokenizer.eos_token or self.tokenizer.bos_token
+        if not self._separator:
+            raise ProcessorError("tokenizer: has no eos_token, expected one that ends an answer")
+        self._added = set(self.tokenizer.added_tokens_decoder)
+        span, self._types = self._probe()
+        start, end = self._core(span)
+        before, after = (self.tokenizer.decode(part) for part in (span[:start], span[end:]))
+        self._border = span[:start], span[end:]
+        self.visual_ids = set(span[start:end]) & self._added
+        self.text = _image_text(processor, before, after)
+        self._is_alone = [len(one) for one in self._call([_PROBE] * 2)[0]] == [len(span)] * 2
+        self.count = lru_cache(_SIZES)(self._count)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes workers build it anew: the cache of sizes is no part of it."""
+        return _rebuilt, (self.processor, self.aspect)
+
+    def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
+        """Returns the images of one sample as tokens and inputs; `data.images.rgb` is applied to each.
+
+        Raises:
+            RowError: the sides of an image differ too much, or the processor cannot take it.
+        """
+        mean = getattr(self.processor.image_processor, "image_mean", None)
+        shown = [framed(image, self.aspect, mean) for image in images]
+        try:
+            spans, inputs, _ = self._call(shown)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:  # what image processors raise of odd shapes
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise RowError(f"image of {sizes}: the processor refuses it: {shorten(str(error), 120)}") from None
+        before, after = map(len, self._border)
+        for span in spans:
+            if (span[:before], span[len(span) - after :]) != self._border:
+                raise RowError("the processor writes text of its own for this image, expected image tokens alone")
+        return EncodedImages([span[before : len(span) - after] for span in spans], inputs)
+
+    def counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Returns how many ids stand in the place of each image of one sample, by widths and heights.
+
+        LLaVA-OneVision cuts an image into tiles only where it is the sample's one.
+        """
+        if self._is_alone or len(sizes) < 2:
+            return [self.count(*size) for size in sizes]
+        return [len(span) for span in self.encode([Image.new("RGB", size) for size in sizes]).spans]
+
+    def type_ids(self, ids: Tensor) -> dict[str, Tensor]:
+        """Returns the input that tells image tokens from text, for families that have one; ids (S,)."""
+        return {name: torch.isin(ids, torch.tensor(sorted(typed))).long() for name, typed in self._types.items()}
+
+    def settings(self) -> str:
+        """Returns what the number of an image's tokens follows from, for caches."""
+        return self.processor.to_json_string() + self.aspect
+
+    def _count(self, width: int, height: int) -> int:
+        """Returns the ids in the place of the token of an image of these sides."""
+        if isinstance(self.processor, LlavaProcessor) and _is_one_shape(self.processor.image_processor):
+            width, height = _PROBE.size
+        return len(self.encode([Image.new("RGB", (width, height))]).spans[0])
+
+    def _probe(self) -> tuple[list[int], dict[str, set[int]]]:
+        """Returns the ids of one image, and the ids that each input of types counts as image."""
+        try:
+            [span], _, types = self._call([_PROBE])
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+            kind = type(self.processor).__name__
+            raise ProcessorError(f"processor: {kind} takes no image: {shorten(str(error), 160)}") from None
+        return span, types
+
+    def _core(self, span: Sequence[int]) -> tuple[int, int]:
+        """Returns where the tokens that are no ordinary text begin and end."""
+        places = [place for place, token in enumerate(span) if token in self._added]
+        if not places:
+            raise ProcessorError("processor: makes no image token of an image, expected at least one")
+        return places[0], places[-1] + 1
+
+    def _call(self, images: Sequence[Image.Image]) -> tuple[list[list[int]], dict[str, Tensor], dict[str, set[int]]]:
+        """Returns the ids of each image, the inputs, and the ids that the inputs of types count as image."""
+        separator = self._separator
+        text = separator + separator.join([self.processor.image_token] * len(images)) + separator
+        output = dict(self.processor(images=[list(images)], text=[text], add_special_tokens=False, return_tensors="pt"))
+        ids = output.pop("input_ids")[0]
+        output.pop("attention_mask", None)
+        types = {name: set(ids[output.pop(name)[0] == 1].tolist()) for name in TYPES if name in output}
+        places = (ids == self.tokenizer.convert_tokens_to_ids(separator)).nonzero()[:, 0].tolist()
+        if len(places) != len(images) + 1:
+            raise ValueError(f"got the tokens of {len(places) - 1} images, expected {len(images)}")
+        spans = [ids[start + 1 : end].tolist() for start, end in pairwise(places)]
+        return spans, output, types
+
+
+def _rebuilt(processor: Any, aspect: str) -> VisionProcessor:
+    return VisionProcessor(processor, aspect=aspect)
+
+
+def _is_one_shape(images: Any) -> bool:
+    """Returns whether an image processor makes every image the same shape."""
+    crop, size = (getattr(images, name, None) or {} for name in ("crop_size", "size"))
+    cropped = getattr(images, "do_center_crop", False) and {"height", "width"} <= set(crop)
+    return bool(cropped or (images.do_resize and {"height", "width"} <= set(size)))
+
+
+def _image_text(processor: Any, before: str, after: str) -> ImageText:
+    """Returns how a text holds an image: learned from what the chat template writes for one."""
+    token, template = processor.image_token, processor.chat_template or processor.tokenizer.chat_template
+    if not isinstance(template, str):
+        return ImageText(token, token, before=before, after=after)
+    question = {"type": "text", "text": _STAND_IN}
+    parts = _apply(processor, template, [{"type": "image"}, question])
+    if parts.count(token) != 1 or parts.count(_STAND_IN) != 1:  # takes text alone
+        return ImageText(token, token, template, before=before, after=after)
+    mark = _difference(parts, _apply(processor, template, [question]))
+    is_text = _apply(processor, template, f"{token}\n{_STAND_IN}") == parts
+    return ImageText(token, mark if token in mark else token, template, not is_text, before, after)
+
+
+def _apply(processor: Any, template: str, content: Any) -> str:
+    """Returns what a chat template writes for one question; nothing where it cannot."""
+    try:
+        return processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False
+        )
+    except (TemplateError, TypeError, ValueError, LookupError):
+        return ""
+
+
+def _difference(longer: str, shorter: str) -> str:
+    """Returns what a text has more than another, without white space around it."""
+    start = 0
+    while start < min(len(longer), len(shorter)) and longer[start] == shorter[start]:
+        start += 1
+    end = 0
+    while end < min(len(longer), len(shorter)) - start and longer[-1 - end] == shorter[-1 - end]:
+        end += 1
+    return longer[start : len(longer) - end].strip()
+
+
+def load_processor(source: str | Path, tokenizer: Any = None) -> Any:
+    """Returns the processor of a checkpoint or a config folder, with its image processor and its tokenizer.
+
+    Where torchvision is missing, a processor that also takes videos is read without that part, which needs it.
+
+    Args:
+        source: folder or hub id.
+        tokenizer: in place of the source's own.
+
+    Raises:
+        ProcessorError: a part is missing or cannot be fetched.
+    """
+    try:
+        kind = _kind(source)
+        if kind is None:
+            return AutoProcessor.from_pretrained(source)
+        names = kind.get_attributes()
+        if VIDEOS not in names and tokenizer is None:
+            return kind.from_pretrained(source)
+        if VIDEOS in names and transformers.utils.is_torchvision_available() and tokenizer is None:
+            return AutoProcessor.from_pretrained(source)
+        return _assembled(kind, source, tokenizer)
+    except ImportError as error:
+        raise ProcessorError(f"{source}: processor: {shorten(str(error), 200)}") from None
+    except _READING as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ProcessorError(f"{source}: cannot be loaded: {kind}{shorten(str(error), 300)}") from error
+
+
+def model_processor(config: str | None, checkpoint: str | None = None, language_model: str | None = None) -> Any:
+    """Returns the processor of a recipe's model.
+
+    It is the checkpoint's, unless the config folder holds one. Where that has no tokenizer, the language model's or the
+    checkpoint's is taken, with `<image>` and `<pad>` added as llava-hf has them.
+
+    Raises:
+        ProcessorError: a part is missing or cannot be fetched.
+    """
+    source, brings = processor_sources(config, checkpoint, language_model)
+    if brings is None:
+        return load_processor(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(brings)
+    except (OSError, ValueError) as error:
+        reason = shorten(str(error), 300)
+        raise ProcessorError(f"the tokenizer of '{brings}' cannot be read: {reason}") from error
+    for kind in ({"additional_special_tokens": [IMAGE_MARK]}, {"pad_token": "<pad>"}):  # llava-hf's order
+        tokenizer.add_special_tokens(kind)
+    return load_processor(source, tokenizer)
+
+
+def processor_sources(
+    config: str | None, checkpoint: str | None = None, language_model: str | None = None
+) -> tuple[str, str | None]:
+    """Returns the folder or hub id that a recipe's processor is read from, and that of its tokenizer, if another."""
+    folder = Path(config or "")
+    if config is None or (checkpoint is not None and not (folder / "processor_config.json").is_file()):
+        return str(checkpoint), None
+    if any((folder / name).is_file() for name in _TOKENIZERS):
+        return config, language_model
+    return config, language_model or checkpoint
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Writes a processor; one that was read without its part for videos names that part, for who has torchvision."""
+    processor.save_pretrained(folder)
+    kind = type(processor)
+    if kind.__module__ != __name__:
+        return
+    file = folder / "processor_config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields[VIDEOS] = getattr(processor, "videos", None) or {"video_processor_type": _VIDEO_CLASSES[kind.__name__]}
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def image_only(kind: Any) -> Any:
+    """Returns a processor's class without its part for videos, under the same name."""
+    names = [name for name in kind.get_attributes() if name != VIDEOS]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: names), "__module__": __name__})
+
+
+def _kind(source: str | Path) -> Any:
+    """Returns the class of a source's processor, None where AutoProcessor has to find it."""
+    name = _fields(source, "processor_config.json").get("processor_class")
+    name = name or _fields(source, "preprocessor_config.json").get("processor_class")
+    kind = str(_fields(source, "config.json").get("model_type")).removeprefix("fused_")
+    name = name or ("LlavaProcessor" if kind == "mobilevlm" else PROCESSOR_MAPPING_NAMES.get(kind))
+    return getattr(transformers, name, None) if isinstance(name, str) else None
+
+
+def _assembled(kind: Any, source: str | Path, tokenizer: Any) -> Any:
+    """Returns a processor made of its parts, without the one for videos."""
+    fields = _fields(source, "processor_config.json")
+    own = {
+        name: value
+        for name, value in fields.items()
+        if name not in ("processor_class", "auto_map") and not isinstance(value, dict)
+    }
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(source),
+        "tokenizer": AutoTokenizer.from_pretrained(source) if tokenizer is None else tokenizer,
+    }
+    if VIDEOS in kind.get_attributes():
+        kind, parts[VIDEOS] = image_only(kind), None
+    made = kind(**parts, **own)
+    if VIDEOS in parts:
+        made.videos = fields.get(VIDEOS) or _fields(source, "video_preprocessor_config.json") or None
+    if tokenizer is None:
+        template = _text(source, "chat_template.jinja") or _fields(source, "chat_template.json").get("chat_template")
+    else:
+        template = None
+    made.chat_template = template or made.tokenizer.chat_template
+    return made
+
+
+def _text(source: str | Path, name: str) -> str | None:
+    """Returns the text of a file of a checkpoint, None where there is none."""
+    path = transformers.utils.cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def _fields(source: str | Path, name: str) -> dict[str, Any]:
+    text = _text(source, name)
+    fields = {} if text is None else json.loads(text)
+    if not isinstance(fields, dict):
+        raise ProcessorError(f"{source}: {name}: got a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def with_settings(processor: Any, config: DataConfig) -> Any:
+    """Gives a processor what a recipe's data section says of it; returns it.
+
+    `data.processor` goes to its image processor, `data.chat_template` takes the place of its chat template.
+
+    Raises:
+        ProcessorError: the image processor does not know a setting, a value is wrong, or the template cannot be read.
+    """
+    if config.chat_template is not None:
+        try:
+            processor.chat_template = Path(expand(config.chat_template)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProcessorError(f"data.chat_template: {config.chat_template}: {shorten(str(error))}") from None
+    if not config.processor:
+        return processor
+    images = processor.image_processor
+    fields = {name: value for name, value in images.to_dict().items() if name != "image_processor_type"}
+    known = sorted({*images.valid_kwargs.__annotations__, *fields})
+    for name in config.processor:
+        if name not in known:
+            raise ProcessorError(
+                f"data.processor: got {name}, expected settings of {type(images).__name__}: {', '.join(known)}"
+            )
+    try:
+        processor.image_processor = type(images)(**{**fields, **config.processor})
+    except (TypeError, ValueError) as error:
+        raise ProcessorError(f"data.processor: {shorten(str(error), 200)}") from None
+    return processor

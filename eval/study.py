@@ -1,0 +1,225 @@
+"""`python -m eval.study STUDY.yaml`: trains every arm of a study with every seed, scores it, and writes the tables.
+
+A study is a recipe, the changes to it that are compared (its arms), and seeds. Each run is trained by train/run.py in
+OUT/runs/ARM-seedN and answers the study's tasks; its result is one small file in the study's `results` folder. A run
+whose result is there is not trained again, and the same command goes on where it was stopped, within a run too. Writes
+table.md and pictures beside the results. Exit code 1: a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers.utils import logging
+
+from data.chat import TokenizerError
+from eval.arguments import UsageError, make_folder, names_of
+from eval.cells import Loaded, run_cell
+from eval.checkpoint import Checkpoint, CheckpointError
+from eval.lmms import Harness
+from eval.measure import positive
+from eval.study_record import TASKS, Record, Results, fingerprint, record_of
+from eval.study_report import write_report
+from models.schedules import SCHEDULES, TRAINED
+from recipes.schema import Recipe, RecipeError, load_recipe
+from recipes.study import Study, load_study
+
+_ROOT: Final = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+
+def check_names(study: Study) -> None:
+    """Raises UsageError where a study names a task or a schedule that there is not; errors as load_recipe."""
+    for task in study.tasks:
+        if task not in TASKS:
+            raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
+    for arm, said in study.arms.items():
+        plans = load_recipe(study.recipe, (*study.set, *said.set)).model.plans
+        known = list(dict.fromkeys((TRAINED, *plans, *SCHEDULES)))
+        for name in said.schedules:
+            if name not in known:
+                raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")
+
+
+def runs_of(study: Study, out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """Returns the runs, seed by seed, so that a study that is stopped has compared all arms.
+
+    Raises:
+        RecipeError: an arm's recipe is not valid.
+    """
+    runs = []
+    for seed in seeds:
+        for arm in arms:
+            name = f"{arm}-seed{seed}"
+            folder = out / "runs" / name
+            own = (f"name={name}", f"seed={seed}", f"output={folder}")
+            overrides = (*study.set, *study.arms[arm].set, *own)
+            runs.append(Run(arm, seed, folder, overrides, load_recipe(study.recipe, overrides)))
+    return runs
+
+
+def train(study: Study, run: Run) -> bool:
+    """Trains a run, or goes on with it, in a process of its own; returns whether it is done.
+
+    Its output is appended to a file beside its folder.
+
+    Raises:
+        UsageError: it ended with a fault.
+    """
+    if (run.folder / "final").is_dir():
+        return True
+    launcher = "deepspeed" if torch.cuda.is_available() else "python"
+    command = [str(Path(sys.executable).with_name(launcher)), str(_ROOT / "train/run.py"), study.recipe, *run.overrides]
+    file = run.folder.with_suffix(".txt")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as told:
+        code = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        last = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        raise UsageError(f"{run.arm}, seed {run.seed}: exit code {code}: {last} (all of it in {file})")
+    return (run.folder / "final").is_dir()
+
+
+def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | None) -> Record:
+    """Returns the record of a trained run: what its training took, and its answers to every task.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        TokenizerError: it cannot be asked.
+    """
+    checkpoint = Checkpoint.find(run.folder)
+    model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch)
+    cells: dict[str, dict[str, Record]] = {}
+    for task in study.tasks:
+        pictures, cells[task] = run.folder / "pictures" / task, {}
+        for name in study.arms[run.arm].schedules:
+            record = run_cell(loaded, model.resolve(name), task, harness=harness, limit=limit, pictures=pictures)
+            cells[task][name] = record or {}  # never empty: this process is the only one
+    return record_of(run.arm, run.seed, run.recipe, checkpoint, cells)
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", help="YAML file, e.g. recipes/studies/easy_vqa.yaml")
+    parser.add_argument("--out", type=Path, help="folder for the runs (outputs/studies/NAME)")
+    parser.add_argument("--arms", help="comma-separated: only these")
+    parser.add_argument("--seeds", help="comma-separated: only these")
+    parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
+    parser.add_argument("--limit", type=positive, help="only the first N questions of a task; nothing is kept of it")
+    parser.add_argument("--report", action="store_true", help="only write the tables of the results that are there")
+    args = parser.parse_args(given)
+    args.batch = args.batch or (16 if torch.cuda.is_available() else 256)
+    return args
+
+
+def chosen(study: Study, args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """Returns the arms and the seeds that the command line names, or all.
+
+    Raises:
+        UsageError: it names one that the study does not have.
+    """
+    arms = list(study.arms) if args.arms is None else names_of("--arms", args.arms, study.arms)
+    known = [str(seed) for seed in study.seeds]
+    seeds = known if args.seeds is None else names_of("--seeds", args.seeds, known)
+    return arms, [int(seed) for seed in seeds]
+
+
+def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.Namespace) -> int:
+    """Trains and scores what has no result yet; returns the exit code."""
+    harness = Harness(args.out, study.tasks)
+    failed = 0
+    for number, run in enumerate(runs, start=1):
+        about = f"{number}/{len(runs)} {run.arm}, seed {run.seed}"
+        if results.read(run.arm, run.seed) is not None:
+            print(f"{about}: its result is there", flush=True)
+            continue
+        try:
+            print(f"{about}: training ({run.folder.with_suffix('.txt')})", flush=True)
+            if not train(study, run):
+                print(f"{about}: stopped; the same command goes on")
+                return 0
+            print(f"{about}: answering {', '.join(study.tasks)}", flush=True)
+            record = score(study, run, harness=harness, batch=args.batch, limit=args.limit)
+        except (UsageError, CheckpointError, TokenizerError) as error:
+            print(error, file=sys.stderr, flush=True)
+            failed = 1
+            continue
+        if args.limit is None:
+            results.write(record)
+        print(f"{about}: {_scores(record)}", flush=True)
+    return failed
+
+
+def _scores(record: Record) -> str:
+    parts = []
+    for task, schedules in record["scores"].items():
+        parts += [f"{task} {name} {100 * found['score']:.2f} %" for name, found in schedules.items()]
+    return ", ".join(parts)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs a study and writes its tables; returns the exit code."""
+    args = arguments(given)
+    try:
+        study = load_study(args.study)
+        check_names(study)
+        args.out = args.out or Path("outputs/studies") / study.name
+        make_folder("--out", args.out)
+        make_folder("results", Path(study.results))
+        every = runs_of(study, args.out, list(study.arms), study.seeds)
+        results = Results(Path(study.results))
+        _check_results(results, every)
+        arms, seeds = chosen(study, args)
+    except (RecipeError, UsageError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    logging.disable_progress_bar()
+    code = 0
+    if not args.report:
+        runs = [run for run in every if run.arm in arms and run.seed in seeds]
+        try:
+            code = run_all(study, runs, results, args)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on", file=sys.stderr)
+            return 130
+    records = [found for run in every if (found := results.read(run.arm, run.seed)) is not None]
+    if records:
+        print(write_report(Path(study.results), study.name, study.reference, list(study.arms), records))
+        print(f"written: {study.results}/table.md and pictures")
+    return code
+
+
+def _check_results(results: Results, runs: Sequence[Run]) -> None:
+    """Raises UsageError where a result is of another recipe than its arm's."""
+    for run in runs:
+        record = results.read(run.arm, run.seed)
+        if record is not None and record["recipe"] != fingerprint(run.recipe):
+            raise UsageError(
+                f"{results.file(run.arm, run.seed)}: got a result of another recipe, expected one of the study's; "
+                "move it away, or take another results folder"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

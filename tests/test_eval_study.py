@@ -1,0 +1,155 @@
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval.study import check_names, main, runs_of
+from eval.study_record import Results, fingerprint, questions_of
+from eval.study_report import cells_of, score_table
+from recipes.study import load_study
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDY = {
+    "name": "tiny",
+    "recipe": "recipes/quickstart.yaml",
+    "set": ["align=null", "train.max_seconds=null", "train.max_steps=2", "train.precision=fp32", "train.log_steps=1"],
+    "seeds": [0, 1],
+    "tasks": ["easy_vqa"],
+    "reference": "dense",
+    "arms": {"dense": {"set": ["model.stages=null"]}, "window": {"set": ["model.stages={enter: 0, exit: 3}"]}},
+}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, "results": str(tmp_path / "results")}))
+    return file
+
+
+def record(arm, seed, right, *, flops=1e12):
+    """A result whose answers are right where `right` says so."""
+    score = sum(map(int, right)) / len(right)
+    phase = {"phase": "tune", "steps": 2, "samples": 64, "tokens": 640, "seconds": 1.0, "precision": "fp32", "ranks": 1}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "recipe": "x",
+        "date": "2026-01-02",
+        "device": "CPU",
+        "versions": {"torch": "1", "transformers": "2"},
+        "phases": [{**phase, "flops": flops, "dense_flops": 2e12}],
+        "curve": [[flops / 2, 3.0], [flops, 2.0]],
+        "scores": {
+            "easy_vqa": {
+                "trained": {
+                    "score": score,
+                    "metrics": {"accuracy": score, "shape": 0.5},
+                    "right": right,
+                    "flops": flops,
+                    "dense_flops": 2e12,
+                }
+            }
+        },
+    }
+
+
+def test_the_studies_of_the_repository_are_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = sorted((ROOT / "recipes/studies").glob("*.yaml"))
+    assert files
+    for file in files:
+        study = load_study(file)
+        check_names(study)
+        runs = runs_of(study, Path("outputs"), list(study.arms), study.seeds[:1])
+        assert [run.arm for run in runs] == list(study.arms)
+        results = Results(Path(study.results))
+        assert all(results.file(run.arm, run.seed).is_relative_to("docs/results") for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "none"}, "reference: got 'none', expected an arm: dense, window"),
+        ({"tasks": ["pope"]}, "tasks: got 'pope', expected easy_vqa, scenes, scenes_compositional"),
+        ({"seeds": []}, "seeds: got []"),
+        ({"seed": [0]}, "seed: unknown key; did you mean 'seeds'?"),
+        ({"arms": {"dense": {"sett": []}}}, "arms.dense.sett: unknown key; did you mean 'set'?"),
+        (
+            {"reference": "dense", "arms": {"dense": {"schedules": ["best"]}}},
+            "schedules: got 'best', expected trained, ",
+        ),
+    ],
+)
+def test_a_wrong_study_is_one_line(study, change, words, capsys):
+    study.write_text(yaml.safe_dump({**yaml.safe_load(study.read_text()), **change}))
+    assert main([str(study), "--out", str(study.parent / "out")]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.count("\n") == 0
+    assert words in told
+
+
+def test_a_wrong_arm_is_found_before_anything_is_trained(study, capsys):
+    fields = yaml.safe_load(study.read_text())
+    fields["arms"]["window"]["set"] = ["model.stages={enter: 5, exit: 3}"]
+    study.write_text(yaml.safe_dump(fields))
+    assert main([str(study), "--out", str(study.parent / "out")]) == 2
+    assert "exit" in capsys.readouterr().err
+    assert not (study.parent / "out/runs").exists()
+    fields["arms"]["window"]["set"] = []
+    study.write_text(yaml.safe_dump(fields))
+    assert main([str(study), "--out", str(study.parent / "out"), "--arms", "narrow"]) == 2
+    assert capsys.readouterr().err.strip() == "--arms: got 'narrow', expected dense, window"
+
+
+def test_a_result_of_another_recipe_is_refused(study, capsys):
+    results = Results(study.parent / "results")
+    results.folder.mkdir()
+    results.write(record("dense", 0, "10"))
+    assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
+    told = capsys.readouterr().err
+    assert "dense-seed0.json: got a result of another recipe" in told
+
+
+def test_the_table_counts_seeds_and_pairs_questions():
+    ours = [record("window", seed, right, flops=5e11) for seed, right in enumerate(("1110", "1111"))]
+    theirs = [record("dense", seed, right) for seed, right in enumerate(("1100", "1100", "0000"))]
+    cells = cells_of("easy_vqa", ["dense", "window", "absent"], ours + theirs)
+    assert [(cell.arm, cell.seeds) for cell in cells] == [("dense", [0, 1, 2]), ("window", [0, 1])]
+    heading, dense, window = score_table(cells, "dense", ["a", "a", "b", "b"])
+    row = dict(zip(heading, window, strict=True))
+    assert row["seeds"] == "2"
+    assert row["accuracy"] == "87.50 ± 12.50 %"
+    # of the seeds that both have: +25 and +50 points; image a adds 0, image b 75
+    assert row["to dense, points"] == "+37.50 ± 12.50"
+    assert row["over images"] == "+0.00 to +75.00"
+    assert (row["training"], row["of dense"], row["prompt of dense"]) == ("0.5 TFLOP", "25.0 %", "25.0 %")
+    assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
+
+
+@pytest.mark.slow
+def test_a_study_trains_keeps_and_goes_on(study, capsys):
+    """One arm is trained and answers; whole results are read again without training; the table has both arms."""
+    out = study.parent / "out"
+    options = [str(study), "--out", str(out)]
+    assert main([*options, "--arms", "window", "--seeds", "0", "--limit", "16"]) == 0
+    assert "window, seed 0: easy_vqa trained " in capsys.readouterr().out
+    assert (out / "runs/window-seed0/final").is_dir()
+    assert not list((study.parent / "results").glob("*.json"))  # a part of the questions is no result
+
+    loaded = load_study(study)
+    results = Results(Path(loaded.results))
+    asked = len(questions_of("easy_vqa"))
+    for run in runs_of(loaded, out, list(loaded.arms), loaded.seeds):
+        found = record(run.arm, run.seed, "10" * (asked // 2) + "1" * (asked % 2))
+        results.write({**copy.deepcopy(found), "recipe": fingerprint(run.recipe)})
+    assert main(options) == 0
+    told = capsys.readouterr().out
+    assert told.count("its result is there") == 4
+    assert "| window | 2 | 50.01 ± 0.00 % |" in told
+    table = (study.parent / "results/table.md").read_text()
+    assert table in told
+    assert (study.parent / "results/accuracy.png").stat().st_size > 1000
+    assert (study.parent / "results/curves.png").stat().st_size > 1000

@@ -1,0 +1,85 @@
+"""CLIP's text tower beside a checkpoint, for CDPruner; a tiny random CLIP, nothing is downloaded."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel
+
+from eval import measure
+from eval.arguments import UsageError
+from eval.checkpoint import Checkpoint
+from eval.compare import main
+from eval.prompts import Asked
+from eval.text_tower import TextTower, placed
+from tests.conftest import QUICKSTART
+
+LENGTH = 12  # tokens that the text tower reads at once
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), AutoTokenizer.from_pretrained(QUICKSTART)
+    vision = AutoConfig.from_pretrained(QUICKSTART).vision_config.to_dict()
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompter(quickstart_run, clip):
+    checkpoint = Checkpoint.find(quickstart_run)
+    found = checkpoint.prompter(checkpoint.processor())
+    found.text_tower = TextTower(str(clip))
+    return found
+
+
+def test_relevance_is_the_cosine_of_patch_and_question(clip, prompter):
+    model, pixels = CLIPModel.from_pretrained(clip).eval(), torch.randn(2, 3, 64, 64)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(clip)("is it red?")["input_ids"])[None]
+    assert ids.shape[1] <= LENGTH
+    with torch.no_grad():
+        found = prompter.text_tower.relevance("is it red?\nAnswer the question using a single word or phrase.", pixels)
+        text = model.text_projection(model.text_model(ids).pooler_output)[0]
+        states = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
+        for image, patch in ((0, 0), (1, 63)):
+            seen = model.visual_projection(model.vision_model.post_layernorm(states[image, 1 + patch]))
+            torch.testing.assert_close(found[image, patch], torch.cosine_similarity(seen, text, dim=0))
+    assert found.shape == (2, 64)
+
+
+def test_a_long_question_is_read_in_parts(prompter):
+    pixels = torch.randn(1, 3, 64, 64)
+    long = prompter.text_tower.relevance("what is the colour of the shape that is shown in this image here?", pixels)
+    short = prompter.text_tower.relevance("what is the colour?", pixels)
+    assert long.isfinite().all()
+    assert not torch.allclose(long, short)
+
+
+def test_each_visual_token_gets_its_images_value(prompter, quickstart_run):
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    batch = prompter.batch([Asked("is it?", [red, blue]), Asked("what is the shape?", [blue]), Asked("hello", [])])
+    visual = batch["input_ids"] == Checkpoint.find(quickstart_run).config.image_token_id
+    assert batch["relevance"].shape == batch["input_ids"].shape
+    assert (batch["relevance"][~visual] == 0).all()
+    alone = prompter.batch([Asked("is it?", [blue])])["relevance"]
+    expected = alone[alone != 0]
+    torch.testing.assert_close(batch["relevance"][0][visual[0]][64:], expected)
+    with pytest.raises(UsageError, match="--text-tower: got 3 patches for 2 visual tokens"):
+        placed([torch.zeros(1, 3)], torch.tensor([[7, 7, 1]]), 7)
+
+
+def test_cdpruner_is_a_row_of_the_comparison(quickstart_run, clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        measure, "added_memory_each", lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
+    )
+    given = [str(quickstart_run), "--schedules", "cdpruner", "--limit", "2", "--out", str(tmp_path / "out")]
+    assert main([*given, "--text-tower", str(clip)]) == 0
+    row = next(row for row in json.loads((tmp_path / "out/table.json").read_text())["rows"] if row["run"] == "fused")
+    assert (row["status"], row["settings"], row["visual_token_layers"]) == ("done", "tokens 64", 3 * 7)  # 7 of 64
+    assert main([*given, "--text-tower", str(tmp_path / "nothing")]) == 2
+    assert "--text-tower: got " in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,281 @@
+"""Every family trains from LLaVA rows with two images, one and none, through its processor."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.dataset import Collator
+from data.processor import save_processor
+from eval.cells import Loaded, prompt_costs
+from eval.checkpoint import Checkpoint
+from eval.compare import main as compare
+from eval.live import live_visual
+from eval.prompts import Asked
+from eval.stages import main as find_stages
+from eval.stages_recipe import starting_recipe
+from models import FusedAutoModel
+from recipes.schema import load_recipe
+from tests.tiny_processors import PROCESSORS
+from tests.tiny_vlms import TINY
+from train.checks import check_run
+from train.groups import freeze, parameter_groups, part_of
+from train.initial import build_initial, load_checkpoint, read_processor
+from train.release.release import main as release
+from train.samples import read_samples
+from train.weights import save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"enter": 1, "exit": 5}
+TINY_OF = {tiny.family: name for name, tiny in reversed(TINY.items())}
+ROWS = [
+    ("<image>\nwhat is it?\n<image>", ["a.png", "b.png"], "a dog, a cat."),
+    ("<image>\nand this?", ["b.png"], "a cat."),
+    ("what is two and two?", [], "it is 4."),
+]
+
+
+def write_rows(folder, chosen=ROWS):
+    """Writes the rows and their images, of two shapes."""
+    random = np.random.default_rng(0)
+    for name, (width, height) in {"a.png": (20, 10), "b.png": (12, 30)}.items():
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    rows = [
+        {
+            **({"image": images} if images else {}),
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        }
+        for question, images, answer in chosen
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def write_checkpoint(folder, family):
+    """Writes a tiny random checkpoint of Hugging Face's class, with its processor."""
+    tiny = TINY[TINY_OF[family]]
+    tiny.hugging_face().save_pretrained(folder)
+    save_processor(PROCESSORS[family](), folder)
+
+
+def write_recipe(folder, **overrides):
+    """Writes the recipe of a training from the checkpoint and the rows in a folder; returns its file."""
+    fields = {
+        "name": "tiny",
+        "output": str(folder / "run"),
+        "model": {"checkpoint": str(folder / "checkpoint"), "stages": STAGES},
+        "data": {
+            "files": [str(folder / "rows.json")],
+            "images": str(folder),
+            "format": "chat_template",
+            "image_aspect": "processor",
+            "group_by_length": False,
+            "workers": 0,
+        },
+        "train": {
+            "deepspeed": "recipes/deepspeed/zero2.json",
+            "learning_rate": {"projector": 1e-2, "vision_tower": None, "language_model": 1e-2},
+            "global_batch": 3,
+            "per_device_batch": 3,
+            "max_steps": 3,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+    }
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        fields[section][name] = value
+    (folder / "recipe.yaml").write_text(json.dumps(fields))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Returns a function from a family to a folder with its checkpoint, rows and recipe."""
+    folders = {}
+
+    def prepare(family):
+        if family == "smolvlm":
+            pytest.importorskip("num2words", reason="SmolVLM's processor asks for it")
+        if family == "mistral3":
+            pytest.importorskip("torchvision", reason="Mistral 3's processor asks for it")
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            write_checkpoint(folders[family] / "checkpoint", family)
+            write_rows(folders[family])
+            write_recipe(folders[family])
+        return folders[family]
+
+    return prepare
+
+
+@pytest.mark.parametrize("family", sorted(PROCESSORS))
+def test_a_family_learns_from_rows_with_two_images_one_and_none(prepared, family):
+    folder = prepared(family)
+    recipe = load_recipe(folder / "recipe.yaml")
+    check_run(recipe, 1)
+    processor = read_processor(recipe.model)
+    build_initial(recipe, folder / "init")
+    model = load_checkpoint(folder / "init", dtype=torch.float32)
+    [phase] = recipe.phases
+    freeze(model, phase.train.learning_rate, adapters=False)
+    dataset = read_samples(phase, processor)
+    assert [len(dataset[number]["input_ids"]) for number in range(3)] == dataset.lengths
+    assert all(sample["labels"].max() >= 0 for sample in map(dataset.__getitem__, range(3)))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, phase.train.learning_rate, decayed=[], weight_decay=0.0), betas=(0.9, 0.95)
+    )
+    collate, losses = Collator(processor.tokenizer.pad_token_id), []
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for _ in range(3):
+        batch = collate([dataset[number] for number in range(3)])
+        del batch["sources"]
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(np.isfinite(losses))
+    assert losses[2] < losses[0]
+    changed = {part_of(model, name) for name, weight in model.named_parameters() if (weight != before[name]).any()}
+    assert changed == {"projector", "language_model"}
+    with torch.no_grad():
+        alone = collate([dataset[2]])
+        del alone["sources"]
+        assert torch.isfinite(model(**alone).loss)  # a batch without an image
+    save_model(model, folder / "saved")
+    loaded, report = FusedAutoModel.from_pretrained(folder / "saved", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch).loss, model.eval()(**batch).loss)
+    save_processor(processor, folder / "saved")
+    answers_are_compared(Checkpoint.find(folder / "saved"), Image.open(folder / "a.png"))
+
+
+def answers_are_compared(checkpoint, image):
+    """Asks as eval.compare, eval.live and eval.demo do, under the trained plan and under pruners within it."""
+    start = starting_recipe(checkpoint, "some/model")
+    is_llava = checkpoint.family == "llava"
+    assert (start.align is not None, start.data.image_aspect) == (is_llava, "pad" if is_llava else "processor")
+    model, processor = checkpoint.load()
+    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch=2)
+    asked = [Asked("what is it?", [image]), Asked("and two and two?")]
+    inputs = loaded.prompter.batch(asked)
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
+    assert visual[0] > 0 == visual[1]
+    for name in ("trained", "dense", "visipruner", "fastv"):
+        schedule = loaded.schedule(name)
+        with torch.inference_mode():
+            alone = loaded.prompter.batch(asked[:1])
+            both = model.generate(**inputs, schedule=schedule, max_new_tokens=2, do_sample=False)
+            one = model.generate(**alone, schedule=schedule, max_new_tokens=2, do_sample=False)
+        assert both[0, inputs["input_ids"].shape[1]] == one[0, alone["input_ids"].shape[1]]
+        live = live_visual(model, inputs, schedule).sum(dim=2)
+        assert live[:, 1].sum() == 0
+        assert live[0, 0] == (visual[0] if name == "dense" else 0)
+        assert live[STAGES["enter"], 0] == visual[0]
+        costs = prompt_costs(loaded, schedule, asked)
+        assert costs["prompts"] == 2
+        assert (costs["visual_token_layers"] < costs["dense"]["visual_token_layers"]) is (name != "dense")
+
+
+def command(name, *arguments, ranks=None):
+    """Runs one of the project's commands; returns its output."""
+    words = [sys.executable]
+    if ranks is not None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+        words = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        words += ["--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [*words, *name, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses_of_one_process(folder, recipe):
+    """Returns the losses of plain AdamW steps over all rows at once."""
+    [phase] = recipe.phases
+    build_initial(recipe, folder / "init")
+    model = load_checkpoint(folder / "init", dtype=torch.float32).train()
+    freeze(model, phase.train.learning_rate, adapters=False)
+    processor = read_processor(recipe.model)
+    dataset, collate = read_samples(phase, processor), Collator(processor.tokenizer.pad_token_id)
+    batch = collate([dataset[number] for number in range(len(dataset))])
+    del batch["sources"]
+    groups = parameter_groups(model, phase.train.learning_rate, decayed=[], weight_decay=0.0)
+    optimizer, losses = torch.optim.AdamW(groups), []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([one for group in groups for one in group["params"]], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
+def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family):
+    write_checkpoint(tmp_path / "checkpoint", family)
+    write_rows(tmp_path, [ROWS[0], ROWS[2]])
+    recipe = write_recipe(
+        tmp_path,
+        train__deepspeed="recipes/deepspeed/zero3.json",
+        train__global_batch=2,
+        train__per_device_batch=1,
+        train__scheduler="constant",
+        train__warmup_ratio=0.0,
+        train__learning_rate={"projector": 1e-3, "vision_tower": 1e-3, "language_model": 1e-3},
+    )
+    expected = losses_of_one_process(tmp_path, load_recipe(recipe))
+    command(["train/run.py"], recipe, ranks=2)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+    assert expected[2] < expected[0]
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "internvl"])
+def finished(request, tmp_path_factory):
+    """A finished run of three steps."""
+    folder = tmp_path_factory.mktemp(f"finished-{request.param}")
+    write_checkpoint(folder / "checkpoint", request.param)
+    write_rows(folder)
+    command(["train/run.py"], write_recipe(folder))
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_and_its_stages_searched(finished, tmp_path):
+    out = tmp_path / "compared"
+    words = ["--schedules", "dense,visipruner", "--tasks", "easy_vqa", "--limit", "4"]
+    assert compare([*words, "--out", str(out), str(finished)]) == 0
+    cells = {path.parent.name: json.loads(path.read_text()) for path in out.glob("cells/*/*/easy_vqa.json")}
+    assert {"dense", "visipruner"} <= cells.keys()
+    assert all(cell["status"] == "done" and len(cell["samples"]) == 4 for cell in cells.values())
+    assert cells["dense"]["costs"]["visual_token_layers"] > 0
+    assert "easy_vqa" in (out / "table.md").read_text()
+    searched = ["--limit", "4", "--tolerance", "50", "--batch", "2", "--out", str(tmp_path / "stages"), str(finished)]
+    assert find_stages(searched) == 0
+    record = json.loads((tmp_path / "stages/stages.json").read_text())
+    assert record["checkpoint"] == finished.name
+
+
+@pytest.mark.slow
+def test_a_run_is_released_and_loads_where_this_repository_is_not(finished, tmp_path, capsys):
+    assert release([str(finished), "--out", str(tmp_path / "released")]) == 0, capsys.readouterr().err
+    assert "a fresh process without this repository gave the run's logits and answer" in capsys.readouterr().out
+    fields = json.loads((tmp_path / "released/config.json").read_text())
+    assert fields["stages"]["enter"] == STAGES["enter"]
+    assert (tmp_path / "released/modeling_fused.py").is_file()
+    assert "video_processor" in json.loads((tmp_path / "released/processor_config.json").read_text())

@@ -1,0 +1,74 @@
+"""Training under several stage plans: the draw, what a recipe may say, and a run."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from models.schedules import Dense, Fused, StagePlan
+from recipes.schema import Distill, NamedPlan, RecipeError, load_recipe
+from train.plans import PlanDraw, divergence, predicting
+from train.preview import preview
+
+WINDOW = {"enter": 1, "exit": 3}
+PLANS = {
+    "fused": NamedPlan(name="fused", weight=3.0, plan=WINDOW),
+    "dense": NamedPlan(name="dense", weight=1.0, plan=None),
+}
+
+
+def test_the_draw_depends_on_seed_and_step_alone():
+    draw = PlanDraw(PLANS, seed=5)
+    names = [draw.of_step(step).name for step in range(4000)]
+    assert names == [PlanDraw(PLANS, seed=5).of_step(step).name for step in range(4000)]
+    assert names != [PlanDraw(PLANS, seed=6).of_step(step).name for step in range(4000)]
+    assert Counter(names)["fused"] / 4000 == pytest.approx(0.75, abs=0.03)
+    assert (draw.schedule("fused"), draw.schedule("dense")) == (Fused(StagePlan(1, 3)), Dense())
+
+
+def test_the_divergence_is_zero_for_the_same_logits_and_that_of_two_distributions():
+    logits = torch.randn(3, 5)
+    assert divergence(logits, logits + 1.0, Distill(teacher="x")).item() == pytest.approx(0, abs=1e-6)
+    student, teacher = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.5]])
+    expected = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)
+    found = divergence(student.log(), teacher.log(), Distill(teacher="x", weight=2.0))
+    assert found.item() == pytest.approx(2 * expected)
+
+
+def test_positions_that_predict_a_label():
+    labels = torch.tensor([[-100, 4, 5, -100], [-100, -100, -100, 7]])
+    assert predicting(labels).tolist() == [[True, True, False, False], [False, False, True, False]]
+
+
+def test_a_recipe_with_several_plans():
+    stages = "model.stages=[{name: fused, weight: 3.0, plan: {enter: 1, exit: 3}}, {name: dense, plan: null}]"
+    recipe = load_recipe(
+        "recipes/quickstart.yaml", [stages, "align=null", "train.max_seconds=null", "train.max_steps=9"]
+    )
+    assert recipe.model.plan_fields == {"stages": WINDOW, "plans": {"fused": WINDOW, "dense": None}}
+    assert recipe.plan == StagePlan(1, 3)
+    text = "\n".join(preview(recipe))
+    assert "fused, 75% of the steps: 128 visual token-layers (dense 512)" in text
+    assert "dense, 25% of the steps: 512 visual token-layers" in text
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("[{name: a, plan: null}]", "stages: got plans named ['a'], expected at least two"),
+        ("[{name: a, plan: null}, {name: a, plan: null}]", "expected at least two, each with its own name"),
+        ("[{name: a, plan: null}, {name: b, plan: {enter: 4}}]", "stages.exit: got None"),
+        ("[{name: a, plan: null}, {name: b, plan: {enter: 4, exit: 19}}]", "beyond the decoder's 8 layers"),
+        ("[{name: a, plan: null}, {name: b, weight: 0.0, plan: null}]", "weight: got 0.0"),
+        ("[{name: a, plan: null}, {name: B b, plan: null}]", "name: got 'B b'"),
+        ("[{name: a, plan: null}, {name: b}]", "plan: missing key"),
+        ("[{name: a, plan: null}, {name: b, plan: null, distill: {teacher: b}}]", "distill.teacher: got 'b', expected"),
+        ("[{name: a, plan: null}, {name: b, enter: 2, plan: null}]", "enter: unknown key"),
+    ],
+)
+def test_wrong_plans_are_one_line(stages, words):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("recipes/quickstart.yaml", [f"model.stages={stages}"])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
