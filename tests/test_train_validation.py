@@ -114,6 +114,23 @@ def test_held_out_figures_are_those_of_each_sample_alone_on_any_number_of_ranks(
     assert evaluated(model, samples, monkeypatch, ranks=2) == pytest.approx(found, rel=1e-5)
 
 
+def test_held_out_loss_under_a_plan_that_prunes_is_the_forwards_own(tiny_recipe, samples, monkeypatch):
+    fields, _ = FusedLlavaConfig.get_config_dict(tiny_recipe()["model"]["config"])
+    fields.pop("model_type")
+    torch.manual_seed(1)
+    stages = {"enter": 1, "exit": 4, "keep": {2: 5, 3: 2}}
+    model = FusedLlavaForConditionalGeneration(FusedLlavaConfig(**fields, stages=stages)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(8)  # so that attention has favourites
+    loss = labels = 0
+    for number in range(len(samples)):
+        one = Collator(0)([samples[number]])
+        one.pop("sources")
+        count = int((one["labels"] != -100).sum())
+        loss, labels = loss + model(**one).loss.item() * count, labels + count
+    assert evaluated(model, samples, monkeypatch, ranks=1)["eval_loss"] == pytest.approx(loss / labels, rel=1e-4)
+
+
 def test_a_held_out_sample_that_can_no_longer_be_read_is_named(samples, monkeypatch):
     """Another sample in its place would make evaluations of one run incomparable."""
 
