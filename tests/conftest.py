@@ -124,7 +124,7 @@ def tiny_recipe(tmp_path_factory):
 def train_here(monkeypatch):
     """Returns a function that trains a recipe (a dict) in this process, on one rank; returns its run folder.
 
-    `stop_at` is a step after which SIGTERM seems to have come.
+    `stop_in` is the step in which SIGTERM seems to come.
     """
     from train import distributed
     from train.loop import run_phase
@@ -137,19 +137,19 @@ def train_here(monkeypatch):
         monkeypatch.delenv(name)
 
     class StopLater(StopRequest):
-        def __init__(self, asked):
+        def __init__(self, step):
             super().__init__()
-            self._asked = asked
+            self.step, self.asked = step, 0
 
-        def is_requested(self):
-            if self._is_deferred and self._asked is not None:
-                self._asked -= 1
-                self.reason = "SIGTERM" if self._asked < 0 else None
+        def is_requested(self):  # once before the first step, then once a step
+            self.asked += 1
+            if self.step is not None and self.asked > self.step:
+                self.reason = "SIGTERM"
             return super().is_requested()
 
-    def train(recipe, *, stop_at=None):
+    def train(recipe, *, stop_in=None):
         distributed.setup_env()  # the process group stays: DeepSpeed knows no second one
-        run_phase(Recipe.model_validate(recipe), 0, StopLater(stop_at))
+        run_phase(Recipe.model_validate(recipe), 0, StopLater(stop_in))
         return Path(recipe["output"])
 
     return train

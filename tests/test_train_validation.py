@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 
 from data.config import DataConfig
 from data.dataset import Collator, ConversationDataset
-from data.rows import DataError
+from data.rows import DataError, Fault
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from recipes.schema import EvalSection, Recipe, RecipeError
 from train.validation import Validation, rank_batches
@@ -114,6 +114,42 @@ def test_held_out_figures_are_those_of_each_sample_alone_on_any_number_of_ranks(
     assert evaluated(model, samples, monkeypatch, ranks=2) == pytest.approx(found, rel=1e-5)
 
 
+def test_held_out_loss_under_a_plan_that_prunes_is_the_forwards_own(tiny_recipe, samples, monkeypatch):
+    fields, _ = FusedLlavaConfig.get_config_dict(tiny_recipe()["model"]["config"])
+    fields.pop("model_type")
+    torch.manual_seed(1)
+    stages = {"enter": 1, "exit": 4, "keep": {2: 5, 3: 2}}
+    model = FusedLlavaForConditionalGeneration(FusedLlavaConfig(**fields, stages=stages)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(8)  # so that attention has favourites
+    loss = labels = 0
+    for number in range(len(samples)):
+        one = Collator(0)([samples[number]])
+        one.pop("sources")
+        count = int((one["labels"] != -100).sum())
+        loss, labels = loss + model(**one).loss.item() * count, labels + count
+    assert evaluated(model, samples, monkeypatch, ranks=1)["eval_loss"] == pytest.approx(loss / labels, rel=1e-4)
+
+
+def test_a_held_out_sample_that_can_no_longer_be_read_is_named(samples, monkeypatch):
+    """Another sample in its place would make evaluations of one run incomparable."""
+
+    class Broken:
+        config, lengths, has_image = samples.config, [3], [False]
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {**samples[0], "faults": [Fault("a.json", 4, "image 'x.png' is missing")]}
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    loader = Validation(EvalSection(share=0.1), Broken()).loader(Collator(0), batch=1)
+    with pytest.raises(DataError, match=r"eval: a.json:4: image 'x.png' is missing; it could be read when the run"):
+        next(iter(loader))
+
+
 def test_accuracy_of_long_answers_alone_is_refused(samples):
     _, long = samples.split(0.2, seed=0)
     long.rows = {"labels": [[-100, *range(11), -100, -100, *range(20)]]}
@@ -147,7 +183,7 @@ def test_a_stopped_run_goes_on_with_the_evaluations_of_one_that_was_not(train_he
     assert trace.name == "steps-2-3.json"
     assert "aten::embedding" in trace.read_text()
     stopped = tiny_recipe("stopped") | {"eval": section}
-    assert not (train_here(stopped, stop_at=1) / "final").exists()
+    assert not (train_here(stopped, stop_in=2) / "final").exists()
     assert [line["step"] for line in log(train_here(stopped))] == [1, 2, 2, 3, 4, 4]
     for found, expected in zip(log(train_here(stopped)), log(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-6)

@@ -47,12 +47,15 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
+    from recipes.errors import RecipeError
     from recipes.schema import load_recipe
     from train import distributed
 
     if distributed.count() > 1 and not arguments.check:
         distributed.connect()  # from here on, ranks hear of one another's faults
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.gpu and not arguments.check:
+        raise RecipeError(f"--gpu: got '{arguments.gpu}' without --check, expected both or neither")
     if arguments.check:
         from train.cards import parse_card
         from train.preview import preview

@@ -97,6 +97,7 @@ class FusedTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Returns the held-out loss and accuracy of all ranks; training time stands still meanwhile."""
+        self.watch.leave()
         with self.clock.paused():
             output = super().evaluation_loop(*args, **kwargs)
             output.metrics.update(self._validation.report())

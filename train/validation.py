@@ -56,7 +56,8 @@ class Validation:
         labels, sources = inputs.pop("labels"), inputs.pop("sources")
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         labelled = following != IGNORE_INDEX
-        logits = model(**inputs, logits_to_keep=labelled, use_cache=False).logits.float()
+        # with labels, because a plan that keeps tokens by attention then asks at the ends of the instructions
+        logits = model(**inputs, labels=labels, logits_to_keep=labelled, use_cache=False).logits.float()
         targets = following[labelled]
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         begins = labelled & ~nn.functional.pad(labelled[:, :-1], (1, 0))

@@ -41,6 +41,10 @@ class DataWatch:
         self._sources = inputs.pop("sources", None)
         self._labelled = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
+    def leave(self) -> None:
+        """Leaves out of the sums what the model computes until the next `take`."""
+        self._sources = self._labelled = None
+
     def excess(self, counts: Sequence[float]) -> str:
         """Returns what to say when all ranks together passed over more rows than the recipe allows; else nothing."""
         found, allowed = int(sum(counts)), max(0, self._allowed)
