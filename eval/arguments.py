@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 

@@ -169,13 +169,13 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
     """Returns (label, name) of each schedule that a model can be asked under; first the one that it starts under."""
     released = model.config.schedule
     first = [] if released is None else [(f"{RELEASED}: {model.resolve(released)}", RELEASED)]
+    plans = [(f"{name}, trained for it too", name) for name in model.config.plans or {}]
+    names = [name for name in usable_schedules(model.config) if name not in (model.config.plans or {})]
     if model.config.stages is None:
-        return [*first, *((name, name) for name in usable_schedules(model.config))]
+        return [*first, *plans, *((name, name) for name in names)]
     plan, depth = StagePlan.from_dict(model.config.stages), model.config.text_config.num_hidden_layers
     trained = f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers"
-    names = [name for name in usable_schedules(model.config) if name not in (model.config.plans or {})]
     labels = [(name if SCHEDULES[name].trainable else f"{name}, within the plan", name) for name in names]
-    plans = [(f"{name}, trained for it too", name) for name in model.config.plans or {}]
     return [*first, (trained, TRAINED), *plans, *labels]
 
 

@@ -139,10 +139,17 @@ def chosen(study: Study, args: argparse.Namespace) -> tuple[list[str], list[int]
     Raises:
         UsageError: it names one that the study does not have.
     """
-    arms = list(study.arms) if args.arms is None else names_of("--arms", args.arms, study.arms)
-    known = [str(seed) for seed in study.seeds]
-    seeds = known if args.seeds is None else names_of("--seeds", args.seeds, known)
-    return arms, [int(seed) for seed in seeds]
+    found = []
+    for option, given, known in (
+        ("--arms", args.arms, list(study.arms)),
+        ("--seeds", args.seeds, [str(seed) for seed in study.seeds]),
+    ):
+        names = known if given is None else names_of(option, given)
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{option}: got '{name}', expected {', '.join(known)}")
+        found.append(names)
+    return found[0], [int(seed) for seed in found[1]]
 
 
 def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.Namespace) -> int:
