@@ -22,7 +22,7 @@ from transformers.utils import HF_MODULES_CACHE
 def _processor(release: str, trust: dict[str, bool]) -> Any:
     """Returns the release's processor; where torchvision is missing, without its part for videos, which needs it."""
     fields = json.loads((Path(release) / "processor_config.json").read_text(encoding="utf-8"))
-    kind = getattr(transformers, fields["processor_class"], None)
+    kind: Any = getattr(transformers, fields["processor_class"], None)
     if transformers.utils.is_torchvision_available() or "video_processor" not in fields:
         return AutoProcessor.from_pretrained(release, **trust)
     names = [name for name in kind.get_attributes() if name != "video_processor"]
