@@ -104,6 +104,7 @@ class VisionProcessor:
         self.text = _image_text(processor, before, after)
         self._is_alone = [len(one) for one in self._call([_PROBE] * 2)[0]] == [len(span)] * 2
         self.count = lru_cache(_SIZES)(self._count)
+        self._together = lru_cache(_SIZES)(self._counts_together)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Makes workers build it anew: the cache of sizes is no part of it."""
@@ -135,7 +136,7 @@ class VisionProcessor:
         """
         if self._is_alone or len(sizes) < 2:
             return [self.count(*size) for size in sizes]
-        return [len(span) for span in self.encode([Image.new("RGB", size) for size in sizes]).spans]
+        return list(self._together(tuple(sizes)))
 
     def type_ids(self, ids: Tensor) -> dict[str, Tensor]:
         """Returns the input that tells image tokens from text, for families that have one; ids (S,)."""
@@ -150,6 +151,9 @@ class VisionProcessor:
         if isinstance(self.processor, LlavaProcessor) and _is_one_shape(self.processor.image_processor):
             width, height = _PROBE.size
         return len(self.encode([Image.new("RGB", (width, height))]).spans[0])
+
+    def _counts_together(self, sizes: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+        return tuple(len(span) for span in self.encode([Image.new("RGB", size) for size in sizes]).spans)
 
     def _probe(self) -> tuple[list[int], dict[str, set[int]]]:
         """Returns the ids of one image, and the ids that each input of types counts as image."""
@@ -188,9 +192,10 @@ def _rebuilt(processor: Any, aspect: str) -> VisionProcessor:
 
 def _is_one_shape(images: Any) -> bool:
     """Returns whether an image processor makes every image the same shape."""
-    crop, size = (getattr(images, name, None) or {} for name in ("crop_size", "size"))
-    cropped = getattr(images, "do_center_crop", False) and {"height", "width"} <= set(crop)
-    return bool(cropped or (images.do_resize and {"height", "width"} <= set(size)))
+    fields = images.to_dict()
+    crop, size = (fields.get(name) or {} for name in ("crop_size", "size"))
+    is_cut = bool(fields.get("do_center_crop") and crop.get("height") and crop.get("width"))
+    return is_cut or bool(fields.get("do_resize") and size.get("height") and size.get("width"))
 
 
 def _image_text(processor: Any, before: str, after: str) -> ImageText:

@@ -165,3 +165,14 @@ def test_inputs_are_joined_by_one_rule():
     assert found.shape == (3, 2, 4)
     assert found[0].tolist() == [[1, 1, 1, 0]] * 2
     assert found[1].tolist() == [[2, 2, 2, 2], [0, 0, 0, 0]]
+
+
+def test_images_of_one_shape_are_counted_by_one_look():
+    """LLaVA crops every image to one shape: rows with thousands of sizes cost no more than one."""
+    processor, calls = llava(), []
+    vision, plain = VisionProcessor(processor), processor.image_processor.preprocess
+    processor.image_processor.preprocess = lambda *given, **more: calls.append(given) or plain(*given, **more)
+    assert {vision.count(8 + number, 8) for number in range(20)} == {4}
+    assert len({call[0][0][0].size for call in calls}) == 1
+    processor.image_processor.do_center_crop = False  # the shorter side alone is known: shapes differ
+    assert VisionProcessor(processor).count(32, 8) == 16
