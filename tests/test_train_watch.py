@@ -97,7 +97,7 @@ def test_a_trained_model_stops_where_its_template_ends_an_answer(tmp_path):
     tokens = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(tokens))
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_end|>"]})
-    processor.tokenizer.chat_template = (
+    processor.chat_template = (
         "{% for m in messages %}{{ 'is ' if m['role'] == 'user' else '' }}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '' }}{% endif %}"
     )
