@@ -8,7 +8,7 @@ a sample's labels in silence where they do.)
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -144,14 +144,18 @@ class ChatFormat:
             return_offsets_mapping=True,
             verbose=False,
         )
-        ids: list[int] = []
-        labels: list[int] = []
-        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            tokens = [token]
-            if token in self._special and _is_written(rendered, start, end):
-                tokens = self._as_text(rendered.text[start:end])
-            ids += tokens
-            labels += tokens if _overlaps(rendered.answers, start, end) else [IGNORE_INDEX] * len(tokens)
+        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]  # ascending both
+        labels = [IGNORE_INDEX] * len(ids)
+        for first, last in rendered.answers:
+            tokens = slice(bisect_right(ends, first), bisect_left(starts, last))  # that share characters with it
+            labels[tokens] = ids[tokens]
+        special = [place for place, token in enumerate(ids) if token in self._special]
+        for place in reversed(special):
+            if _is_written(rendered, *offsets[place]):
+                text = self._as_text(rendered.text[slice(*offsets[place])])
+                labels[place : place + 1] = text if labels[place] != IGNORE_INDEX else [IGNORE_INDEX] * len(text)
+                ids[place : place + 1] = text
         return ids, labels
 
     def _as_text(self, name: str) -> list[int]:

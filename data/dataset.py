@@ -249,8 +249,10 @@ class Encoder:
         stays, kept = len(images) + 1, len(ids)
         while stays != (stays := ids[:kept].count(image_token)):  # fewer images may take more tokens each
             counts = [*self.vision.counts(sizes[:stays]), *[self.max_length + 1] * (len(sizes) - stays)]
-            places = iter(counts)
-            lengths = list(accumulate(next(places) if token == image_token else 1 for token in ids))
+            lengths: Sequence[int] = range(1, len(ids) + 1)
+            if counts:
+                places = iter(counts)
+                lengths = list(accumulate(next(places) if token == image_token else 1 for token in ids))
             kept, is_answer_cut = self._kept(labels, lengths)
         is_cut = kept < len(ids) and not is_answer_cut
         visual = sum(counts[:stays])
@@ -286,16 +288,16 @@ class Encoder:
 
     def _kept(self, labels: Sequence[int], lengths: Sequence[int]) -> tuple[int, bool]:
         """Returns how many ids to keep: all, or up to the end of an answer; and whether that answer itself is cut."""
+        if labels.count(IGNORE_INDEX) == len(labels):
+            raise RowError("no label is left: the tokenizer makes no token of the answers")
+        if lengths[-1] <= self.max_length:
+            return len(labels), False
         following = [*labels[1:], IGNORE_INDEX]
         ends = [
             place + 1
             for place, (label, after) in enumerate(zip(labels, following, strict=True))
             if label != IGNORE_INDEX and after == IGNORE_INDEX
         ]
-        if not ends:
-            raise RowError("no label is left: the tokenizer makes no token of the answers")
-        if lengths[-1] <= self.max_length:
-            return len(labels), False
         fitting = [end for end in ends if lengths[end - 1] <= self.max_length]
         if fitting:
             return fitting[-1], False
