@@ -80,6 +80,14 @@ def write_run(folder, stages):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def ranks_are_forgotten():
+    """A test that trains in this process fills in what launchers set; the next test starts without it."""
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def quickstart_run(tmp_path_factory):
     """A run folder of the quickstart's shape, image live in layers 2 to 4 of 8; nothing may write to it."""

@@ -110,8 +110,8 @@ def test_overrides_are_yaml_on_dotted_keys():
     assert recipe.model.stages is None
     assert recipe.train.max_steps == 20
     assert recipe.train.learning_rate.vision_tower is None
-    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=1", "data.files=[a.json]"])
-    assert recipe.plan.enter == 1
+    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=3", "data.files=[a.json]"])
+    assert recipe.plan.enter == 3
     assert recipe.data.files == ["a.json"]
 
 

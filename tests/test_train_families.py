@@ -125,7 +125,7 @@ def test_a_family_learns_from_rows_with_two_images_one_and_none(prepared, family
     build_initial(recipe, folder / "init")
     model = load_checkpoint(folder / "init", dtype=torch.float32)
     [phase] = recipe.phases
-    freeze(model, phase.train.learning_rate, adapters=False)
+    freeze(model, phase.train)
     dataset = read_samples(phase, processor)
     assert [len(dataset[number]["input_ids"]) for number in range(3)] == dataset.lengths
     assert all(sample["labels"].max() >= 0 for sample in map(dataset.__getitem__, range(3)))
@@ -172,7 +172,7 @@ def answers_are_compared(checkpoint, image):
     visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
     assert visual[0] > 0 == visual[1]
     for name in ("trained", "dense", "visipruner", "fastv"):
-        schedule = loaded.schedule(name)
+        schedule = model.resolve(name)
         with torch.inference_mode():
             alone = loaded.prompter.batch(asked[:1])
             both = model.generate(**inputs, schedule=schedule, max_new_tokens=2, do_sample=False)
@@ -220,7 +220,7 @@ def losses_of_one_process(folder, recipe):
     [phase] = recipe.phases
     build_initial(recipe, folder / "init")
     model = load_checkpoint(folder / "init", dtype=torch.float32).train()
-    freeze(model, phase.train.learning_rate, adapters=False)
+    freeze(model, phase.train)
     processor = read_processor(recipe.model)
     dataset, collate = read_samples(phase, processor), Collator(processor.tokenizer.pad_token_id)
     batch = collate([dataset[number] for number in range(len(dataset))])
