@@ -145,7 +145,7 @@ class ChatFormat:
             verbose=False,
         )
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]  # ascending both
+        starts, ends = zip(*offsets, strict=True) if offsets else ((), ())  # ascending both
         labels = [IGNORE_INDEX] * len(ids)
         for first, last in rendered.answers:
             tokens = slice(bisect_right(ends, first), bisect_left(starts, last))  # that share characters with it
