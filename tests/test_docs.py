@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-STARTS = ("python ", "./launch.sh", "deepspeed ", "torchrun ", "accelerate ")
+STARTS = ("python ", "HF_HUB_OFFLINE=1 ", "./launch.sh", "deepspeed ", "torchrun ", "accelerate ")
 OURS = ("models/", "data/", "recipes/", "train/", "eval/", "tests/", "docs/")  # other files are the reader's
 
 
