@@ -44,7 +44,7 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
     for part in ("checkpoint", "language_model", "vision_tower"):
         place = getattr(recipe.model, part)
         if place is not None and not Path(place).exists():
-            yield f"note: model.{part}: {place} is no folder here; the run fetches it from the hub"
+            yield f"note: model.{part}: {place} is no folder here; the run needs it, as a folder or from the hub"
     for phase in recipe.phases:
         rows, visual, text, note = _measure(recipe, phase, config)
         estimate = Estimate(config, phase.train, phase.plans)
