@@ -302,7 +302,9 @@ def test_a_deletion_that_was_cut_off_is_finished(run_folder):
 def test_a_run_folder_belongs_to_one_recipe(run_folder):
     quickstart = "recipes/quickstart.yaml"
     (run_folder / "recipe.yaml").write_text(dump_recipe(load_recipe(quickstart)))
-    check_same_run(load_recipe(quickstart, ["train.max_steps=7", "data.workers=2", "name=other"]), run_folder)
+    check_same_run(
+        load_recipe(quickstart, ["train.max_steps=7", "data.expected_visual_tokens=9", "name=other"]), run_folder
+    )
     changed = load_recipe(quickstart, ["train.learning_rate.projector=0.5"])
     with pytest.raises(RecipeError, match=r"train.learning_rate.projector 0\.\d+, got 0.5"):
         check_same_run(changed, run_folder)
