@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Hashable, Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def _keys(rows: datasets.Dataset, config: DataConfig) -> list[Sequence[Hashable]
     return keys
 
 
-@cache
+@lru_cache(1 << 16)
 def _place(folder: Path | None, name: str) -> str:
     return name if folder is None else os.path.realpath(folder / name)
 

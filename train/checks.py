@@ -149,7 +149,7 @@ def _check_trained(train: TrainSection, model: Any) -> None:
     """Refuses adapters and layers that the model does not have."""
     text = model.config.text_config
     for key, last, depth, whose in (
-        ("layers", train.layers and train.layers[1], text.num_hidden_layers, "decoder"),
+        ("layers", None if train.layers is None else train.layers[1], text.num_hidden_layers, "decoder"),
         ("tower_layers", train.tower_layers, tower_depth(model), "tower"),
     ):
         if last is not None and last > depth:
