@@ -238,6 +238,8 @@ def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = 
     for prefix, part in (("align.", align), ("", raw)):
         held_out = part.get("eval") if isinstance(part, dict) else None
         if isinstance(held_out, dict) and held_out.get("files"):
+            if not isinstance(sections.get(f"{prefix}data"), dict):
+                raise DataError(f"{recipe}: {prefix}data: got none beside {prefix}eval, expected a mapping of keys")
             sections[f"{prefix}eval"] = {**sections[f"{prefix}data"], "files": held_out["files"], "streaming": False}
     return {name: _section(recipe, name, fields) for name, fields in sections.items()}
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from data.chat import IGNORE_INDEX, ChatFormat, Rendered, TokenizerError, freeze_templates
 from data.config import DataConfig
+from data.image_groups import connected_rows
 from data.images import open_image
 from data.processor import TYPES, EncodedImages, ProcessorError, VisionProcessor
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, group_faults
@@ -123,19 +124,22 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def split(self, share: float, *, seed: int) -> tuple[ConversationDataset, ConversationDataset]:
         """Returns two sets without a common image, chosen by the seed: the rest, and about `share` of the samples.
 
+        Rows with a common image stay together, and so do those that share one with either.
+
         Raises:
             DataError: one of them would be empty.
         """
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for number, (source, images) in enumerate(zip(self.source, self.rows["images"][:], strict=True)):
-            groups.setdefault((source, *images) if images else (number,), []).append(number)
-        members, wanted, taken = list(groups.values()), max(1, round(share * len(self))), set[int]()
+        members = connected_rows(self.rows, self.config)
+        wanted, taken = max(1, round(share * len(self))), set[int]()
         for place in torch.randperm(len(members), generator=Generator().manual_seed(seed)).tolist():
             if len(taken) < wanted:
                 taken.update(members[place])
         parts = [[n for n in range(len(self)) if (n in taken) == is_taken] for is_taken in (False, True)]
         if not parts[0]:
-            raise DataError(f"got {len(members)} images or texts to hold {share:g} of the samples out, expected more")
+            raise DataError(
+                f"got {len(members)} groups of samples without a common image to hold {share:g} of the samples out, "
+                "expected more"
+            )
         rest, held_out = copy.copy(self), copy.copy(self)
         rest._take(self.rows.select(parts[0]))
         held_out._take(self.rows.select(parts[1]))

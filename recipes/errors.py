@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ValidationError
 
 ONE, SEVERAL = "<one>", "<several>"  # tags of a key that takes one thing or a list, which are no keys
+_UNKNOWN: Final = ("extra_forbidden", "invalid_key")  # kinds of faults whose location ends with the unknown key
 _LIMITS: Final = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
@@ -23,10 +24,10 @@ class RecipeError(ValueError):
 def first_fault(error: ValidationError, schema: type[BaseModel], source: str | Path) -> RecipeError:
     """Returns the first fault of `error` as one line that begins with `source` and the dotted key."""
     fault = error.errors()[0]
-    location = [str(part) for part in fault["loc"] if part not in (ONE, SEVERAL)]
-    where = f"{source}: {'.'.join(location) or 'recipe'}"
     kind, found = fault["type"], fault["input"]
-    if kind in ("extra_forbidden", "invalid_key"):
+    location = _location(schema, fault["loc"], is_unknown=kind in _UNKNOWN)
+    where = f"{source}: {'.'.join(location) or 'recipe'}"
+    if kind in _UNKNOWN:
         location = [part for part in location if part != "[key]"]
         where = f"{source}: {'.'.join(location)}"
         known = _fields(schema, location[:-1])
@@ -38,6 +39,28 @@ def first_fault(error: ValidationError, schema: type[BaseModel], source: str | P
         return RecipeError(f"{where}: {fault['ctx']['error']}")
     hint = _float_hint(found) if "number" in accepted else ""
     return RecipeError(f"{where}: got {_shown(found)}, expected {accepted}{hint}")
+
+
+def _location(schema: type[BaseModel], parts: Sequence[int | str], *, is_unknown: bool) -> list[str]:
+    """Returns the keys and places of a fault, without the names that pydantic gives the members of a union."""
+    section: Any = schema
+    location, is_mapping = [], False
+    for part in parts:
+        if section is not None and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            section, is_mapping = _section(annotation), _takes_names(annotation)
+        elif part in (ONE, SEVERAL) or not (isinstance(part, int) or is_mapping or is_unknown):
+            continue
+        else:
+            is_mapping = False
+        location.append(str(part))
+    return location
+
+
+def _takes_names(annotation: Any) -> bool:
+    """Returns whether a mapping of any names fits an annotation."""
+    origin = typing.get_origin(annotation)
+    return origin in (dict, Mapping) or any(_takes_names(part) for part in typing.get_args(annotation))
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
@@ -125,7 +148,10 @@ def _annotation_words(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _annotation_words(args[0])
     if origin in (list, tuple):
-        return f"a list of {_annotation_words(args[0])}" if args else "a list"
+        if not args:
+            return "a list"
+        items = _annotation_words(args[0]).replace("a mapping", "mappings").replace("number", "numbers")
+        return f"a list of {items}"
     if origin in (dict, Mapping) or annotation in (dict, Mapping):
         return "a mapping of keys"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

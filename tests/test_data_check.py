@@ -116,6 +116,17 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
         ("data: {files: [x.json], format: plain}", ["data.workers"], "expected data.key=value, because only these"),
         ("data: {files: [x.json], format: plain}", ["train.max_steps=2"], "expected data.key=value, because only"),
         ("data: {files: [x.json], format: plain}", ["align.data.workers=2"], "expected data.key=value, because only"),
+        (
+            "data: {files: [x.json], format: plain}\nalign: {eval: {files: [y.json]}}",
+            [],
+            "recipe.yaml: align.data: got none beside align.eval, expected a mapping of keys",
+        ),
+        (
+            "data: {files: [x.json], format: plain}\nalign: {data: [1], eval: {files: [y.json]}}",
+            [],
+            "recipe.yaml: align.data: got none beside align.eval, expected a mapping of keys",
+        ),
+        ("data: null\neval: {files: [y.json]}", [], "data: got none, expected a recipe with a data section"),
         ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: got None, expected a valid dictionary"),
     ],
 )

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
+from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, UnsupportedModelError
+from models.schedules import Dense, Fused, StagePlan
 from tests.tiny_vlms import CLIP, SIGLIP, TEXT, TINY, VOCABULARY, Tiny, plain, square
+from train.initial import load_checkpoint
 
 IMAGE, PAD = VOCABULARY, VOCABULARY + 1  # as llava-hf: the next two ids
 ORIGINAL = {
@@ -125,6 +127,16 @@ def checkpoint(clip, tmp_path_factory):
     folder = write_config(tmp_path_factory.mktemp("llava") / "original", mm_vision_tower=str(clip))
     write_weights(folder, without_tower(original(TINY["llava"].hugging_face())))
     return folder
+
+
+def test_a_run_from_it_keeps_all_plans_of_the_recipe(checkpoint):
+    plans = {"fused": {"enter": 1, "exit": 2}, "dense": None}
+    fields = TINY["llava"].hugging_face().config.to_dict()
+    fields.pop("model_type")
+    config = FusedLlavaConfig(**fields, stages=plans["fused"], plans=plans)
+    model = load_checkpoint(checkpoint, config=config, dtype=torch.float32)
+    assert model.config.plans.keys() == plans.keys()
+    assert (model.resolve("fused"), model.resolve("dense")) == (Fused(StagePlan(1, 2)), Dense())
 
 
 @pytest.mark.parametrize("has_tower", [True, False], ids=["tower inside", "tower apart"])

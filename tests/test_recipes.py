@@ -130,7 +130,7 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.warmup_ratio=1.5", "train.warmup_ratio: got 1.5 (float), expected number >= 0 and < 1"),
         ("train.scheduler=cosin", "train.scheduler: got 'cosin' (str), expected cosine, linear, constant"),
         ("train.deepspeed=null", "train.deepspeed: got None (NoneType), expected text that is not empty"),
-        ("model.stages.exit=2", "model: stages.exit: got 2, expected a layer after enter (2)"),
+        ("model.stages.exit=0", "model: stages.exit: got 0, expected a layer after enter (0)"),
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         (
             "model.stages.leave=4",
@@ -147,9 +147,16 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("name=''", "name: got '' (str), expected text that is not empty"),
         (
             "data.files=[]",
-            "data.files: got [] (list), expected a list of text or a mapping of path, weight, limit, images, format, "
+            "data.files: got [] (list), expected a list of text or mappings of path, weight, limit, images, format, "
             "not empty",
         ),
+        (
+            "train.lora={layers: [a]}",
+            "train.lora.layers: got ['a'] (list), expected all, window or a list of whole numbers",
+        ),
+        ("train.lora={layers: 3}", "train.lora.layers: got 3 (int), expected all, window or a list of whole numbers"),
+        ("train.lora={modules: [1]}", "train.lora.modules.0: got 1 (int), expected a list of text or null, not empty"),
+        ("train.layers=[1, x]", "train.layers.1: got 'x' (str), expected a list of whole numbers or null, not empty"),
         ("model.config=''", "model.config: got '' (str), expected text that is not empty or null"),
         ("seed=4294967296", "seed: got 4294967296 (int), expected whole number >= 0 and < 4294967296"),
         ("train.epochs=.inf", "train.epochs: got inf (float), expected number > 0 and <= 1000000"),

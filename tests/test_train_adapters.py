@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from models import FusedLlavaForConditionalGeneration
 from recipes.schema import LearningRates, Lora, RecipeError, load_recipe
-from train.adapters import add_adapters, merged
+from train.adapters import adapted_layers, add_adapters, merged
 from train.errors import TrainingError
 from train.groups import freeze, layer_of, trainable_counts
 from train.initial import load_checkpoint
@@ -63,6 +64,17 @@ def test_adapters_sit_where_the_recipe_says(make_model):
     kv = make_model("llama", {"layers": [0, 5], "update": "kv"})
     some = add_adapters(kv, Lora(r=2, alpha=4.0, layers="window"))
     assert {layer_of(name) for name, _ in some.named_parameters() if "lora_A" in name} == {0, 5}
+
+
+def test_the_window_of_several_plans_is_every_layer_that_one_of_them_sees(make_config):
+    lora = Lora(r=2, alpha=4.0, layers="window")
+    config = make_config("llama")
+    config.plans = {"none": None, "early": {"enter": 0, "exit": 2}, "late": {"layers": [1, 5], "update": "kv"}}
+    layers = {layer_of(name) for name in adapted_layers(FusedLlavaForConditionalGeneration(config), lora)}
+    assert layers == {0, 1, 5}
+    config.plans = {"one": None, "other": None}
+    with pytest.raises(RecipeError, match=r"got window with no plan in model.stages but dense ones, expected all"):
+        adapted_layers(FusedLlavaForConditionalGeneration(config), lora)
 
 
 VARIANTS = [{}, {"dora": True}, {"rslora": True, "parts": ["language_model", "vision_tower", "projector"]}]

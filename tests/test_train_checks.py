@@ -194,9 +194,41 @@ def test_a_config_that_is_no_mapping_is_refused(tmp_path, text):
 
 def test_sizes_that_cannot_be_meant_are_refused():
     assert "r: got 100, expected at most 64" in refused("train.lora={r: 100}")
-    assert "keep.3: got 100, expected at most 64" in refused("model.stages.keep={3: 100}")
+    assert "model.stages.keep.2: got 100, expected at most 64" in refused("model.stages.keep={2: 100}")
     assert "workers: got 100000, expected at most" in refused("data.workers=100000")
     assert "got 32 on 3 ranks" in refused(ranks=3)
+
+
+def test_a_plan_of_several_is_named():
+    stages = "model.stages=[{name: one, plan: null}, {name: two, plan: {enter: 2, exit: 8, keep: {3: 100}}}]"
+    assert refused(stages) == "model.stages: plan 'two': keep.3: got 100, expected at most 64, an image's tokens"
+
+
+@pytest.mark.parametrize("name", ["fastv", "visipruner", "trained", "dense"])
+def test_a_plan_named_like_a_schedule_is_refused(name):
+    message = refused(f"model.stages=[{{name: one, plan: null}}, {{name: {name}, plan: {{enter: 2, exit: 4}}}}]")
+    expected = "expected a name that is no schedule's; dense is for plan: null"
+    assert message == f"model.stages: got a plan named '{name}', {expected}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.layers=[0, 99]", "train.layers: got 99, expected at most 8, the decoder's layers"),
+        ("train.tower_layers=99", "train.tower_layers: got 99, expected at most 1, the tower's layers"),
+        ("train.global_batch=48", "train.global_batch: got 48 on 2 ranks"),
+        ("train.deepspeed=nowhere", "train.deepspeed: got 'nowhere'"),
+        ("data.workers=100000", "data.workers: got 100000"),
+    ],
+)
+def test_a_fault_is_at_the_key_of_its_phase(override, words):
+    rates = "train.learning_rate={projector: 1.0e-3, vision_tower: 1.0e-3, language_model: 1.0e-3}"
+    base = ["train.precision=fp32", "align.train.precision=fp32", "train.per_device_batch=16", rates]
+    for prefix in ("", "align."):
+        given = [*base, *([f"align.{one}" for one in base[2:]] if prefix else []), f"{prefix}{override}"]
+        with pytest.raises(RecipeError) as caught:
+            check_run(load_recipe("recipes/quickstart.yaml", given), 2)
+        assert str(caught.value).startswith(f"{prefix}{words}")
 
 
 def test_a_mode_that_weights_and_biases_does_not_know_is_refused(monkeypatch):

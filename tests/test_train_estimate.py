@@ -1,5 +1,7 @@
 """What --check says of memory and FLOPs, against what tiny models take."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,9 +9,9 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from recipes.errors import RecipeError
-from recipes.schema import LearningRates, Lora, load_recipe
+from recipes.schema import Distill, LearningRates, Lora, NamedPlan, Optimizer, load_recipe
 from train.adapters import add_adapters
-from train.cards import Card, parse_card
+from train.cards import Card, parse_card, peak_here
 from train.estimate import Batch, Estimate
 from train.groups import freeze
 
@@ -39,6 +41,10 @@ def trained(*, learns=True, **more):
     rates = LearningRates(projector=1e-3, vision_tower=None, language_model=1e-3 if learns else None)
     given = {"precision": "fp32", "learning_rate": rates, **more}
     return load_recipe("recipes/quickstart.yaml").train.model_copy(update=given)
+
+
+def estimate_of(config, train):
+    return Estimate(config, train, {"trained": NamedPlan(name="trained", plan=config.stages)})
 
 
 def inputs(config):
@@ -81,7 +87,7 @@ def test_activations_are_within_15_per_cent_of_the_measured_peak(stages, learns,
         for _ in range(2):
             model.train()(**given).loss.backward()
 
-    estimate = Estimate(config, train)
+    estimate = estimate_of(config, train)
     expected = estimate.activations(Batch(SAMPLES, VISUAL, TEXT), checkpointing=checkpointing) + 4 * estimate.trained
     assert expected == pytest.approx(peak(two_passes), rel=0.15)
 
@@ -97,20 +103,30 @@ def test_model_flops_are_those_that_torch_counts(learns, lora, passes):
     with torch.no_grad(), FlopCounterMode(display=False) as whole:
         model(**given)
     forward, tower = whole.get_total_flops() - image.get_total_flops(), image.get_total_flops()
-    found = Estimate(config, train).step_flops(Batch(SAMPLES, VISUAL, TEXT), labels=labels)
+    found = estimate_of(config, train).step_flops(Batch(SAMPLES, VISUAL, TEXT), labels=labels)
     assert found == pytest.approx(passes * forward + tower, rel=0.02)
     sums = {"samples": SAMPLES, "tokens": SAMPLES * (TEXT + VISUAL), "visual": SAMPLES * VISUAL}
     sums |= {"image_labels": labels, "text_labels": 0}
-    assert Estimate(config, train).window_flops(sums) == found
+    assert estimate_of(config, train).window_flops(sums) == found
+    one = NamedPlan(name="one", plan=WINDOW, distill=Distill(teacher="two"))
+    taught = Estimate(config, train, {"one": one, "two": NamedPlan(name="two", weight=1e-9, plan=WINDOW)})
+    teacher = taught.step_flops(Batch(SAMPLES, VISUAL, TEXT), labels=labels) - found
+    assert teacher == pytest.approx(forward + tower, rel=0.02)
 
 
 def states(train, *, stage=2, ranks=4, **zero):
-    return Estimate(small(WINDOW), train).states({"zero_optimization": zero}, stage=stage, ranks=ranks)
+    return estimate_of(small(WINDOW), train).states({"zero_optimization": zero}, stage=stage, ranks=ranks)
+
+
+def optimizer_bytes(name):
+    """Returns the bytes of a weight that learns, its float32 copy included."""
+    found = estimate_of(small(WINDOW), trained(precision="bf16", optimizer=name))
+    return found.states({}, stage=1, ranks=1).optimizer / found.trained
 
 
 def test_weights_gradients_and_optimizer_follow_zeros_rules():
     bucket = {"reduce_bucket_size": 1000}
-    whole = Estimate(small(WINDOW), trained())
+    whole = estimate_of(small(WINDOW), trained())
     half = trained(precision="bf16")
     one, two, three = (states(half, stage=stage, **bucket) for stage in (1, 2, 3))
     assert (one.weights, one.gradients) == (2 * whole.weights, 2 * whole.trained)
@@ -122,8 +138,9 @@ def test_weights_gradients_and_optimizer_follow_zeros_rules():
     assert two.total == two.weights + two.gradients + two.optimizer + two.buffers
     moved = states(half, stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}, **bucket)
     assert (moved.weights, moved.optimizer) == (0, 0)
-    assert states(half.model_copy(update={"optimizer": "adamw_8bit"})).optimizer == 6 * whole.trained / 4
-    assert states(half.model_copy(update={"optimizer": "sgd"})).optimizer == 4 * whole.trained / 4
+    sizes = {"adamw_8bit": 2, "sgd": 0, "lion_8bit": 1, "ademamix": 12, "ademamix_8bit": 3}
+    assert {name: optimizer_bytes(name) for name in sizes} == {name: 4 + size for name, size in sizes.items()}
+    assert all(optimizer_bytes(name) >= 4 for name in get_args(Optimizer))  # each is known
     lora = trained(precision="bf16", lora=ADAPTERS)
     assert states(lora).gradients < 0.2 * two.gradients
     quantized = trained(precision="bf16", lora=ADAPTERS.model_copy(update={"bits": 4}))
@@ -138,3 +155,25 @@ def test_cards_by_name_number_and_memory():
     for wrong in ("0xH100", "H99", "8x", "0", ""):
         with pytest.raises(RecipeError, match=f"--gpu: got '{wrong}', expected GB such as 24, or one of B200"):
             parse_card(wrong, count=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA T400", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_device_s_peak_is_that_of_the_card_of_its_whole_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_here() == peak

@@ -1,5 +1,6 @@
 """Training under several stage plans: the draw, what a recipe may say, and a run."""
 
+import json
 import math
 from collections import Counter
 
@@ -72,3 +73,13 @@ def test_wrong_plans_are_one_line(stages, words):
         load_recipe("recipes/quickstart.yaml", [f"model.stages={stages}"])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_teachers_pass_is_not_in_the_loss_of_a_source(tiny_recipe, train_here):
+    """In one step of all rows, the loss is the mean of the losses of two sources with as many labels."""
+    recipe = tiny_recipe("distilled", global_batch=24, per_device_batch=24, max_steps=1, log_steps=1)
+    distilled = {"name": "fused", "plan": WINDOW, "distill": {"teacher": "dense"}}
+    recipe["model"]["stages"] = [distilled, {"name": "dense", "weight": 1e-9, "plan": None}]
+    lines = map(json.loads, (train_here(recipe) / "log.jsonl").read_text().splitlines())
+    (line,) = [line for line in lines if "loss_a" in line]
+    assert (line["loss_a"] + line["loss_b"]) / 2 == pytest.approx(line["loss"], rel=1e-6)

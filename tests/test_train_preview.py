@@ -116,6 +116,20 @@ def test_the_command_checks_from_a_shell(first, tmp_path):
     assert "steps: 7 of 128 samples" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mfu", "0.3", "--check"], "--mfu: got '0.3' without --gpu, expected both or neither"),
+        (["--gpu", "24"], "--gpu: got '24' without --check, expected both or neither"),
+        (["--check", "--gpu", "24", "--mfu", "half"], "--mfu: got 'half', expected a number above 0, up to 1"),
+    ],
+)
+def test_options_of_a_check_that_say_nothing_are_one_line(options, message):
+    command = [sys.executable, "train/run.py", "recipes/llava_fused.yaml", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, f"recipes/llava_fused.yaml: {message}\n")
+
+
 READY = [
     ("qwen3_vl_4b_fused", "300 visual + 256 text"),
     ("qwen2_5_vl_3b_fused", "391 visual + 256 text"),

@@ -1,9 +1,14 @@
 """Validation while training: held-out figures, the best checkpoint, early stopping, on several ranks, after a stop."""
 
+import io
 import json
 
+import datasets
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
@@ -51,8 +56,65 @@ def test_held_out_samples_share_no_image_with_the_others(samples):
     assert samples.split(0.25, seed=3)[1].rows["row"][:] == held_out.rows["row"][:]
     assert samples.split(0.25, seed=4)[1].rows["row"][:] != held_out.rows["row"][:]
     one, _ = held_out.split(0.9, seed=0)
-    with pytest.raises(DataError, match=r"got 1 images or texts to hold 0\.5 of the samples out"):
+    with pytest.raises(DataError, match=r"got 1 groups of samples without a common image to hold 0\.5"):
         one.split(0.5, seed=0)
+
+
+def talk(question, **more):
+    return {**more, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "Red."}]}
+
+
+def png(level):
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), (level, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def read_rows(tiny_recipe, tmp_path, monkeypatch):
+    """Reads the samples of files of rows."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    processor = AutoProcessor.from_pretrained(tiny_recipe()["model"]["config"])
+
+    def read(*files):
+        config = DataConfig(files=list(files), images=str(tmp_path), format="vicuna_v1", workers=0, max_length=512)
+        return ConversationDataset(config, processor)
+
+    return read
+
+
+def held_out_rows(samples, share):
+    """Returns, of several seeds, the rows that were held out."""
+    parts = [samples.split(share, seed=seed)[1] for seed in range(6)]
+    return {tuple(zip(part.source, part.rows["row"][:], strict=True)) for part in parts}
+
+
+def test_embedded_images_are_told_apart_by_their_bytes(read_rows, tmp_path):
+    rows = [talk("<image>\nWhat?", image={"bytes": png(level), "path": None}) for level in (10, 10, 60, 200)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    samples = read_rows(str(tmp_path / "rows.parquet"))
+    assert held_out_rows(samples, 0.25) == {((0, 0), (0, 1)), ((0, 2),), ((0, 3),)}
+
+
+def test_rows_of_several_images_stay_with_all_rows_that_share_one(read_rows, tmp_path):
+    for level in range(4):
+        (tmp_path / f"{level}.png").write_bytes(png(level))
+    named = [["0.png"], ["0.png", "./1.png"], ["1.png"], ["2.png"], ["3.png"]]
+    rows = [talk("<image>\n" * len(images) + "What?", image=images) for images in named]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = held_out_rows(read_rows(str(tmp_path / "rows.json")), 0.2)
+    assert found == {((0, 0), (0, 1), (0, 2)), ((0, 3),), ((0, 4),)}
+
+
+def test_a_file_that_two_sources_name_is_one_image(read_rows, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "b.png", "sub/a.png"):
+        (tmp_path / name).write_bytes(png(10))
+    (tmp_path / "one.json").write_text(json.dumps([talk("<image>\nWhat?", image=name) for name in ("a.png", "b.png")]))
+    names = ("sub/a.png", "a.png")
+    (tmp_path / "two.json").write_text(json.dumps([talk("<image>\nWhat?", image=name) for name in names]))
+    found = held_out_rows(read_rows(str(tmp_path / "one.json"), str(tmp_path / "two.json")), 0.25)
+    assert found == {((0, 0), (1, 1)), ((0, 1),), ((1, 0),)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from models.schedules import TRAINED, Fused
 from recipes.schema import Lora, RecipeError
 from train.errors import TrainingError
 from train.groups import layer_of, part_of
@@ -63,13 +64,21 @@ def _numbers(model: Any, lora: Lora) -> Container[int | None]:
     if lora.layers == "all":
         return range(depth)
     if lora.layers == "window":
-        if model.plan is None:
-            raise RecipeError("train.lora.layers: got window with model.stages null, expected all or numbers of layers")
-        return [layer for layer in range(depth) if model.plan.sees(layer)]
+        return _window(model, depth)
     for number in lora.layers:
         if not 0 <= number < depth:
             raise RecipeError(f"train.lora.layers: got {number}, expected numbers from 0 to {depth - 1}")
     return lora.layers
+
+
+def _window(model: Any, depth: int) -> list[int]:
+    """Returns the layers that see vision under any of the model's plans."""
+    names = model.config.plans or (TRAINED,)
+    plans = [schedule.plan for schedule in map(model.resolve, names) if isinstance(schedule, Fused)]
+    if not plans:
+        where = "model.stages null" if model.config.plans is None else "no plan in model.stages but dense ones"
+        raise RecipeError(f"train.lora.layers: got window with {where}, expected all or numbers of layers")
+    return [layer for layer in range(depth) if any(plan.sees(layer) for plan in plans)]
 
 
 def merged(weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: torch.dtype) -> Any:

@@ -10,7 +10,8 @@ import torch
 
 from recipes.errors import RecipeError
 
-# Source: the data sheets of NVIDIA and AMD. The first name that a device's contains counts.
+# Source: the data sheets of NVIDIA and AMD. The first name that stands in a device's as whole words counts, so
+# `H100 PCIe` is before `H100`.
 _CARDS: Final = {  # name: (GB, TFLOP/s)
     "B200": (180, 2250.0),
     "H200": (141, 989.0),
@@ -29,6 +30,7 @@ _CARDS: Final = {  # name: (GB, TFLOP/s)
     "V100": (32, 125.0),
     "T4": (16, 65.0),
 }
+_OTHER: Final = r"(?! (?:Ti|D|Laptop)\b)"  # words after a name that make it another card's
 _WANTED: Final = re.compile(r"(?:(\d+)x)?(.+)", re.IGNORECASE)
 
 
@@ -65,4 +67,5 @@ def peak_here() -> float | None:
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
-    return next((peak * 1e12 for name, (_, peak) in _CARDS.items() if name in device), None)
+    names = (name for name in _CARDS if re.search(rf"\b{name}\b{_OTHER}", device))
+    return next((_CARDS[name][1] * 1e12 for name in names), None)

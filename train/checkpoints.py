@@ -30,6 +30,7 @@ _MAY_CHANGE: Final = (
     "data.max_bad_rows",
     "data.expected_rows",
     "data.expected_text_tokens",
+    "data.expected_visual_tokens",
     "train.deepspeed",
     "train.max_steps",
     "train.save_steps",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import LlavaConfig
 from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
 from models import run_decoder
 from models.families import family_of
+from models.schedules import SCHEDULES, TRAINED
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
 from train.adapters import adapted_layers
 from train.arguments import check_batches
@@ -41,10 +44,12 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
     """
     check_output(Path(recipe.output))
     for phase in recipe.phases:
-        check_tracking(phase.train.tracker)
-        check_batches(phase.train, num_ranks)
-        _check_workers(phase)
-        _check_libraries(phase.train)
+        with _keys_of(phase):
+            check_tracking(phase.train.tracker)
+            check_batches(phase.train, num_ranks)
+            _check_workers(phase)
+            _check_libraries(phase.train)
+    _check_plan_names(recipe.model)
     config = read_config(recipe.model)
     _check_model(recipe, config)
     check_same_run(recipe, Path(recipe.output))
@@ -72,6 +77,25 @@ def check_output(folder: Path) -> None:
         raise RecipeError(
             f"output: got '{name}', expected a folder that can be written ({above}: {error.strerror})"
         ) from error
+
+
+@contextmanager
+def _keys_of(phase: Phase) -> Iterator[None]:
+    """Names the keys of the earlier phase as the recipe does, `align.train.lora.r` for `train.lora.r`."""
+    try:
+        yield
+    except RecipeError as error:
+        if phase.name == "align" and str(error).startswith(("train.", "data.")):
+            raise RecipeError(f"align.{error}") from error
+        raise
+
+
+def _check_plan_names(model: ModelSection) -> None:
+    """Refuses a plan whose name means something else wherever a schedule is chosen."""
+    for name, plan in model.plans.items() if isinstance(model.stages, list) else ():
+        if name == TRAINED or (name in SCHEDULES and not (name == "dense" and plan.plan is None)):
+            expected = "expected a name that is no schedule's; dense is for plan: null"
+            raise RecipeError(f"model.stages: got a plan named '{name}', {expected}")
 
 
 def _check_workers(phase: Phase) -> None:
@@ -117,16 +141,19 @@ def _check_model(recipe: Recipe, config: Any) -> None:
         _check_visual_tokens(recipe, config, visual)
     _check_processor(recipe, config, visual)
     for phase in recipe.phases:
-        _check_trained(phase.train, model)
+        with _keys_of(phase):
+            _check_trained(phase.train, model)
 
 
 def _check_trained(train: TrainSection, model: Any) -> None:
     """Refuses adapters and layers that the model does not have."""
-    depths = {"layers": model.config.text_config.num_hidden_layers}
-    depths["tower_layers"] = tower_depth(model)
-    for key, last in (("layers", train.layers and train.layers[1]), ("tower_layers", train.tower_layers)):
-        if last is not None and last > depths[key]:
-            raise RecipeError(f"train.{key}: got {last}, expected at most {depths[key]}, as many as there are")
+    text = model.config.text_config
+    for key, last, depth, whose in (
+        ("layers", None if train.layers is None else train.layers[1], text.num_hidden_layers, "decoder"),
+        ("tower_layers", train.tower_layers, tower_depth(model), "tower"),
+    ):
+        if last is not None and last > depth:
+            raise RecipeError(f"train.{key}: got {last}, expected at most {depth}, the {whose}'s layers")
     if train.lora is None:
         return
     layers = adapted_layers(model, train.lora).values()
@@ -161,12 +188,11 @@ def _check_visual_tokens(recipe: Recipe, config: Any, visual: int) -> None:
             f"{key}: image_seq_length: got {config.image_seq_length}, expected {visual}, the tokens that the vision "
             "tower makes of an image"
         )
-    for plan in (named.stages for named in recipe.model.plans.values()):
-        for layer, kept in (plan.keep if plan else {}).items():
+    for name, named in recipe.model.plans.items():
+        where = f"model.stages: plan '{name}': " if isinstance(recipe.model.stages, list) else "model.stages."
+        for layer, kept in (named.stages.keep if named.stages else {}).items():
             if isinstance(kept, int) and kept > visual:
-                raise RecipeError(
-                    f"model.stages.keep.{layer}: got {kept}, expected at most {visual}, an image's tokens"
-                )
+                raise RecipeError(f"{where}keep.{layer}: got {kept}, expected at most {visual}, an image's tokens")
 
 
 def _check_processor(recipe: Recipe, config: Any, visual: int | None) -> None:

@@ -25,8 +25,21 @@ from train.adapters import add_adapters
 from train.groups import freeze, trainable_counts
 from train.precision import resolve_dtype
 
-_STATES: Final = {"sgd": 0, "lion_32bit": 4, "lion_8bit": 1, "paged_lion_32bit": 4, "paged_lion_8bit": 1, "muon": 4}
-_EIGHT_BIT: Final = ("adamw_8bit", "paged_adamw_8bit")
+_STATES: Final[dict[str, int]] = {  # bytes of a learned number's states: Adam keeps two, Lion one, AdEMAMix three
+    "adamw_torch_fused": 8,
+    "adamw_torch": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "paged_adamw_8bit": 2,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+    "paged_lion_32bit": 4,
+    "paged_lion_8bit": 1,
+    "ademamix": 12,
+    "ademamix_8bit": 3,
+    "sgd": 0,
+    "muon": 4,
+}
 _PARTS: Final = ("optimizer", "param")
 _ATTENTION: Final = {  # torch leaves it out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -66,16 +79,16 @@ class Estimate:
     Args:
         config: of the model.
         train: the phase's.
-        plans: the stage plans of which each step draws one; None: the config's.
+        plans: the stage plans of which each step draws one, by name.
 
     Attributes:
         weights: parameters; `trained`: those that learn; `counts`: these by part of the model.
         ratios: each stage plan's share of the steps.
     """
 
-    def __init__(self, config: Any, train: TrainSection, plans: Mapping[str, NamedPlan] | None = None) -> None:
+    def __init__(self, config: Any, train: TrainSection, plans: Mapping[str, NamedPlan]) -> None:
         self.config, self.train, self.dtype = config, train, resolve_dtype(train)
-        self._plans = plans or {"trained": NamedPlan(name="trained", plan=config.stages)}
+        self._plans = plans
         weights = sum(plan.weight for plan in self._plans.values())
         self.ratios = {name: plan.weight / weights for name, plan in self._plans.items()}
         with torch.device("meta"):
@@ -100,7 +113,7 @@ class Estimate:
         `deepspeed` is the phase's configuration, whose buckets and offloading count.
         """
         zero, size = deepspeed.get("zero_optimization", {}), self.dtype.itemsize
-        states = 2 if self.train.optimizer in _EIGHT_BIT else _STATES.get(self.train.optimizer, 8)
+        states = _STATES[self.train.optimizer]
         is_offloaded = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in _PARTS}
         buffers = 2 * size * _number(zero.get("reduce_bucket_size"), 5e8)
         live = min(self.weights, _number(zero.get("stage3_max_live_parameters"), 1e9))
@@ -126,7 +139,7 @@ class Estimate:
         return self._image[0] * self._images(batch) + kept + max(logits, largest + gradients)
 
     def step_flops(self, batch: Batch, *, labels: float | None = None) -> float:
-        """Returns the model FLOPs of forward and backward of a batch: decoder, head, tower and projector.
+        """Returns the model FLOPs of a batch's forward, backward and teacher: decoder, head, tower and projector.
 
         `labels`: labelled tokens of the batch, on which alone the head runs; None takes every text token. What
         checkpointing computes again does not count, as usual for MFU.
@@ -134,9 +147,10 @@ class Estimate:
         text = self.config.text_config
         decoder = self.decoder_flops(self.costs(visual=batch.visual, text=batch.text)) * batch.samples
         labels = batch.samples * batch.text if labels is None else labels
-        head = 2 * labels * text.hidden_size * text.vocab_size
-        tower = self._image[1] * self._images(batch) * (3 if self._learns["vision_tower"] else 1)
-        return decoder + head * self.passes + tower
+        teachers = sum(self.ratios[name] for name, plan in self._plans.items() if plan.distill is not None)
+        head = 2 * labels * text.hidden_size * text.vocab_size * (self.passes + teachers)
+        tower = self._image[1] * self._images(batch) * ((3 if self._learns["vision_tower"] else 1) + teachers)
+        return decoder + head + tower
 
     @property
     def passes(self) -> int:

@@ -134,8 +134,8 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
     """
     try:
         if is_original(PreTrainedConfig.get_config_dict(source)[0]):
-            stages = None if config is None else config.stages
-            return FusedAutoModel.from_pretrained(source, stages=stages, dtype=dtype)
+            planned = {} if config is None else {"stages": config.stages, "plans": config.plans}
+            return FusedAutoModel.from_pretrained(source, **planned, dtype=dtype)
         config = config or checkpoint_config(source)
         model, report = family_of(config.model_type).model_class.from_pretrained(
             source,

@@ -39,10 +39,7 @@ class TrainMetrics:
         self.samples, self.tokens = samples, tokens
         self._image_token, self._flops, self._peak = image_token, flops, peak
         window = window or {}
-        self._rows: list[list[float]] = [
-            [*row, *[0.0] * (len(_SUMS) - len(row))]  # of a checkpoint without the last sum
-            for row in window.get("rows", ())
-        ]  # a step each, since the last log
+        self._rows: list[list[float]] = [list(row) for row in window.get("rows", ())]  # a step each, since the last log
         self._logged_seconds = float(window.get("seconds", 0.0))
         self._step: Tensor | None = None
 

@@ -54,15 +54,18 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
     if distributed.count() > 1 and not arguments.check:
         distributed.connect()  # from here on, ranks hear of one another's faults
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.gpu and not arguments.check:
-        raise RecipeError(f"--gpu: got '{arguments.gpu}' without --check, expected both or neither")
+    for given, other in (("gpu", "check"), ("mfu", "gpu")):
+        found = getattr(arguments, given)
+        if found is not None and not getattr(arguments, other):
+            raise RecipeError(f"--{given}: got '{found}' without --{other}, expected both or neither")
     if arguments.check:
         from train.cards import parse_card
         from train.preview import preview
 
         if distributed.rank() == 0:
-            card = parse_card(arguments.gpu, count=distributed.count()) if arguments.gpu else None
-            print("\n".join(preview(recipe, distributed.count(), card=card, mfu=arguments.mfu)))
+            card = parse_card(arguments.gpu, count=distributed.count()) if arguments.gpu is not None else None
+            share = {} if arguments.mfu is None else {"mfu": _share(arguments.mfu)}
+            print("\n".join(preview(recipe, distributed.count(), card=card, **share)))
         return 0
     from train.loop import run_phase
 
@@ -81,16 +84,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=20")
     parser.add_argument("--check", action="store_true", help="validate, say what it will do, stop")
     parser.add_argument("--gpu", metavar="GPU", help="with --check: 24 (GB), A100, or 8xH100: does it fit, how long")
-    parser.add_argument("--mfu", type=_share, default=0.4, metavar="SHARE", help="with --gpu: of the peak; default 0.4")
+    parser.add_argument("--mfu", metavar="SHARE", help="with --gpu: of the peak; default 0.4")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--phase", type=int, default=0, help=argparse.SUPPRESS)  # set by run_next
     return parser.parse_intermixed_args()
 
 
 def _share(text: str) -> float:
-    value = float(text)  # a ValueError is argparse's to tell
+    from recipes.errors import RecipeError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0, up to 1")
+        raise RecipeError(f"--mfu: got '{text}', expected a number above 0, up to 1")
     return value
 
 

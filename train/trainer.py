@@ -192,7 +192,8 @@ class FusedTrainer(Trainer):
         if plan.distill is None:
             return super().compute_loss(model, inputs, num_items_in_batch=items), None
         inputs["logits_to_keep"] = predicting(inputs["labels"])
-        with torch.no_grad():  # first, so that what DeepSpeed knows of the last forward is the one with a backward
+        # first, so that what DeepSpeed knows of the last forward is the one with a backward
+        with torch.no_grad(), self.watch.paused():
             teacher = model(**{**inputs, "schedule": self.plans.schedule(plan.distill.teacher)}).logits
         loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         scale = self.accelerator.num_processes / (len(teacher) if items is None else items)

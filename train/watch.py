@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class DataWatch:
     def leave(self) -> None:
         """Leaves out of the sums what the model computes until the next `take`."""
         self._sources = self._labelled = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out of the sums what the model computes meanwhile."""
+        sources, self._sources = self._sources, None
+        try:
+            yield
+        finally:
+            self._sources = sources
 
     def excess(self, counts: Sequence[float]) -> str:
         """Returns what to say when all ranks together passed over more rows than the recipe allows; else nothing."""
