@@ -47,7 +47,7 @@ def write_recipe(folder):
     raw = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
     turns = [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": "red"}]
     (folder / "rows.json").write_text(json.dumps([{"conversations": turns}] * 8))
-    raw |= {"align": None, "output": str(folder / "run")}
+    raw |= {"align": None, "eval": None, "output": str(folder / "run")}
     raw["data"] |= {"files": [str(folder / "rows.json")]}
     raw["train"] |= {"max_steps": STEPS, "max_seconds": None, "save_steps": 2, "log_steps": 1, "precision": "fp32"}
     raw["train"] |= {"global_batch": 2, "per_device_batch": 1}
