@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers.utils import logging
@@ -22,13 +22,15 @@ from transformers.utils import logging
 from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder, names_of
 from eval.cells import Loaded, run_cell
-from eval.checkpoint import Checkpoint, CheckpointError
+from eval.checkpoint import Checkpoint
 from eval.lmms import Harness
 from eval.measure import positive
 from eval.study_record import TASKS, Record, Results, fingerprint, record_of
 from eval.study_report import write_report
-from models.schedules import SCHEDULES, TRAINED
-from recipes.schema import Recipe, RecipeError, load_recipe
+from models.auto import CONFIG_FAULTS, config_fields, config_of
+from models.fused import require_nothing_more, resolve_config
+from models.schedules import SCHEDULES, TRAINED, ScheduleError
+from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
@@ -46,16 +48,45 @@ class Run:
 
 
 def check_names(study: Study) -> None:
-    """Raises UsageError where a study names a task or a schedule that there is not; errors as load_recipe."""
+    """Refuses tasks and schedules that there are not, and schedules that an arm's model cannot run.
+
+    Raises:
+        UsageError: naming the first.
+        RecipeError: an arm's recipe is not valid.
+    """
     for task in study.tasks:
         if task not in TASKS:
             raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
     for arm, said in study.arms.items():
-        plans = load_recipe(study.recipe, (*study.set, *said.set)).model.plans
-        known = list(dict.fromkeys((TRAINED, *plans, *SCHEDULES)))
+        model = load_recipe(study.recipe, (*study.set, *said.set)).model
+        known = list(dict.fromkeys((TRAINED, *model.plans, *SCHEDULES)))
         for name in said.schedules:
             if name not in known:
                 raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")
+        config = _config_of(arm, model)
+        for name in said.schedules if config is not None else ():
+            try:
+                require_nothing_more(resolve_config(config, name), config)
+            except ScheduleError as error:
+                raise UsageError(f"arms.{arm}.schedules: '{name}': {error}") from None
+
+
+def _config_of(arm: str, model: ModelSection) -> Any:
+    """Returns the config of an arm's trained model; None where it is not on this machine yet.
+
+    Raises:
+        UsageError: it describes no model that can be trained.
+    """
+    try:
+        fields = config_fields(model.config, model.checkpoint)
+    except OSError:  # the training says so, or fetches it
+        return None
+    except CONFIG_FAULTS as error:
+        raise UsageError(f"arms.{arm}: {model.checkpoint or model.config}: config.json: {error}") from None
+    try:
+        return config_of(fields, model.checkpoint or model.config, **model.plan_fields)
+    except CONFIG_FAULTS as error:
+        raise UsageError(f"arms.{arm}: model: {' '.join(str(error).split())}") from None
 
 
 def runs_of(study: Study, out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -168,7 +199,7 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
                 return 0
             print(f"{about}: answering {', '.join(study.tasks)}", flush=True)
             record = score(study, run, harness=harness, batch=args.batch, limit=args.limit)
-        except (UsageError, CheckpointError, TokenizerError) as error:
+        except (UsageError, ScheduleError, TokenizerError) as error:
             print(error, file=sys.stderr, flush=True)
             failed = 1
             continue

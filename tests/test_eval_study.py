@@ -81,6 +81,18 @@ def test_the_studies_of_the_repository_are_valid(monkeypatch):
             {"reference": "dense", "arms": {"dense": {"schedules": ["best"]}}},
             "schedules: got 'best', expected trained, ",
         ),
+        (  # which reads a text tower that no study gives it
+            {"arms": {"dense": {"schedules": ["trained", "cdpruner"]}}},
+            "arms.dense.schedules: 'cdpruner': schedule CDPruner: got a checkpoint without the text tower",
+        ),
+        (
+            {"arms": {"dense": {"set": ["model.config=recipes/configs/qwen2.5-vl-3b"], "schedules": ["visionzip"]}}},
+            "arms.dense.schedules: 'visionzip': schedule VisionZip: got ",
+        ),
+        (
+            {"arms": {"dense": {"set": ["model.stages=[{name: a, plan: null}, {name: vtw, plan: null}]"]}}},
+            "arms.dense: model: plans: got the name 'vtw'",
+        ),
     ],
 )
 def test_a_wrong_study_is_one_line(study, change, words, capsys):
