@@ -9,6 +9,7 @@ table.md and pictures beside the results. Exit code 1: a run failed.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -113,6 +114,7 @@ def train(study: Study, run: Run) -> bool:
 
     Raises:
         UsageError: it ended with a fault.
+        KeyboardInterrupt: see `finish`.
     """
     if (run.folder / "final").is_dir():
         return True
@@ -121,11 +123,39 @@ def train(study: Study, run: Run) -> bool:
     file = run.folder.with_suffix(".txt")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as told:
-        code = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, check=False).returncode
+        code = finish(subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT))
     if code:
         last = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UsageError(f"{run.arm}, seed {run.seed}: exit code {code}: {last} (all of it in {file})")
     return (run.folder / "final").is_dir()
+
+
+def finish(child: subprocess.Popen[bytes]) -> int:
+    """Returns the exit code of a training once it is over.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, which reaches the training too, or SIGTERM, which is passed on; not before the
+            training has saved and is over.
+    """
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        while child.returncode is None:
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopped:
+        raise KeyboardInterrupt
+    return child.returncode
 
 
 def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | None) -> Record:

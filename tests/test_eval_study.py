@@ -1,10 +1,15 @@
 import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
-from eval.study import check_names, main, runs_of
+from eval.study import check_names, finish, main, runs_of
 from eval.study_record import Results, fingerprint, questions_of
 from eval.study_report import cells_of, score_table
 from recipes.study import load_study
@@ -139,6 +144,38 @@ def test_the_table_counts_seeds_and_pairs_questions():
     assert row["over images"] == "+0.00 to +75.00"
     assert (row["training"], row["of dense"], row["prompt of dense"]) == ("0.5 TFLOP", "25.0 %", "25.0 %")
     assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
+
+
+SAVES = """
+import signal, sys, time
+def save(number, _):
+    time.sleep(1)  # longer than subprocess.run would wait before it kills
+    print(signal.Signals(number).name, flush=True)
+    sys.exit(0)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "reaches"), [(signal.SIGINT, "both"), (signal.SIGTERM, "the study alone")])
+def test_a_stopped_study_waits_until_its_training_has_saved(number, reaches):
+    with subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"ready\n"
+
+        def stop():
+            if reaches == "both":  # as a terminal sends it
+                child.send_signal(number)
+            os.kill(os.getpid(), number)
+
+        timer = threading.Timer(0.2, stop)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            finish(child)
+        timer.join()
+        assert (child.returncode, child.stdout.read()) == (0, f"{number.name}\n".encode())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow
