@@ -2,8 +2,9 @@
 
 A study is a recipe, the changes to it that are compared (its arms), and seeds. Each run is trained by train/run.py in
 OUT/runs/ARM-seedN and answers the study's tasks; its result is one small file in the study's `results` folder. A run
-whose result is there is not trained again, and the same command goes on where it was stopped, within a run too. Writes
-table.md and pictures beside the results. Exit code 1: a run failed.
+whose result is there is not trained again; one whose result lacks a task or a schedule that the study asks for now
+is asked again. The same command goes on where it was stopped, within a run too. Writes table.md and pictures beside the
+results. Exit code 1: a run failed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from eval.cells import Loaded, run_cell
 from eval.checkpoint import Checkpoint
 from eval.lmms import Harness
 from eval.measure import positive
-from eval.study_record import TASKS, Record, Results, fingerprint, record_of
+from eval.study_record import TASKS, Record, Results, fingerprint, lacking, record_of
 from eval.study_report import write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.fused import require_nothing_more, resolve_config
@@ -219,11 +220,15 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
     failed = 0
     for number, run in enumerate(runs, start=1):
         about = f"{number}/{len(runs)} {run.arm}, seed {run.seed}"
-        if results.read(run.arm, run.seed) is not None:
+        found = results.read(run.arm, run.seed)
+        missing = [] if found is None else lacking(found, study.tasks, study.arms[run.arm].schedules)
+        if found is not None and not missing:
             print(f"{about}: its result is there", flush=True)
             continue
         try:
-            print(f"{about}: training ({run.folder.with_suffix('.txt')})", flush=True)
+            _check_kept(run, results.file(run.arm, run.seed), missing)
+            if not (run.folder / "final").is_dir():
+                print(f"{about}: training ({run.folder.with_suffix('.txt')})", flush=True)
             if not train(study, run):
                 print(f"{about}: stopped; the same command goes on")
                 return 0
@@ -234,9 +239,20 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
             failed = 1
             continue
         if args.limit is None:
-            results.write(record)
+            before = {} if found is None else found["scores"]  # what the study no longer asks for stays
+            kept = {task: {**before.get(task, {}), **cells} for task, cells in record["scores"].items()}
+            results.write({**record, "scores": {**before, **kept}})
         print(f"{about}: {_scores(record)}", flush=True)
     return failed
+
+
+def _check_kept(run: Run, file: Path, missing: Sequence[str]) -> None:
+    """Raises UsageError where answers are missing from a run's result and the trained run is gone."""
+    if missing and not (run.folder / "final").is_dir():
+        raise UsageError(
+            f"{file}: got no answers to {', '.join(missing)}, and no {run.folder}/final to ask, expected one of them; "
+            "move the file away to train the run again"
+        )
 
 
 def _scores(record: Record) -> str:
@@ -271,11 +287,27 @@ def main(given: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on", file=sys.stderr)
             return 130
-    records = [found for run in every if (found := results.read(run.arm, run.seed)) is not None]
+    records = _whole(study, every, results)
     if records:
         print(write_report(Path(study.results), study.name, study.reference, list(study.arms), records))
         print(f"written: {study.results}/table.md and pictures")
     return code
+
+
+def _whole(study: Study, runs: Sequence[Run], results: Results) -> list[Record]:
+    """Returns the records, of the study's tasks and schedules alone; names those that lack some and leaves them out."""
+    records = []
+    for run in runs:
+        schedules, record = study.arms[run.arm].schedules, results.read(run.arm, run.seed)
+        if record is None:
+            continue
+        if missing := lacking(record, study.tasks, schedules):
+            file = results.file(run.arm, run.seed)
+            print(f"{file}: left out of the tables: no answers yet to {', '.join(missing)}", file=sys.stderr)
+            continue
+        scores = {task: {name: record["scores"][task][name] for name in schedules} for task in study.tasks}
+        records.append({**record, "scores": scores})
+    return records
 
 
 def _check_results(results: Results, runs: Sequence[Run]) -> None:

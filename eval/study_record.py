@@ -61,6 +61,16 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def lacking(record: Record, tasks: Sequence[str], schedules: Sequence[str]) -> list[str]:
+    """Returns which of the tasks, and `TASK under SCHEDULE`, a record has no answers to."""
+    missing = []
+    for task in tasks:
+        found = record["scores"].get(task)
+        absent = [] if found is None else [name for name in schedules if name not in found]
+        missing += [task] if found is None else [f"{task} under {name}" for name in absent]
+    return missing
+
+
 def record_of(
     arm: str, seed: int, recipe: Recipe, checkpoint: Checkpoint, cells: Mapping[str, Mapping[str, Record]]
 ) -> Record:

@@ -12,6 +12,7 @@ import yaml
 from eval.study import check_names, finish, main, runs_of
 from eval.study_record import Results, fingerprint, questions_of
 from eval.study_report import cells_of, score_table
+from models.schedules import ScheduleError
 from recipes.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +145,49 @@ def test_the_table_counts_seeds_and_pairs_questions():
     assert row["over images"] == "+0.00 to +75.00"
     assert (row["training"], row["of dense"], row["prompt of dense"]) == ("0.5 TFLOP", "25.0 %", "25.0 %")
     assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
+
+
+def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(study, monkeypatch, capsys):
+    fields = yaml.safe_load(study.read_text())
+    fields["arms"]["window"]["schedules"] = ["dense", "trained"]
+    study.write_text(yaml.safe_dump({**fields, "seeds": [0]}))
+    out, results, loaded = study.parent / "out", Results(study.parent / "results"), load_study(study)
+    results.folder.mkdir()
+    asked = len(questions_of("easy_vqa"))
+    for run in runs_of(loaded, out, list(loaded.arms), loaded.seeds):
+        one = {**record(run.arm, 0, "1" * asked), "recipe": fingerprint(run.recipe)}
+        one["scores"]["scenes"] = one["scores"]["easy_vqa"]  # which the study no longer asks for
+        results.write(one)
+
+    def scored(study, run, **_):
+        told = record(run.arm, run.seed, "0" * asked)
+        told["scores"]["easy_vqa"] |= {"dense": told["scores"]["easy_vqa"]["trained"]}
+        return {**told, "recipe": fingerprint(run.recipe)}
+
+    monkeypatch.setattr("eval.study.score", scored)
+    before = results.file("window", 0).read_text()
+    assert main([str(study), "--out", str(out)]) == 1  # no trained run is there to ask
+    told = capsys.readouterr()
+    assert "window-seed0.json: got no answers to easy_vqa under dense, and no " in told.err
+    assert "| window" not in told.out
+    assert results.file("window", 0).read_text() == before
+
+    (out / "runs/window-seed0/final").mkdir(parents=True)
+    assert main([str(study), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("its result is there") == 1
+    assert told.index("| window, dense | 1 | 0.00 % |") < told.index("| window | 1 | 0.00 % |")  # the study's order
+    assert results.read("window", 0)["scores"].keys() == {"easy_vqa", "scenes"}
+
+
+def test_a_schedule_that_a_trained_model_refuses_is_one_line(study, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise ScheduleError("schedule: refused")
+
+    monkeypatch.setattr("eval.study.score", refused)
+    (study.parent / "out/runs/dense-seed0/final").mkdir(parents=True)
+    assert main([str(study), "--out", str(study.parent / "out"), "--arms", "dense", "--seeds", "0"]) == 1
+    assert capsys.readouterr().err == "schedule: refused\n"
 
 
 SAVES = """
