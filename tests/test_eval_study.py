@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eval.checkpoint import Checkpoint, CheckpointError
 from eval.study import check_names, finish, main, runs_of
-from eval.study_record import Results, fingerprint, questions_of
+from eval.study_record import Results, fingerprint, questions_of, record_of
 from eval.study_report import cells_of, score_table
+from models import StagePlan
+from models.cost import plan_cost
 from models.schedules import ScheduleError
+from recipes.schema import load_recipe
 from recipes.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +206,23 @@ for number in (signal.SIGINT, signal.SIGTERM):
 print("ready", flush=True)
 time.sleep(60)
 """
+
+
+def test_a_record_counts_the_visual_tokens_that_training_saw(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)  # a family whose images differ in size, so its config names no count
+    recipe = load_recipe("recipes/qwen2_5_vl_3b_fused.yaml", [f"output={tmp_path}"])
+    run = {"steps": 2, "samples": 10, "tokens": 1000, "visual_tokens": 600, "seconds": 1.0}
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/run.json").write_text(json.dumps({**run, "precision": "bf16", "ranks": 1}))
+    checkpoint = Checkpoint("run", ROOT / "recipes/configs/qwen2.5-vl-3b", "chat_template", "processor", {}, [])
+    (phase,) = record_of("fused", 0, recipe, checkpoint, {})["phases"]
+    text_config = checkpoint.config.text_config
+    fused, dense = (plan_cost(text_config, plan, visual=60, text=40).flops for plan in (StagePlan(9, 27), None))
+    assert (phase["visual_tokens"], phase["flops"], phase["dense_flops"]) == (600, 30 * fused, 30 * dense)
+
+    (tmp_path / "final/run.json").write_text(json.dumps({"steps": 2}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        record_of("fused", 0, recipe, checkpoint, {})
 
 
 @pytest.mark.parametrize(("number", "reaches"), [(signal.SIGINT, "both"), (signal.SIGTERM, "the study alone")])
