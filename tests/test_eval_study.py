@@ -86,6 +86,12 @@ def test_the_studies_of_the_repository_are_valid(monkeypatch):
         ({"reference": "none"}, "reference: got 'none', expected an arm: dense, window"),
         ({"tasks": ["pope"]}, "tasks: got 'pope', expected easy_vqa, scenes, scenes_compositional"),
         ({"seeds": []}, "seeds: got []"),
+        ({"seeds": [0, 1, 0]}, "seeds: got 0 twice, expected each once"),
+        ({"tasks": ["scenes", "scenes"]}, "tasks: got scenes twice, expected each once"),
+        (
+            {"arms": {"dense": {"schedules": ["vtw", "trained", "vtw"]}}},
+            "arms.dense.schedules: got vtw twice, expected each once",
+        ),
         ({"seed": [0]}, "seed: unknown key; did you mean 'seeds'?"),
         ({"arms": {"dense": {"sett": []}}}, "arms.dense.sett: unknown key; did you mean 'set'?"),
         (
