@@ -21,7 +21,7 @@ from eval.plots import Point, pareto_front, smooth
 from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text, shown_schedule
 from eval.seeds import common_name, groups_of
 from eval.seeds import compared as compared_seeds
-from eval.settings import ComparisonError, meaning, named
+from eval.settings import ComparisonError, code, meaning, named
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
@@ -153,6 +153,20 @@ def test_comments_docstrings_and_layout_do_not_make_other_code():
     )
     assert meaning("class A:\n    def f(self, x): return x + 1") == first
     assert meaning("class A:\n    def f(self, x): return x + 2") != first
+
+
+def test_all_code_that_answers_pass_through_decides_a_cell(tmp_path):
+    for folder in ("models", "data", "eval"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = code(tmp_path)
+    deciding = ("models/fused", "data/processor", "data/dataset", "data/images", "data/chat", "eval/prompts")
+    for name in deciding:
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write("\nONE_MORE = 1\n")
+        before, last = code(tmp_path), before
+        assert before != last, name
+    (tmp_path / "eval/report.py").write_text("")  # only shows them
+    assert code(tmp_path) == before
 
 
 def test_cells_of_other_code_are_run_again_and_it_is_said(runs, tmp_path, monkeypatch, capsys):
