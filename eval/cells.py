@@ -81,7 +81,10 @@ class Store:
     schedules: Mapping[str, str]
 
     def read(self, *parts: str) -> Record | None:
-        """Returns the record of a cell (schedule, task) or of `speed`; None: there is none for what decides it now."""
+        """Returns the record of a cell (schedule, task) or of `speed`; None without one.
+
+        One that was made with other weights, code or settings than these does not count.
+        """
         file = self._file(*parts)
         if not file.is_file():
             return None

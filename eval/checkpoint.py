@@ -1,4 +1,4 @@
-"""A checkpoint to evaluate: what a run left behind, read from its folder alone, or any LLaVA of the hub."""
+"""A checkpoint to evaluate: what a run left behind, read from its folder alone, or a supported one of the hub."""
 
 from __future__ import annotations
 

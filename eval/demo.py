@@ -169,7 +169,7 @@ def schedule_choices(model: Any) -> list[tuple[str, str]]:
     """Returns (label, name) of each schedule that a model can be asked under; first the one that it starts under."""
     released = model.config.schedule
     first = [] if released is None else [(f"{RELEASED}: {model.resolve(released)}", RELEASED)]
-    plans = [(f"{name}, trained for it too", name) for name in model.config.plans or {}]
+    plans = [(f"{name}, one of its plans", name) for name in model.config.plans or {}]
     names = [name for name in usable_schedules(model.config) if name not in (model.config.plans or {})]
     if model.config.stages is None:
         return [*first, *plans, *((name, name) for name in names)]

@@ -1,4 +1,4 @@
-"""lmms-eval, the harness of the field, over our checkpoints and any Hugging Face LLaVA, under any schedule.
+"""lmms-eval, the harness of the field, over our checkpoints and any of a supported family, under any schedule.
 
 `python -m eval.lmms --model fused_llava --model_args pretrained=DIR,schedule=visipruner --tasks pope` is lmms-eval's
 own command line with our model and our tasks known to it, and with an exit code other than 0 where it fails.
@@ -39,7 +39,7 @@ from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.prompts import Asked, Prompter
 from models.fused import require_nothing_more
-from models.schedules import SCHEDULES, TRAINED, ScheduleError
+from models.schedules import TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -110,7 +110,7 @@ class FusedLlava(lmms):
                 raise CheckpointError(f"--model_args: got '{name}', expected {', '.join(known)}")
         if "pretrained" not in given:
             raise CheckpointError("--model_args: got no pretrained, expected pretrained=FOLDER or a hub name")
-        schedule = _choice(given, "schedule", (TRAINED, *SCHEDULES)) or TRAINED
+        schedule = given.get("schedule") or TRAINED
         checkpoint = Checkpoint.find(
             given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
         )

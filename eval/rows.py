@@ -16,13 +16,14 @@ from data.scene_questions import FAMILIES
 from eval import easy_vqa, scenes
 from eval.easy_vqa import mean as mean_of
 from eval.paired import standard_error
-from models.schedules import Fused, Schedule
+from models.schedules import Fused, Schedule, Within
 
 Record = dict[str, Any]
 Row = dict[str, Any]
 FLOOR = "-"  # the schedule of a row that no model stands behind
 PUBLISHED = Path(__file__).parent / "published.json"
 _CLOSE = 1e-6
+_USUAL = {"update": "full", "select": "attention"}  # of a stage plan
 
 
 def cell_row(
@@ -46,7 +47,7 @@ def cell_row(
     counted = [sample for sample in cell["samples"] if sample["value"] is not None]
     return {
         **row,
-        "within_plan": cell["stages"] is not None and label not in ("trained", "dense"),
+        "within_plan": isinstance(schedule, Within),
         "metric": benchmark["metric"],
         "scale": benchmark["scale"],
         "score": metrics[benchmark["metric"]],
@@ -132,12 +133,15 @@ def published() -> list[list[str]]:
 
 
 def settings_text(schedule: Schedule) -> str:
-    """Returns the settings of a schedule in words: `layer 2, drop 0.5`; of switches only those that are on."""
+    """Returns the settings of a schedule in words: `layer 2, drop 0.5`; of switches only those that are on.
+
+    Of a plan `update` and `select` are left out where they are what they usually are.
+    """
     told = schedule.plan if isinstance(schedule, Fused) else getattr(schedule, "inner", schedule)
     parts = []
     for one in dataclasses.fields(told):  # type: ignore[arg-type]  # every schedule is a dataclass
         value = getattr(told, one.name)
-        if value is None or value is False or value == {} or (one.name == "update" and value == "full"):
+        if value is None or value is False or value == {} or _USUAL.get(one.name) == value:
             continue
         parts.append(f"{one.name} {_value_text(value)}" if value is not True else one.name)
     return ", ".join(parts)

@@ -72,12 +72,17 @@ def settings_of(
 
 
 # what decides an answer: the models, how images are shown and questions asked, the tasks
-_DECIDING = ("models/*.py", "data/chat.py", "data/images.py", "eval/prompts.py", "eval/lmms.py", "eval/text_tower.py")
+_DECIDING = (
+    "models/*.py",
+    *(f"data/{name}.py" for name in ("chat", "dataset", "images", "processor", "rows")),
+    *(f"eval/{name}.py" for name in ("lmms", "prompts", "text_tower")),
+)
+_ROOT: Final = Path(__file__).parents[1]
 
 
-def code() -> str:
-    """Returns a checksum of the code that decides a cell's answers; comments, docstrings and layout do not count."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
+def code(root: Path = _ROOT) -> str:
+    """Returns a checksum of the code in `root` that decides a cell's answers; comments and layout do not count."""
+    digest = hashlib.sha256()
     for file in sorted(file for pattern in _DECIDING for file in root.glob(pattern)):
         digest.update(file.name.encode() + meaning(file.read_text(encoding="utf-8")).encode())
     for file in sorted((root / "eval/tasks").glob("*.yaml")):

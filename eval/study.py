@@ -2,19 +2,21 @@
 
 A study is a recipe, the changes to it that are compared (its arms), and seeds. Each run is trained by train/run.py in
 OUT/runs/ARM-seedN and answers the study's tasks; its result is one small file in the study's `results` folder. A run
-whose result is there is not trained again, and the same command goes on where it was stopped, within a run too. Writes
-table.md and pictures beside the results. Exit code 1: a run failed.
+whose result is there is not trained again; one whose result lacks a task or a schedule that the study asks for now
+is asked again. The same command goes on where it was stopped, within a run too. Writes table.md and pictures beside the
+results. Exit code 1: a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers.utils import logging
@@ -22,13 +24,15 @@ from transformers.utils import logging
 from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder, names_of
 from eval.cells import Loaded, run_cell
-from eval.checkpoint import Checkpoint, CheckpointError
+from eval.checkpoint import Checkpoint
 from eval.lmms import Harness
 from eval.measure import positive
-from eval.study_record import TASKS, Record, Results, fingerprint, record_of
+from eval.study_record import TASKS, Record, Results, fingerprint, lacking, record_of
 from eval.study_report import write_report
-from models.schedules import SCHEDULES, TRAINED
-from recipes.schema import Recipe, RecipeError, load_recipe
+from models.auto import CONFIG_FAULTS, config_fields, config_of
+from models.fused import require_nothing_more, resolve_config
+from models.schedules import SCHEDULES, TRAINED, ScheduleError
+from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
@@ -46,16 +50,45 @@ class Run:
 
 
 def check_names(study: Study) -> None:
-    """Raises UsageError where a study names a task or a schedule that there is not; errors as load_recipe."""
+    """Refuses tasks and schedules that there are not, and schedules that an arm's model cannot run.
+
+    Raises:
+        UsageError: naming the first.
+        RecipeError: an arm's recipe is not valid.
+    """
     for task in study.tasks:
         if task not in TASKS:
             raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
     for arm, said in study.arms.items():
-        plans = load_recipe(study.recipe, (*study.set, *said.set)).model.plans
-        known = list(dict.fromkeys((TRAINED, *plans, *SCHEDULES)))
+        model = load_recipe(study.recipe, (*study.set, *said.set)).model
+        known = list(dict.fromkeys((TRAINED, *model.plans, *SCHEDULES)))
         for name in said.schedules:
             if name not in known:
                 raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")
+        config = _config_of(arm, model)
+        for name in said.schedules if config is not None else ():
+            try:
+                require_nothing_more(resolve_config(config, name), config)
+            except ScheduleError as error:
+                raise UsageError(f"arms.{arm}.schedules: '{name}': {error}") from None
+
+
+def _config_of(arm: str, model: ModelSection) -> Any:
+    """Returns the config of an arm's trained model; None where it is not on this machine yet.
+
+    Raises:
+        UsageError: it describes no model that can be trained.
+    """
+    try:
+        fields = config_fields(model.config, model.checkpoint)
+    except OSError:  # the training says so, or fetches it
+        return None
+    except CONFIG_FAULTS as error:
+        raise UsageError(f"arms.{arm}: {model.checkpoint or model.config}: config.json: {error}") from None
+    try:
+        return config_of(fields, model.checkpoint or model.config, **model.plan_fields)
+    except CONFIG_FAULTS as error:
+        raise UsageError(f"arms.{arm}: model: {' '.join(str(error).split())}") from None
 
 
 def runs_of(study: Study, out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -82,6 +115,7 @@ def train(study: Study, run: Run) -> bool:
 
     Raises:
         UsageError: it ended with a fault.
+        KeyboardInterrupt: see `finish`.
     """
     if (run.folder / "final").is_dir():
         return True
@@ -90,11 +124,39 @@ def train(study: Study, run: Run) -> bool:
     file = run.folder.with_suffix(".txt")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as told:
-        code = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, check=False).returncode
+        code = finish(subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT))
     if code:
         last = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UsageError(f"{run.arm}, seed {run.seed}: exit code {code}: {last} (all of it in {file})")
     return (run.folder / "final").is_dir()
+
+
+def finish(child: subprocess.Popen[bytes]) -> int:
+    """Returns the exit code of a training once it is over.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, which reaches the training too, or SIGTERM, which is passed on; not before the
+            training has saved and is over.
+    """
+    stopped = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        while child.returncode is None:
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopped:
+        raise KeyboardInterrupt
+    return child.returncode
 
 
 def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | None) -> Record:
@@ -158,24 +220,39 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
     failed = 0
     for number, run in enumerate(runs, start=1):
         about = f"{number}/{len(runs)} {run.arm}, seed {run.seed}"
-        if results.read(run.arm, run.seed) is not None:
+        found = results.read(run.arm, run.seed)
+        missing = [] if found is None else lacking(found, study.tasks, study.arms[run.arm].schedules)
+        if found is not None and not missing:
             print(f"{about}: its result is there", flush=True)
             continue
         try:
-            print(f"{about}: training ({run.folder.with_suffix('.txt')})", flush=True)
+            _check_kept(run, results.file(run.arm, run.seed), missing)
+            if not (run.folder / "final").is_dir():
+                print(f"{about}: training ({run.folder.with_suffix('.txt')})", flush=True)
             if not train(study, run):
                 print(f"{about}: stopped; the same command goes on")
                 return 0
             print(f"{about}: answering {', '.join(study.tasks)}", flush=True)
             record = score(study, run, harness=harness, batch=args.batch, limit=args.limit)
-        except (UsageError, CheckpointError, TokenizerError) as error:
+        except (UsageError, ScheduleError, TokenizerError) as error:
             print(error, file=sys.stderr, flush=True)
             failed = 1
             continue
         if args.limit is None:
-            results.write(record)
+            before = {} if found is None else found["scores"]  # what the study no longer asks for stays
+            kept = {task: {**before.get(task, {}), **cells} for task, cells in record["scores"].items()}
+            results.write({**record, "scores": {**before, **kept}})
         print(f"{about}: {_scores(record)}", flush=True)
     return failed
+
+
+def _check_kept(run: Run, file: Path, missing: Sequence[str]) -> None:
+    """Raises UsageError where answers are missing from a run's result and the trained run is gone."""
+    if missing and not (run.folder / "final").is_dir():
+        raise UsageError(
+            f"{file}: got no answers to {', '.join(missing)}, and no {run.folder}/final to ask, expected one of them; "
+            "move the file away to train the run again"
+        )
 
 
 def _scores(record: Record) -> str:
@@ -210,11 +287,27 @@ def main(given: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on", file=sys.stderr)
             return 130
-    records = [found for run in every if (found := results.read(run.arm, run.seed)) is not None]
+    records = _whole(study, every, results)
     if records:
         print(write_report(Path(study.results), study.name, study.reference, list(study.arms), records))
         print(f"written: {study.results}/table.md and pictures")
     return code
+
+
+def _whole(study: Study, runs: Sequence[Run], results: Results) -> list[Record]:
+    """Returns the records, of the study's tasks and schedules alone; names those that lack some and leaves them out."""
+    records = []
+    for run in runs:
+        schedules, record = study.arms[run.arm].schedules, results.read(run.arm, run.seed)
+        if record is None:
+            continue
+        if missing := lacking(record, study.tasks, schedules):
+            file = results.file(run.arm, run.seed)
+            print(f"{file}: left out of the tables: no answers yet to {', '.join(missing)}", file=sys.stderr)
+            continue
+        scores = {task: {name: record["scores"][task][name] for name in schedules} for task in study.tasks}
+        records.append({**record, "scores": scores})
+    return records
 
 
 def _check_results(results: Results, runs: Sequence[Run]) -> None:

@@ -14,15 +14,16 @@ import torch
 import transformers
 
 from data import easy_vqa, scenes
-from eval.checkpoint import Checkpoint
+from eval.checkpoint import Checkpoint, CheckpointError
 from eval.scenes import SPLITS
-from models.cost import plan_cost
+from models.cost import plan_cost, training_flops
 from models.families import family_of
 from recipes.schema import Phase, Recipe
 
 Record = dict[str, Any]
 TASKS: Final = ("easy_vqa", *SPLITS)
 _CURVE: Final = 100  # points of a learning curve at most
+_TRAINING: Final = ("steps", "samples", "tokens", "visual_tokens", "seconds", "precision", "ranks")
 _PER_RUN: Final = ("name", "output", "seed")  # what differs between the runs of an arm
 
 
@@ -61,6 +62,16 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def lacking(record: Record, tasks: Sequence[str], schedules: Sequence[str]) -> list[str]:
+    """Returns which of the tasks, and `TASK under SCHEDULE`, a record has no answers to."""
+    missing = []
+    for task in tasks:
+        found = record["scores"].get(task)
+        absent = [] if found is None else [name for name in schedules if name not in found]
+        missing += [task] if found is None else [f"{task} under {name}" for name in absent]
+    return missing
+
+
 def record_of(
     arm: str, seed: int, recipe: Recipe, checkpoint: Checkpoint, cells: Mapping[str, Mapping[str, Record]]
 ) -> Record:
@@ -72,6 +83,9 @@ def record_of(
         recipe: what it was trained with.
         checkpoint: its folder's.
         cells: by task and schedule, what `eval.cells.run_cell` returned.
+
+    Raises:
+        CheckpointError: what its training wrote cannot be read.
     """
     phases = [_phase_record(phase, recipe, checkpoint) for phase in recipe.phases]
     return {
@@ -88,26 +102,41 @@ def record_of(
 
 
 def _phase_record(phase: Phase, recipe: Recipe, checkpoint: Checkpoint) -> Record:
-    run = json.loads((phase.folder / "final/run.json").read_text(encoding="utf-8"))
+    run = _training_of(phase)
     fields = json.loads((checkpoint.weights / "config.json").read_text(encoding="utf-8"))
     config = family_of(fields["model_type"], checkpoint.weights).config_class.from_dict(fields)
-    visual = config.image_seq_length
+    visual = round(run["visual_tokens"] / run["samples"])  # the mean: samples have several images, or none
     text = round(run["tokens"] / run["samples"]) - visual
     # forward, and backward twice as much where the decoder's weights learn
     passes = 3 if phase.train.learning_rate.language_model is not None and phase.train.lora is None else 2
     plans = recipe.model.plans
     costs = {name: plan_cost(config.text_config, one.stages, visual=visual, text=text) for name, one in plans.items()}
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
-    flops = 0.0
-    for name, one in plans.items():  # a teacher's pass is a forward alone
-        teacher = 0 if one.distill is None else costs[one.distill.teacher].flops
-        flops += one.weight / sum(each.weight for each in plans.values()) * (passes * costs[name].flops + teacher)
+    weights = {name: one.weight for name, one in plans.items()}
+    teachers = {name: one.distill.teacher for name, one in plans.items() if one.distill is not None}
+    flops = training_flops({name: cost.flops for name, cost in costs.items()}, weights, teachers, passes=passes)
     return {
         "phase": phase.name,
-        **{key: run[key] for key in ("steps", "samples", "tokens", "seconds", "precision", "ranks")},
+        **run,
         "flops": run["samples"] * flops,
         "dense_flops": passes * run["samples"] * dense.flops,
     }
+
+
+def _training_of(phase: Phase) -> Record:
+    """Returns what run.json of a phase says of its training.
+
+    Raises:
+        CheckpointError: it is not what a run writes.
+    """
+    file = phase.folder / "final/run.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        return {key: run[key] for key in _TRAINING}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({type(error).__name__}: {error}), expected what a run writes"
+        ) from error
 
 
 def _curve(log: Sequence[Mapping[str, Any]], phases: Sequence[Record]) -> list[list[float]]:

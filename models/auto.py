@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .families import family_of, is_original
@@ -11,6 +14,8 @@ from .original_checkpoints import load_original
 from .stage_plan import StagePlan
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What transformers raises for a config.json that describes no model.
+CONFIG_FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 
 
 class FusedAutoModel:
@@ -50,6 +55,37 @@ class FusedAutoModel:
         """
         fused = _fused_config(config, stages)
         return family_of(config.model_type).model_class._from_config(fused, **kwargs)
+
+
+def config_fields(config: str | None, checkpoint: str | None) -> Any:
+    """Returns the fields of the checkpoint's config.json; of the config folder's where it is not at hand, or original.
+
+    LLaVA's original format says little of the model; the config folder says what becomes of it.
+
+    Raises:
+        OSError: neither can be read.
+    """
+    if checkpoint is not None:
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+        except OSError:
+            if config is None:
+                raise
+        else:
+            if config is None or not is_original(fields):
+                return fields
+    return json.loads((Path(str(config)) / "config.json").read_text(encoding="utf-8"))
+
+
+def config_of(fields: Any, source: Any, **more: Any) -> Any:
+    """Returns the fused config of the fields of a config.json, an ordinary one's too, and of `more`.
+
+    Raises one of CONFIG_FAULTS where they describe no model of a supported family. `source` is for the message.
+    """
+    if not isinstance(fields, dict):
+        raise TypeError(f"got {type(fields).__name__}, expected a mapping of keys")
+    without_type = {name: value for name, value in fields.items() if name != "model_type"}
+    return family_of(fields.get("model_type"), source).config_class(**{**without_type, **more})
 
 
 def _read_config(source: Any, hub: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,24 @@ def plan_cost(text_config: Any, plan: StagePlan | None, *, visual: int, text: in
     counts = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
     kv = [plan is not None and plan.update == "kv"] * depth
     return live_cost(text_config, counts, text=text, kv=kv, value=bytes_per_value)
+
+
+def training_flops(
+    flops: Mapping[str, float], weights: Mapping[str, float], teachers: Mapping[str, str], *, passes: float
+) -> float:
+    """Returns the FLOPs of training on a sample under one of several plans, the mean over steps.
+
+    Args:
+        flops: of a forward pass under each plan.
+        weights: how often each plan is drawn, in any unit.
+        teachers: of each plan that is distilled, the plan that teaches it, whose forward pass each step takes too.
+        passes: of forward and backward together, in forward passes.
+    """
+    total = 0.0
+    for name, weight in weights.items():
+        teacher = flops[teachers[name]] if name in teachers else 0
+        total += weight * (passes * flops[name] + teacher)
+    return total / sum(weights.values())
 
 
 def live_cost(text_config: Any, counts: Sequence[int], *, text: int, kv: Sequence[bool], value: int = 2) -> Cost:

@@ -16,7 +16,9 @@ WHOLE = 576  # patches of the image that the counts are published for
 
 @dataclass(frozen=True)
 class VisionZip(Schedule):
-    """Before the decoder, of an image's class token and P patches round(P (`dominant` + `contextual`) / 576) stay.
+    """Before the decoder, two groups of an image's class token and P patches stay; their counts are for 576 patches.
+
+    Each count is scaled and rounded by itself: round(P `dominant` / 576), at least 1, and round(P `contextual` / 576).
 
     - Dominant: the class token and the patches that it attends to most in the tower layer whose output LLaVA projects,
       summed over heads.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recipes.errors import first_fault
 from recipes.schema import read_yaml
@@ -12,6 +13,16 @@ from recipes.schema import read_yaml
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"got {value} twice, expected each once")
+    return values
+
+
+_Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class Arm(_Section):
@@ -23,7 +34,7 @@ class Arm(_Section):
     """
 
     set: list[str] = []
-    schedules: list[str] = Field(default=["trained"], min_length=1)
+    schedules: _Names = ["trained"]
 
 
 class Study(_Section):
@@ -43,8 +54,8 @@ class Study(_Section):
     name: str
     recipe: str
     set: list[str] = []
-    seeds: list[int] = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
+    seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_each_once)]
+    tasks: _Names
     reference: str
     arms: dict[str, Arm] = Field(min_length=1)
     results: str

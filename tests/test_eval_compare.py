@@ -18,10 +18,10 @@ from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import arguments, main, prepare
 from eval.plots import Point, pareto_front, smooth
-from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text
+from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text, shown_schedule
 from eval.seeds import common_name, groups_of
 from eval.seeds import compared as compared_seeds
-from eval.settings import ComparisonError, meaning, named
+from eval.settings import ComparisonError, code, meaning, named
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
@@ -153,6 +153,20 @@ def test_comments_docstrings_and_layout_do_not_make_other_code():
     )
     assert meaning("class A:\n    def f(self, x): return x + 1") == first
     assert meaning("class A:\n    def f(self, x): return x + 2") != first
+
+
+def test_all_code_that_answers_pass_through_decides_a_cell(tmp_path):
+    for folder in ("models", "data", "eval"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = code(tmp_path)
+    deciding = ("models/fused", "data/processor", "data/dataset", "data/images", "data/chat", "eval/prompts")
+    for name in deciding:
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write("\nONE_MORE = 1\n")
+        before, last = code(tmp_path), before
+        assert before != last, name
+    (tmp_path / "eval/report.py").write_text("")  # only shows them
+    assert code(tmp_path) == before
 
 
 def test_cells_of_other_code_are_run_again_and_it_is_said(runs, tmp_path, monkeypatch, capsys):
@@ -384,7 +398,27 @@ def test_every_row_says_the_settings_of_its_schedule():
     assert settings_text(ShortV()) == "layers 0/2/3/12/17-31"
     assert settings_text(Within(StagePlan(2, 5), VTW(4))) == "layer 4"
     assert settings_text(Fused(StagePlan(2, 5, keep={3: 2}))) == "enter 2, exit 5, keep 2 from 3"
+    assert settings_text(Fused(StagePlan(0, 3))) == "enter 0, exit 3"
+    diverse = Fused(StagePlan(0, 3, "kv", keep={0: 0.25}, select="diversity"))
+    assert settings_text(diverse) == "enter 0, exit 3, update kv, keep 0.25 from 0, select diversity"
     assert settings_text(Dense()) == ""
+
+
+@pytest.mark.parametrize(
+    ("label", "schedule", "shown"),
+    [
+        ("trained", Fused(StagePlan(0, 3)), "trained"),
+        ("fast", Fused(StagePlan(0, 2)), "fast"),  # one of the checkpoint's plans
+        ("dense", Dense(), "dense"),
+        ("vtw", Within(StagePlan(0, 3), VTW(2)), "vtw within the plan"),
+        ("vtw", VTW(2), "vtw"),
+    ],
+)
+def test_only_a_pruner_is_within_the_plan(label, schedule, shown):
+    costs = dict.fromkeys(("visual_token_layers", "token_layers", "flops", "vision_attention"), 1)
+    cell = {"status": "done", "stages": {"enter": 0, "exit": 3}, "costs": {**costs, "dense": costs}, "samples": []}
+    cell |= {"benchmark": {"metric": "accuracy", "scale": 1.0}, "metrics": {"accuracy": 0.5}}
+    assert shown_schedule(cell_row("run", label, "scenes", cell, schedule, None)) == shown
 
 
 def test_a_column_that_tells_rows_apart_in_nothing_is_left_out():

@@ -116,6 +116,10 @@ def test_choices_and_examples(loaded, tmp_path, monkeypatch):
     assert choices[0][0] == "trained, vision in 3 of 8 layers"
     assert ("dense", "dense") in choices
     assert ("vtw, within the plan", "vtw") in choices
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "plans", {"fast": {"enter": 2, "exit": 3}, "dense": None})
+        labels = {name: label for label, name in demo.schedule_choices(model)}
+        assert (labels["fast"], labels["dense"]) == ("fast, one of its plans", "dense, one of its plans")
     monkeypatch.setattr(model.config, "stages", None)
     assert demo.schedule_choices(model) == [(name, name) for name in usable]
     monkeypatch.setattr(model.config, "schedule", {"name": "vtw", "layer": 2})

@@ -1,5 +1,7 @@
 """The lmms-eval adapter and our tasks under the real lmms-eval; the standard tasks on a few made-up rows, offline."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +16,8 @@ from eval.benchmarks import BENCHMARKS, missing_judge, value_of
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
 from eval.prompts import Asked
-from models.schedules import VTW
+from models import StagePlan
+from models.schedules import VTW, Fused
 from tests.benchmark_rows import ROWS
 from tests.conftest import QUICKSTART, ROOT
 
@@ -234,6 +237,17 @@ def test_model_args_name_checkpoint_and_schedule(quickstart_run):
     ):
         with pytest.raises(CheckpointError, match=r"--model_args: .*got .*expected "):
             FusedLlava.create_from_arg_string(wrong)
+
+
+def test_model_args_name_one_of_the_checkpoints_plans(quickstart_run, tmp_path):
+    shutil.copytree(quickstart_run, tmp_path / "run")
+    config = tmp_path / "run/final/config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "plans": {"early": {"enter": 0, "exit": 2}, "dense": None}}))
+    made = FusedLlava.create_from_arg_string(f"pretrained={tmp_path}/run,schedule=early", {})
+    assert made._held[0].schedule == Fused(StagePlan(0, 2))
+    with pytest.raises(CheckpointError, match="--model_args: schedule: got 'late', expected one of trained, early, "):
+        FusedLlava.create_from_arg_string(f"pretrained={tmp_path}/run,schedule=late", {})
 
 
 def test_lmms_evals_command_line_knows_model_and_tasks(quickstart_run, tmp_path):

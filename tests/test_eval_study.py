@@ -1,12 +1,23 @@
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
-from eval.study import check_names, main, runs_of
-from eval.study_record import Results, fingerprint, questions_of
+from eval.checkpoint import Checkpoint, CheckpointError
+from eval.study import check_names, finish, main, runs_of
+from eval.study_record import Results, fingerprint, questions_of, record_of
 from eval.study_report import cells_of, score_table
+from models import StagePlan
+from models.cost import plan_cost
+from models.schedules import ScheduleError
+from recipes.schema import load_recipe
 from recipes.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,11 +86,29 @@ def test_the_studies_of_the_repository_are_valid(monkeypatch):
         ({"reference": "none"}, "reference: got 'none', expected an arm: dense, window"),
         ({"tasks": ["pope"]}, "tasks: got 'pope', expected easy_vqa, scenes, scenes_compositional"),
         ({"seeds": []}, "seeds: got []"),
+        ({"seeds": [0, 1, 0]}, "seeds: got 0 twice, expected each once"),
+        ({"tasks": ["scenes", "scenes"]}, "tasks: got scenes twice, expected each once"),
+        (
+            {"arms": {"dense": {"schedules": ["vtw", "trained", "vtw"]}}},
+            "arms.dense.schedules: got vtw twice, expected each once",
+        ),
         ({"seed": [0]}, "seed: unknown key; did you mean 'seeds'?"),
         ({"arms": {"dense": {"sett": []}}}, "arms.dense.sett: unknown key; did you mean 'set'?"),
         (
             {"reference": "dense", "arms": {"dense": {"schedules": ["best"]}}},
             "schedules: got 'best', expected trained, ",
+        ),
+        (  # which reads a text tower that no study gives it
+            {"arms": {"dense": {"schedules": ["trained", "cdpruner"]}}},
+            "arms.dense.schedules: 'cdpruner': schedule CDPruner: got a checkpoint without the text tower",
+        ),
+        (
+            {"arms": {"dense": {"set": ["model.config=recipes/configs/qwen2.5-vl-3b"], "schedules": ["visionzip"]}}},
+            "arms.dense.schedules: 'visionzip': schedule VisionZip: got ",
+        ),
+        (
+            {"arms": {"dense": {"set": ["model.stages=[{name: a, plan: null}, {name: vtw, plan: null}]"]}}},
+            "arms.dense: model: plans: got the name 'vtw'",
         ),
     ],
 )
@@ -127,6 +156,98 @@ def test_the_table_counts_seeds_and_pairs_questions():
     assert row["over images"] == "+0.00 to +75.00"
     assert (row["training"], row["of dense"], row["prompt of dense"]) == ("0.5 TFLOP", "25.0 %", "25.0 %")
     assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
+
+
+def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(study, monkeypatch, capsys):
+    fields = yaml.safe_load(study.read_text())
+    fields["arms"]["window"]["schedules"] = ["dense", "trained"]
+    study.write_text(yaml.safe_dump({**fields, "seeds": [0]}))
+    out, results, loaded = study.parent / "out", Results(study.parent / "results"), load_study(study)
+    results.folder.mkdir()
+    asked = len(questions_of("easy_vqa"))
+    for run in runs_of(loaded, out, list(loaded.arms), loaded.seeds):
+        one = {**record(run.arm, 0, "1" * asked), "recipe": fingerprint(run.recipe)}
+        one["scores"]["scenes"] = one["scores"]["easy_vqa"]  # which the study no longer asks for
+        results.write(one)
+
+    def scored(study, run, **_):
+        told = record(run.arm, run.seed, "0" * asked)
+        told["scores"]["easy_vqa"] |= {"dense": told["scores"]["easy_vqa"]["trained"]}
+        return {**told, "recipe": fingerprint(run.recipe)}
+
+    monkeypatch.setattr("eval.study.score", scored)
+    before = results.file("window", 0).read_text()
+    assert main([str(study), "--out", str(out)]) == 1  # no trained run is there to ask
+    told = capsys.readouterr()
+    assert "window-seed0.json: got no answers to easy_vqa under dense, and no " in told.err
+    assert "| window" not in told.out
+    assert results.file("window", 0).read_text() == before
+
+    (out / "runs/window-seed0/final").mkdir(parents=True)
+    assert main([str(study), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("its result is there") == 1
+    assert told.index("| window, dense | 1 | 0.00 % |") < told.index("| window | 1 | 0.00 % |")  # the study's order
+    assert results.read("window", 0)["scores"].keys() == {"easy_vqa", "scenes"}
+
+
+def test_a_schedule_that_a_trained_model_refuses_is_one_line(study, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise ScheduleError("schedule: refused")
+
+    monkeypatch.setattr("eval.study.score", refused)
+    (study.parent / "out/runs/dense-seed0/final").mkdir(parents=True)
+    assert main([str(study), "--out", str(study.parent / "out"), "--arms", "dense", "--seeds", "0"]) == 1
+    assert capsys.readouterr().err == "schedule: refused\n"
+
+
+SAVES = """
+import signal, sys, time
+def save(number, _):
+    time.sleep(1)  # longer than subprocess.run would wait before it kills
+    print(signal.Signals(number).name, flush=True)
+    sys.exit(0)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_record_counts_the_visual_tokens_that_training_saw(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)  # a family whose images differ in size, so its config names no count
+    recipe = load_recipe("recipes/qwen2_5_vl_3b_fused.yaml", [f"output={tmp_path}"])
+    run = {"steps": 2, "samples": 10, "tokens": 1000, "visual_tokens": 600, "seconds": 1.0}
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/run.json").write_text(json.dumps({**run, "precision": "bf16", "ranks": 1}))
+    checkpoint = Checkpoint("run", ROOT / "recipes/configs/qwen2.5-vl-3b", "chat_template", "processor", {}, [])
+    (phase,) = record_of("fused", 0, recipe, checkpoint, {})["phases"]
+    text_config = checkpoint.config.text_config
+    fused, dense = (plan_cost(text_config, plan, visual=60, text=40).flops for plan in (StagePlan(9, 27), None))
+    assert (phase["visual_tokens"], phase["flops"], phase["dense_flops"]) == (600, 30 * fused, 30 * dense)
+
+    (tmp_path / "final/run.json").write_text(json.dumps({"steps": 2}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        record_of("fused", 0, recipe, checkpoint, {})
+
+
+@pytest.mark.parametrize(("number", "reaches"), [(signal.SIGINT, "both"), (signal.SIGTERM, "the study alone")])
+def test_a_stopped_study_waits_until_its_training_has_saved(number, reaches):
+    with subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"ready\n"
+
+        def stop():
+            if reaches == "both":  # as a terminal sends it
+                child.send_signal(number)
+            os.kill(os.getpid(), number)
+
+        timer = threading.Timer(0.2, stop)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            finish(child)
+        timer.join()
+        assert (child.returncode, child.stdout.read()) == (0, f"{number.name}\n".encode())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow

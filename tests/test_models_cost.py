@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from models import StagePlan, run_decoder
-from models.cost import live_cost, plan_cost
+from models.cost import live_cost, plan_cost, training_flops
 from models.schedules import Dense, Fused, ShortV
 
 LLAVA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
@@ -54,3 +54,10 @@ def test_a_window_of_half_the_layers_halves_vision():
     fused = plan_cost(LLAVA_7B, StagePlan(8, 24), visual=576, text=64)
     assert fused.visual_token_layers * 2 == dense.visual_token_layers
     assert fused.vision_attention < dense.vision_attention
+
+
+def test_training_takes_the_mean_of_its_plans_and_the_teachers_passes():
+    flops = {"fast": 1.0, "dense": 4.0}
+    assert training_flops(flops, {"dense": 1}, {}, passes=3) == 12
+    assert training_flops(flops, {"fast": 3, "dense": 1}, {}, passes=2) == (3 * 2 + 8) / 4
+    assert training_flops(flops, {"fast": 3, "dense": 1}, {"fast": "dense"}, passes=2) == (3 * (2 + 4) + 8) / 4

@@ -182,6 +182,11 @@ def test_metrics_tell_the_models_flops_and_their_share_of_the_peak():
     report = metrics.report(seconds=2.0)
     assert (report["model_flops_per_second"], report["mfu"]) == (300.0, 0.3)
     assert (seen["samples"], seen["visual"], seen["tokens"], seen["image_labels"]) == (1, 2, 4, 2)
+    assert metrics.visual == 2
+    resumed = TrainMetrics(image_token=7, visual=metrics.visual)
+    step(resumed, 1.0, input_ids=torch.tensor([[7, 7, 7, 5]]), pixel_values=torch.zeros(1))
+    resumed.end_step(resumed.take_step().tolist())
+    assert resumed.visual == 5  # of the whole run, not of a window
 
 
 def test_metrics_of_a_resumed_run_report_what_the_uninterrupted_one_reports():
@@ -234,7 +239,7 @@ def write_checkpoint(folder, step, **more):
     (path / "part").mkdir(parents=True)
     (path / "weights").write_bytes(b"w" * 100)
     (path / "part/rng_state.pth").write_text("r")
-    mark(path, Progress(step=step, seconds=1.5, samples=8, tokens=80, ranks=2, **more))
+    mark(path, Progress(step=step, seconds=1.5, samples=8, tokens=80, visual=40, ranks=2, **more))
     return path
 
 
@@ -254,7 +259,7 @@ def test_a_checkpoint_counts_when_it_is_marked(run_folder):
     (run_folder / "checkpoint-12/weights").write_text("w")
     shutil.copytree(run_folder / "checkpoint-2", run_folder / "checkpoint-best")
     assert [path.name for path in whole_checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
-    assert read_progress(run_folder / "checkpoint-10") == Progress(10, 1.5, 8, 80, 2)
+    assert read_progress(run_folder / "checkpoint-10") == Progress(10, 1.5, 8, 80, 40, 2)
     assert set_aside(run_folder) == ["incomplete-checkpoint-12: its writing was cut off; not resumed"]
     assert set_aside(run_folder) == []
     keep_newest(run_folder, 1)

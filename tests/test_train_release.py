@@ -48,7 +48,7 @@ from train.checkpoints import Progress, mark
 from train.release import hub as release_hub
 from train.release import proof as release_proof
 from train.release import release
-from train.release.card import plan_words, read_comparison
+from train.release.card import plan_words, read_comparison, write_card
 from train.release.errors import InputError, ReleaseError
 from train.release.processor import released_processor, save_processor
 from train.release.proof import picture
@@ -391,6 +391,24 @@ def test_plans_in_words():
 
 def parts(text, images):
     return [*[{"type": "image", "image": image} for image in images], {"type": "text", "text": text}]
+
+
+def test_a_card_lists_all_plans_and_how_to_choose_one(llava, tmp_path):
+    shutil.copy(llava / "final/processor_config.json", tmp_path)
+    plans = {"fused": {"enter": 1, "exit": 3}, "dense": None}
+    cards = []
+    for some in (plans, None):
+        config = FusedLlavaConfig.from_pretrained(llava / "final", plans=some)
+        write_card(tmp_path, find_run(llava), config, None, repo=None, plain=False)
+        cards.append(ModelCard.load(tmp_path / "README.md").text)
+    several, single = cards
+    assert "trained for 2 stage plans" in several
+    assert "- `fused`: Visual tokens enter at decoder layer 1 and are gone from layer 3 on" in several
+    assert "- `dense`: Dense: visual tokens run through all 4 decoder layers" in several
+    assert 'model.schedule = "dense"' in several
+    assert "dense included" not in several
+    assert "stage plans" not in single
+    assert "under another, dense included, it is not what was trained" in single
 
 
 @pytest.mark.parametrize("chat_format", ["vicuna_v1", "plain", "chat_template"])

@@ -98,6 +98,7 @@ class RunCallback(TrainerCallback):
                 seconds=trainer.clock.agreed,
                 samples=trainer.metrics.samples,
                 tokens=trainer.metrics.tokens,
+                visual=trainer.metrics.visual,
                 ranks=distributed.count(),
                 window=trainer.metrics.window(),
                 fingerprints=trainer.fingerprints,

@@ -54,7 +54,7 @@ class Progress:
         step: optimizer steps done.
         seconds: seconds of training.
         samples: samples seen, all ranks.
-        tokens: tokens seen, all ranks.
+        tokens: tokens seen, all ranks; visual: visual tokens among these.
         ranks: processes that wrote the checkpoint.
         window: sums of the steps since the last log line, and the seconds at that line.
         fingerprints: digests of the data, the DeepSpeed configuration and the schedule of learning rates.
@@ -64,6 +64,7 @@ class Progress:
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
+    visual: int = 0
     ranks: int = 1
     window: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from transformers import LlavaConfig
 
 from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
 from models import run_decoder
+from models.auto import CONFIG_FAULTS
 from models.families import family_of
 from models.schedules import SCHEDULES, TRAINED
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
@@ -25,7 +26,7 @@ from train.arguments import check_batches
 from train.checkpoints import check_same_run
 from train.errors import one_line
 from train.groups import tower_depth
-from train.initial import CONFIG_FAULTS, check_tokens, read_config, read_processor
+from train.initial import check_tokens, read_config, read_processor
 from train.tracking import check_tracking
 
 _WORKERS_A_CORE = 16

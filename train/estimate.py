@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LlavaConfig
 
 from models.attention import CacheShim, project_visual_kv, rotary, rotary_kind, run_layer, uses_mrope
-from models.cost import Cost, plan_cost
+from models.cost import Cost, plan_cost, training_flops
 from models.families import family_of
 from recipes.schema import NamedPlan, TrainSection
 from train.adapters import add_adapters
@@ -164,11 +164,9 @@ class Estimate:
 
     def decoder_flops(self, costs: Mapping[str, Cost]) -> float:
         """Returns the decoder's FLOPs of training on a sample, the mean over the plans, teachers' passes included."""
-        flops = 0.0
-        for name, plan in self._plans.items():
-            teacher = 0 if plan.distill is None else costs[plan.distill.teacher].flops
-            flops += self.ratios[name] * (self.passes * costs[name].flops + teacher)
-        return flops
+        teachers = {name: plan.distill.teacher for name, plan in self._plans.items() if plan.distill is not None}
+        flops = {name: cost.flops for name, cost in costs.items()}
+        return training_flops(flops, self.ratios, teachers, passes=self.passes)
 
     def window_flops(self, sums: Mapping[str, float]) -> float:
         """Returns the model FLOPs of training on samples of the mean length: see `TrainMetrics`.

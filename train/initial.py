@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -24,6 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data.processor import ProcessorError, VisionProcessor, model_processor, save_processor
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
+from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.families import family_of, is_original
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.errors import one_line
@@ -31,8 +30,6 @@ from train.precision import resolve_dtype
 from train.weights import save_model
 
 INITIAL = "init"  # folder below the run folder
-# What transformers raises for a config.json that describes no model.
-CONFIG_FAULTS: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 
 
 def read_config(model: ModelSection) -> Any:
@@ -44,34 +41,9 @@ def read_config(model: ModelSection) -> Any:
     key = "model.config" if model.checkpoint is None else "model.checkpoint"
     source = model.checkpoint or model.config or ""
     try:
-        return _config_of(source, _fields_of(model), **model.plan_fields)
+        return config_of(config_fields(model.config, model.checkpoint), source, **model.plan_fields)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
-
-
-def _fields_of(model: ModelSection) -> Any:
-    """Returns the fields of the checkpoint's config.json; of the config folder's where it is not at hand, or original.
-
-    LLaVA's original format says little of the model; the config folder says what becomes of it.
-    """
-    if model.checkpoint is not None:
-        try:
-            fields, _ = PreTrainedConfig.get_config_dict(model.checkpoint)
-        except OSError:
-            if model.config is None:
-                raise
-        else:
-            if model.config is None or not is_original(fields):
-                return fields
-    return json.loads((Path(str(model.config)) / "config.json").read_text(encoding="utf-8"))
-
-
-def _config_of(source: Any, fields: Any, **more: Any) -> Any:
-    """Returns the fused config of the fields of a config.json."""
-    if not isinstance(fields, dict):
-        raise TypeError(f"got {type(fields).__name__}, expected a mapping of keys")
-    family = family_of(fields.get("model_type"), source)
-    return family.config_class(**{**_without_type(fields), **more})
 
 
 def read_processor(model: ModelSection) -> Any:
@@ -177,7 +149,7 @@ def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
 def checkpoint_config(source: str | Path) -> Any:
     """Returns the config of a checkpoint, fused or ordinary."""
     fields, _ = PreTrainedConfig.get_config_dict(source)
-    return _config_of(source, fields)
+    return config_of(fields, source)
 
 
 def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
@@ -190,11 +162,6 @@ def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
                 f"model: checkpoint '{source}': {kind.replace('_', ' ')}: {faults[0]}{more}; "
                 "expected a checkpoint whose weights are those of its config"
             )
-
-
-def _without_type(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the model type, because an ordinary checkpoint is read too."""
-    return {name: value for name, value in fields.items() if name != "model_type"}
 
 
 def check_tokens(config: Any, processor: Any) -> None:

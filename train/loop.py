@@ -221,6 +221,7 @@ def _metrics(recipe: Recipe, phase: Phase, progress: Progress) -> TrainMetrics:
     return TrainMetrics(
         samples=progress.samples,
         tokens=progress.tokens,
+        visual=progress.visual,
         window=progress.window,
         image_token=config.image_token_id,
         flops=Estimate(config, phase.train, phase.plans).window_flops if distributed.rank() == 0 else None,

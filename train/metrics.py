@@ -23,7 +23,7 @@ class TrainMetrics:
         peak: FLOP/s of all GPUs at most; None where it is not known.
 
     Attributes:
-        samples, tokens: of the whole run, all ranks.
+        samples, tokens, visual: samples, tokens, and visual tokens among these, of the whole run, all ranks.
     """
 
     def __init__(
@@ -31,15 +31,16 @@ class TrainMetrics:
         *,
         samples: int = 0,
         tokens: int = 0,
+        visual: int = 0,
         window: Mapping[str, Any] | None = None,
         image_token: int | None = None,
         flops: Callable[[Mapping[str, float]], float] | None = None,
         peak: float | None = None,
     ) -> None:
-        self.samples, self.tokens = samples, tokens
+        self.samples, self.tokens, self.visual = samples, tokens, visual
         self._image_token, self._flops, self._peak = image_token, flops, peak
         window = window or {}
-        self._rows: list[list[float]] = [list(row) for row in window.get("rows", ())]  # a step each, since the last log
+        self._rows: list[list[float]] = list(window.get("rows", ()))  # a step each, since the last log
         self._logged_seconds = float(window.get("seconds", 0.0))
         self._step: Tensor | None = None
 
@@ -72,6 +73,7 @@ class TrainMetrics:
         named = dict(zip(_SUMS, sums, strict=True))
         self.samples += int(named["samples"])
         self.tokens += int(named["tokens"])
+        self.visual += int(named["visual"])
         return named
 
     def report(self, seconds: float) -> dict[str, float]:

@@ -154,6 +154,7 @@ def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
         "samples": samples,
         "samples_per_second": round(samples / max(seconds, 1e-9), 2),
         "tokens": tokens,
+        "visual_tokens": trainer.metrics.visual,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         "loss": losses[-1] if losses else None,
         **_eval_figures(trainer),

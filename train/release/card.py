@@ -174,7 +174,8 @@ def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str,
         "place": place,
         "plain": plain,
         "staged": config.stages is not None,
-        "plan": plan_words(None if config.stages is None else StagePlan.from_dict(config.stages), depth),
+        "plan": _words(config.stages, depth),
+        "plans": [(name, _words(fields, depth)) for name, fields in (config.plans or {}).items()],
         "schedule": TRAINED if config.schedule is None else config.schedule["name"],
         "schedule_heads": heads,
         "schedule_rows": rows,
@@ -194,6 +195,10 @@ def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str,
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
     }
+
+
+def _words(fields: Mapping[str, Any] | None, depth: int) -> str:
+    return plan_words(None if fields is None else StagePlan.from_dict(fields), depth)
 
 
 def _sources(run: Run) -> list[str]:
