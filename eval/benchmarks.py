@@ -57,7 +57,7 @@ def missing_judge(task: str) -> str | None:
     key = _JUDGE_KEYS.get(os.environ.get("API_TYPE", "openai"))
     if task not in JUDGED or key is None or os.environ.get(key):
         return None
-    return f"found {task}, which a judge model scores, without {key}, accepted: {key} set, or the task left out"
+    return f"got {task}, which a judge model scores, without {key}, expected {key} set, or the task left out"
 
 
 def value_of(sample: Mapping[str, Any], metric: str) -> float | None:

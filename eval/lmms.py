@@ -297,7 +297,7 @@ class Harness:
 def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:
     for visual in visuals or []:
         if not isinstance(visual, Image.Image):
-            raise TypeError(f"{task}: found a {type(visual).__name__} to look at, accepted: images")
+            raise TypeError(f"{task}: got a {type(visual).__name__} to look at, expected images")
     return [visual.convert("RGB") for visual in visuals or []]
 
 

@@ -51,7 +51,7 @@ class Shape:
 def positive(text: str) -> int:
     """Returns a whole number above 0, for a command line."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: a whole number above 0")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
     return int(text)
 
 

@@ -25,7 +25,7 @@ from models.schedules import Schedule
 
 
 class SamplesError(UsageError):
-    """The task cannot be asked; the text says what was found and what is accepted."""
+    """The task cannot be asked; the text says what was got and what is expected."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
     except DataError as error:
         raise SamplesError(f"--task: {error}") from None
     if not records:
-        raise SamplesError(f"--task: {file}: found no row whose first question has an image, accepted: some that do")
+        raise SamplesError(f"--task: {file}: got no row whose first question has an image, expected some that do")
     chosen = [records[place] for place in spaced(len(records), limit)]
     return [_file_sample(str(file), number, record, images) for number, record in chosen]
 

@@ -69,16 +69,16 @@ def samples_of(args: argparse.Namespace) -> list[Sample]:
         samples = file_samples(Path(args.task), args.images, args.limit)
     else:
         raise SamplesError(
-            f"--task: found '{args.task}', accepted: easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"
+            f"--task: got '{args.task}', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"
         )
     least = math.ceil(100 / args.tolerance)
     if len(samples) < least:
         raise SamplesError(
-            f"--limit: found {len(samples)} samples for a tolerance of {args.tolerance:g} points, accepted: at least "
+            f"--limit: got {len(samples)} samples for a tolerance of {args.tolerance:g} points, expected at least "
             f"{least}, because one sample must not weigh more than that, or a larger --tolerance"
         )
     if len({sample.group for sample in samples}) < 2:
-        raise SamplesError(f"--task: {args.task}: found one image, accepted: samples about several")
+        raise SamplesError(f"--task: {args.task}: got one image, expected samples about several")
     return samples
 
 
@@ -102,7 +102,7 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     window = args.window or max(1, round(depth / 8))
     if window > depth:
         raise SamplesError(
-            f"--window: found {window}, accepted: at most {depth}, because the decoder has {depth} layers"
+            f"--window: got {window}, expected at most {depth}, because the decoder has {depth} layers"
         )
     make_folder("--out", args.out)
     model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -149,7 +149,7 @@ def _points(text: str) -> float:
     except ValueError:
         points = 0.0
     if not 0 < points <= 100:
-        raise argparse.ArgumentTypeError(f"found {text!r}, accepted: points of score, above 0 and at most 100")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected points of score, above 0 and at most 100")
     return points
 
 

@@ -20,9 +20,9 @@ def check_target(target: Path | None) -> None:
     if target is None:
         return
     if target.exists() or target.is_symlink():
-        raise RecipeError(f"--write: found {target}, accepted: a file that does not exist yet")
+        raise RecipeError(f"--write: got {target}, expected a file that does not exist yet")
     if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir():
-        raise RecipeError(f"--write: found {target}, accepted: a .yaml file in a folder that exists")
+        raise RecipeError(f"--write: got {target}, expected a .yaml file in a folder that exists")
 
 
 def starting_recipe(checkpoint: Checkpoint, given: str) -> Recipe:
@@ -72,5 +72,5 @@ def write_recipe(target: Path, start: Recipe, record: dict[str, Any]) -> None:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise RecipeError(f"--write: {target}: {error.strerror}, accepted: a file that can be made") from error
+        raise RecipeError(f"--write: {target}: {error.strerror}, expected a file that can be made") from error
     load_recipe(target)

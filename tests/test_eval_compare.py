@@ -634,12 +634,12 @@ def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
     [
         ("--schedules", "gqq", "--schedules: got 'gqq', expected trained, dense, visipruner"),
         ("--tasks", "gqq", "--tasks: got 'gqq', expected easy_vqa, "),
-        ("--tasks", "mmvet", "--tasks: found mmvet, which a judge model scores, without OPENAI_API_KEY"),
+        ("--tasks", "mmvet", "--tasks: got mmvet, which a judge model scores, without OPENAI_API_KEY"),
         ("--schedules", "trained,", "--schedules: got '', expected trained, dense, visipruner"),
         ("--tasks", "easy_vqa,,pope", "--tasks: got '', expected names between commas"),
-        ("--limit", "0", "accepted: a whole number above 0"),
-        ("--limit", "many", "accepted: a whole number above 0"),
-        ("--batch", "-1", "accepted: a whole number above 0"),
+        ("--limit", "0", "expected a whole number above 0"),
+        ("--limit", "many", "expected a whole number above 0"),
+        ("--batch", "-1", "expected a whole number above 0"),
     ],
 )
 def test_wrong_input_leaves_with_2_and_one_line(runs, tmp_path, capsys, monkeypatch, flag, given, said):

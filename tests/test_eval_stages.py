@@ -584,14 +584,14 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--task", "gqa"), "--task: found 'gqa', accepted: easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
+        (("--task", "gqa"), "--task: got 'gqa', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--images", "nowhere"), "--images: "),
-        (("--limit", "30"), "--limit: found 30 samples for a tolerance of 3 points, accepted: at least 34"),
-        (("--window", "7"), "--window: found 7, accepted: at most 6"),
-        (("--write", "taken.yaml"), "accepted: a file that does not exist yet"),
-        (("--write", "no/such/folder.yaml"), "accepted: a .yaml file in a folder that exists"),
+        (("--limit", "30"), "--limit: got 30 samples for a tolerance of 3 points, expected at least 34"),
+        (("--window", "7"), "--window: got 7, expected at most 6"),
+        (("--write", "taken.yaml"), "expected a file that does not exist yet"),
+        (("--write", "no/such/folder.yaml"), "expected a .yaml file in a folder that exists"),
         (("--out", "taken.yaml"), "expected a folder that can be written"),
-        (("--tolerance", "0"), "accepted: points of score, above 0 and at most 100"),
+        (("--tolerance", "0"), "expected points of score, above 0 and at most 100"),
     ],
 )
 def test_what_a_user_got_wrong_is_told_in_one_line(task, more, said, capsys, monkeypatch):
