@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .schedule_base import ScorePruner, View, is_int, is_number, published_setting
+from .schedule_base import ScorePruner, View, are_ascending, is_number, published_setting
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class PyramidDrop(ScorePruner):
 
     def __post_init__(self) -> None:
         layers, ratios = self.layers, self.ratios
-        good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, 1) for layer in layers)
-        good = good and list(layers) == sorted(set(layers))
-        self.require("layers", good, "layer numbers (int >= 1), ascending")
+        self.require("layers", are_ascending(layers, 1), "layer numbers (int >= 1), ascending")
         good = isinstance(ratios, list | tuple) and len(ratios) == len(layers)
         good = good and all(is_number(ratio, 0.0, 1.0) for ratio in ratios)
         good = good and list(ratios) == sorted(ratios, reverse=True)

@@ -351,6 +351,12 @@ def is_int(value: Any, low: int) -> bool:
     return type(value) is int and value >= low
 
 
+def are_ascending(layers: Any, low: int) -> bool:
+    """Returns whether a value is a list of layer numbers, at least one, ascending from `low` on."""
+    good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, low) for layer in layers)
+    return good and list(layers) == sorted(set(layers))
+
+
 def is_number(value: Any, low: float, high: float = float("inf")) -> bool:
     """Returns whether a value is a number in low ... high."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .live_tokens import Selection
-from .schedule_base import Schedule, View, is_int, published_layers
+from .schedule_base import Schedule, View, are_ascending, published_layers
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class ShortV(Schedule):
 
     def __post_init__(self) -> None:
         layers = self.layers
-        good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, 0) for layer in layers)
-        good = good and list(layers) == sorted(set(layers))
-        self.require("layers", good, "layer numbers (int >= 0), ascending")
+        self.require("layers", are_ascending(layers, 0), "layer numbers (int >= 0), ascending")
         self.derive(layers=tuple(layers))
 
     def check(self, num_layers: int) -> None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .live_tokens import LiveTokens, Selection
-from .schedule_base import ScorePruner, View, at_least_one, is_int, keep_highest, mask_of, published_setting
+from .schedule_base import (
+    ScorePruner,
+    View,
+    are_ascending,
+    at_least_one,
+    is_int,
+    keep_highest,
+    mask_of,
+    published_setting,
+)
 
 WHOLE = 576  # visual tokens of the image that `tokens` is published for
 RECYCLED = 0.3  # of the tokens that go, the ratio that is merged
@@ -39,9 +48,7 @@ class SparseVLM(ScorePruner):
 
     def __post_init__(self) -> None:
         layers, tokens = self.layers, self.tokens
-        good = isinstance(layers, list | tuple) and bool(layers) and all(is_int(layer, 1) for layer in layers)
-        good = good and list(layers) == sorted(set(layers))
-        self.require("layers", good, "layer numbers (int >= 1), ascending")
+        self.require("layers", are_ascending(layers, 1), "layer numbers (int >= 1), ascending")
         good = isinstance(tokens, list | tuple) and len(tokens) == len(layers) and all(is_int(one, 1) for one in tokens)
         good = good and list(tokens) == sorted(tokens, reverse=True)
         self.require("tokens", good, "a count (int >= 1) of 576 tokens for each of layers, not growing")
