@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.probe_samples import Batch
 from models.live_tokens import NO_VISUAL, Selection
-from models.schedules import Dense, Fused, Schedule, View, Within, published
+from models.schedules import Schedule, View, Within, plan_schedule, published
 from models.stage_plan import StagePlan
 from models.value_remap import ValueRemap
 
@@ -102,11 +102,6 @@ def _last_attention(view: View) -> Tensor:
     return row.spread(row.weights.mean(dim=1), view.visual_mask.shape[1], 0.0)
 
 
-def own_schedule(plan: StagePlan | None) -> Schedule:
-    """Returns what a checkpoint runs under by itself."""
-    return Dense() if plan is None else Fused(plan)
-
-
 def knocked_out(plan: StagePlan | None, layers: Sequence[int]) -> Schedule:
     """Returns a checkpoint's schedule with vision masked in `layers`."""
     knockout = Knockout(frozenset(layers))
@@ -182,7 +177,7 @@ class Insight:
             for name, values in shown.items():
                 noted[name][:, layer] = values.float().cpu()
 
-        batch.run(self.model, RecordingSchedule(own_schedule(self.plan), look), batch.reads)
+        batch.run(self.model, RecordingSchedule(plan_schedule(self.plan), look), batch.reads)
         self.found = {name: torch.cat([self.found[name], noted[name]]) for name in MEASURES}
 
     def means(self) -> dict[str, list[float | None]]:

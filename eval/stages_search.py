@@ -14,8 +14,8 @@ import numpy as np
 
 from eval.paired import RESAMPLES, Numbers, standard_error
 from eval.probe_samples import Batch
-from eval.probes import answered, knocked_out, narrowed, own_schedule
-from models.schedules import Schedule
+from eval.probes import answered, knocked_out, narrowed
+from models.schedules import Schedule, plan_schedule
 from models.stage_plan import StagePlan
 
 Trial = tuple[Any, ...]  # ("masked", layers ...) or ("removed", enter, exit)
@@ -98,11 +98,11 @@ class Trials:
     def schedule(self, trial: Trial) -> Schedule:
         """Returns the schedule that a trial runs under."""
         if trial == self.whole:
-            return own_schedule(self.plan)
+            return plan_schedule(self.plan)
         if trial[0] == MASKED:
             return knocked_out(self.plan, range(self.depth) if trial == self.nothing else trial[1:])
         plan = narrowed(self.plan, *trial[1:])
-        return own_schedule(plan)
+        return plan_schedule(plan)
 
     def run(self, model: Any, batch: Batch, trials: Iterable[Trial]) -> None:
         """Notes what each trial answers right in one more batch."""

@@ -79,8 +79,7 @@ def resolve_schedule(
         raise ScheduleError(f"schedule: got the class {choice.__name__}, expected an object: {choice.__name__}(...)")
     name = choice.get("name") if isinstance(choice, Mapping) and len(choice) == 1 else choice
     if plans and isinstance(name, str) and name in plans:
-        named = plans[name]
-        choice = Dense() if named is None else Fused(named)
+        choice = plan_schedule(plans[name])
     if isinstance(choice, Mapping):
         settings = dict(choice)
         choice = published(settings.pop("name", None), num_layers, **settings)
@@ -90,13 +89,18 @@ def resolve_schedule(
             raise ScheduleError(f"schedule: got {choice!r}, expected one of {known}")
         choice = published(choice, num_layers)
     if choice is None or choice == TRAINED:
-        choice = Dense() if plan is None else Fused(plan)
+        choice = plan_schedule(plan)
     if not isinstance(choice, Schedule):
         raise ScheduleError(f"schedule: got {choice!r}, expected a Schedule, a name, or None")
     if plan is not None and not choice.trainable and not isinstance(choice, Within):
         choice = Within(plan, choice)
     choice.check(num_layers)
     return choice
+
+
+def plan_schedule(plan: StagePlan | None) -> Schedule:
+    """Returns a stage plan as a schedule; None is dense."""
+    return Dense() if plan is None else Fused(plan)
 
 
 def _scaled(one: dataclasses.Field[Any], num_layers: int) -> Any:
@@ -133,6 +137,7 @@ __all__ = [
     "VisiPruner",
     "VisionZip",
     "Within",
+    "plan_schedule",
     "published",
     "resolve_schedule",
 ]

@@ -14,11 +14,11 @@ from eval import stages
 from eval.live import live_visual
 from eval.paired import RESAMPLES
 from eval.probe_samples import Asker, Batch, Sample, spaced
-from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed, own_schedule
+from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
 from eval.prompts import Asked, Prompter
 from eval.stages_search import Trials, needs_vision, propose, side_intervals
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
-from models.schedules import Dense, Fused, Within, published
+from models.schedules import Dense, Fused, Within, plan_schedule, published
 from recipes.schema import load_recipe
 from tests.conftest import IMAGE, LAYERS, QUICKSTART, merged_inputs
 
@@ -640,6 +640,6 @@ def test_every_range_of_layers_that_comes_to_the_same_is_run_once():
 def test_watching_changes_nothing(make_model, make_batch, plan):
     model = make_model()
     batch = probed(model, make_batch(*LAYOUTS, side="left"))
-    own = model.lm_head(batch.run(model, own_schedule(plan)).last_hidden_state[batch.ends]).softmax(-1)
+    own = model.lm_head(batch.run(model, plan_schedule(plan)).last_hidden_state[batch.ends]).softmax(-1)
     lens = insight_of(model, make_batch(*LAYOUTS, side="left"), plan)["lens_probability"][:, -1]
     torch.testing.assert_close(lens, own.gather(1, batch.first_answers[:, None])[:, 0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.chat import IGNORE_INDEX
-from models.schedules import Dense, Fused, Schedule
+from models.schedules import Schedule, plan_schedule
 from recipes.schema import Distill, NamedPlan
 
 
@@ -34,13 +34,17 @@ class PlanDraw:
 
     def schedule(self, name: str) -> Schedule:
         """Returns a plan as a schedule."""
-        plan = self.plans[name].stages
-        return Dense() if plan is None else Fused(plan)
+        return plan_schedule(self.plans[name].stages)
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """Returns (B, S), the label that each position predicts: the next token's, IGNORE_INDEX at the last one."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def predicting(labels: Tensor) -> Tensor:
     """Returns (B, S) bool, the positions whose next token is labelled."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+    return next_labels(labels) != IGNORE_INDEX
 
 
 def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:

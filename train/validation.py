@@ -14,6 +14,7 @@ from data.dataset import ConversationDataset
 from data.rows import DataError
 from recipes.schema import EvalSection, RecipeError
 from train import distributed as peers
+from train.plans import next_labels
 from train.stop import ignore_signals
 
 SHORT_ANSWER: Final = 10  # tokens, end mark included, of an answer that counts for accuracy
@@ -54,7 +55,7 @@ class Validation:
     def add(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Adds a batch of the collator's to the sums. The head runs on labelled positions alone."""
         labels, sources = inputs.pop("labels"), inputs.pop("sources")
-        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        following = next_labels(labels)
         labelled = following != IGNORE_INDEX
         # with labels, because a plan that keeps tokens by attention then asks at the ends of the instructions
         logits = model(**inputs, labels=labels, logits_to_keep=labelled, use_cache=False).logits.float()
