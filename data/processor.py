@@ -240,7 +240,7 @@ def load_processor(source: str | Path, tokenizer: Any = None) -> Any:
 
     Args:
         source: folder or hub id.
-        tokenizer: in place of the source's own.
+        tokenizer: in place of the source's.
 
     Raises:
         ProcessorError: a part is missing or cannot be fetched.

@@ -9,7 +9,7 @@ import datasets
 from lmms_eval.api.task import ConfigurableTask
 from PIL import ImageFile
 
-from data import easy_vqa, scenes
+from data.easy_vqa import Question
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 
@@ -27,21 +27,21 @@ class BuiltInTask(ConfigurableTask):
         given.pop("class", None)
         super().__init__(config=given, **options)
 
-    def questions(self) -> Sequence[easy_vqa.Question | scenes.Question]:
+    def questions(self) -> Sequence[Question]:
         """Returns the questions of the task's `test_split`."""
         raise NotImplementedError
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
         """Makes the dataset of the questions; nothing is downloaded."""
-        asked = self.questions()
+        questions = self.questions()
         rows = datasets.Dataset.from_dict(
             {
-                "question_id": list(range(len(asked))),
-                "image_id": [int(question.image.stem) for question in asked],
-                "image_file": [str(question.image) for question in asked],
-                "question": [question.text for question in asked],
-                "answer": [question.answer for question in asked],
-                "kind": [question.kind for question in asked],
+                "question_id": list(range(len(questions))),
+                "image_id": [int(question.image.stem) for question in questions],
+                "image_file": [str(question.image) for question in questions],
+                "question": [question.text for question in questions],
+                "answer": [question.answer for question in questions],
+                "kind": [question.kind for question in questions],
             }
         )
         self.dataset = datasets.DatasetDict({self.config.test_split: rows})
