@@ -73,7 +73,13 @@ def lacking(record: Record, tasks: Sequence[str], schedules: Sequence[str]) -> l
 
 
 def record_of(
-    arm: str, seed: int, recipe: Recipe, checkpoint: Checkpoint, cells: Mapping[str, Mapping[str, Record]]
+    arm: str,
+    seed: int,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    cells: Mapping[str, Mapping[str, Record]],
+    *,
+    limit: int | None = None,
 ) -> Record:
     """Returns the record of a trained run.
 
@@ -83,6 +89,7 @@ def record_of(
         recipe: what it was trained with.
         checkpoint: its folder's.
         cells: by task and schedule, what `eval.cells.run_cell` returned.
+        limit: how many questions of each task were asked; None: all.
 
     Raises:
         CheckpointError: what its training wrote cannot be read.
@@ -92,6 +99,7 @@ def record_of(
         "arm": arm,
         "seed": seed,
         "recipe": fingerprint(recipe),
+        "limit": limit,
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
