@@ -173,7 +173,7 @@ quickstart() {
   told=outputs/quickstart_dense.txt
   mkdir -p outputs
   echo "quickstart: two models train side by side; what the dense one says is in $told"
-  train_small 29501 recipes/quickstart.yaml model.stages=null name=quickstart_dense \
+  train_small 29600 recipes/quickstart.yaml model.stages=null name=quickstart_dense \
     output=outputs/quickstart_dense >"$told" 2>&1 &
   twin=$!
   trap 'kill -TERM "$twin" 2>/dev/null || true; wait "$twin" || true' EXIT # stopped, or failed: the other one saves too

@@ -181,8 +181,8 @@ def _notes(arms: Sequence[str], records: Sequence[Record]) -> str:
     missing = [arm for arm in arms if not any(record["arm"] == arm for record in records)]
     rest = f" Not run yet: {', '.join(missing)}." if missing else ""
     return (
-        f'{equal}{asked}Accuracy is the mean over seeds ± its standard error; "one seed" is the standard error over a seed\'s '
-        "images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval when "
+        f'{equal}{asked}Accuracy is the mean over seeds ± its standard error; "one seed" is the standard error over a '
+        "seed's images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval when "
         "images are resampled. Training and prompt count the decoder's FLOPs." + rest
     )
 

@@ -1,6 +1,7 @@
 """The stage analysis against slow references, and on models whose stages are known by construction."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,9 @@ from eval.paired import RESAMPLES
 from eval.probe_samples import Asker, Batch, Sample, spaced
 from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
 from eval.prompts import Asked, Prompter
+from eval.stages_analysis import Analysis
+from eval.stages_plot import draw_stages
+from eval.stages_report import record_of, report_of
 from eval.stages_search import Trials, needs_vision, propose, side_intervals
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
@@ -500,6 +504,34 @@ def test_a_window_known_by_construction_is_found_and_written(task, plan, capsys)
     assert "Proposed: enter 2, exit 4 of 6 layers" in capsys.readouterr().out
     assert (task / "out/stages.png").stat().st_size > 10_000
     assert "| 2 | 100.0 +- 0.0 % (+0.0) |" in (task / "out/stages.md").read_text()
+
+
+def test_each_kind_of_question_shows_the_layer_that_it_reads_at(tmp_path):
+    model = by_construction({"colour": [2], "shape": [3]})
+    prompter = Prompter(tiny_processor(), chat_format="chat_template", aspect="processor")
+    samples = [
+        replace(sample, family="colour" if sample.answer in COLOURS else "shape") for sample in pictured_samples()
+    ]
+    analysis = Analysis(model, Asker(model, prompter), samples, batch=7, plan=None, window=1)
+    analysis.run()
+    args = Namespace(command="command", task="task", tolerance=6.0)
+    proposal = propose(analysis.trials, 6.0, analysis.measure)
+    analysis.measure([analysis.trials.removed_outside(proposal.enter, proposal.exit)])
+    record = record_of(analysis, proposal, args, "model")
+    lost = {
+        name: [[layer["loss"] > 0 for layer in found[key]] for key in ("masked_before", "masked_from")]
+        for name, found in record["by_family"].items()
+    }
+    assert lost["colour"] == [[False] * 3 + [True] * 4, [True] * 3 + [False] * 4]
+    assert lost["shape"] == [[False] * 4 + [True] * 3, [True] * 4 + [False] * 3]
+    assert [found["samples"] for found in record["by_family"].values()] == [9, 9]
+    for key in ("masked_before", "masked_from"):  # the families' mean is the whole's
+        means = zip(*([layer["loss"] for layer in found[key]] for found in record["by_family"].values()), strict=True)
+        assert [sum(pair) / 2 for pair in means] == pytest.approx([layer["loss"] for layer in record[key]])
+    assert "| l | colour (9) | shape (9) |" in report_of(record)
+    draw_stages(record, tmp_path / "stages.png")
+    with Image.open(tmp_path / "stages.png") as drawn:
+        assert drawn.height == 1925  # a fifth row of panels
 
 
 def test_a_second_reading_place_makes_a_single_layer_enough(task):

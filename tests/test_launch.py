@@ -170,7 +170,7 @@ def test_the_quickstart_trains_twice_and_compares(sandbox):
     assert len(trained) == 2  # at the same time, so in any order
     fused, dense = sorted(trained, key=lambda line: "model.stages=null" in line)
     assert "--master_port 29500 train/run.py recipes/quickstart.yaml DS_ACCELERATOR=cpu" in fused
-    assert "--master_port 29501 train/run.py recipes/quickstart.yaml model.stages=null" in dense
+    assert "--master_port 29600 train/run.py recipes/quickstart.yaml model.stages=null" in dense
     assert made.index(compared) == len(made) - 1
     assert "outputs/quickstart_fused outputs/quickstart_dense" in compared
 
