@@ -23,12 +23,12 @@ from transformers.utils import logging
 
 from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder, names_of
-from eval.cells import Loaded, run_cell
 from eval.checkpoint import Checkpoint
+from eval.comparison.cells import Loaded, run_cell
 from eval.lmms import Harness
 from eval.measure import positive
-from eval.study_record import TASKS, Record, Results, fingerprint, lacking, record_of
-from eval.study_report import write_report
+from eval.studies.record import TASKS, Record, Results, fingerprint, lacking, record_of
+from eval.studies.report import write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.fused import require_nothing_more, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError

@@ -14,13 +14,13 @@ from data.chat import IGNORE_INDEX
 from eval import stages
 from eval.live import live_visual
 from eval.paired import RESAMPLES
-from eval.probe_samples import Asker, Batch, Sample, spaced
-from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
 from eval.prompts import Asked, Prompter
-from eval.stages_analysis import Analysis
-from eval.stages_plot import draw_stages
-from eval.stages_report import record_of, report_of
-from eval.stages_search import Trials, needs_vision, propose, side_intervals
+from eval.stage_analysis.analysis import Analysis
+from eval.stage_analysis.plot import draw_stages
+from eval.stage_analysis.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
+from eval.stage_analysis.report import record_of, report_of
+from eval.stage_analysis.samples import Asker, Batch, Sample, spaced
+from eval.stage_analysis.search import Trials, needs_vision, propose, side_intervals
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
 from recipes.schema import load_recipe
@@ -233,7 +233,7 @@ def test_visipruner_fires_where_its_live_tokens_say(make_model, make_batch, plan
     model = make_model()
     rows = make_batch(*LAYOUTS, side="left")
     pruner = replace(published("visipruner", LAYERS), layer_threshold=0.9, token_threshold=0.6)  # which these meet
-    monkeypatch.setattr("eval.probes.published", lambda *_: pruner)
+    monkeypatch.setattr("eval.stage_analysis.probes.published", lambda *_: pruner)
     found = firings(model, probed(model, rows), plan)
     for one, single in zip(found, singles(rows), strict=True):
         prompt = {"input_ids": single["input_ids"][:, :-2], "pixel_values": single["pixel_values"]}
@@ -326,7 +326,7 @@ def test_intervals_are_what_a_bootstrap_by_hand_gives():
         enters.append(max((layer for layer in range(1, 5) if holds[trials.masked_outside(layer, 4)]), default=0))
         leaves.append(min((layer for layer in range(4) if holds[trials.masked_outside(0, layer)]), default=4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.stages_search.RESAMPLES", 300)
+        patch.setattr("eval.stage_analysis.search.RESAMPLES", 300)
         found = side_intervals(trials, 4.0)
     expected = [
         tuple(np.quantile(side, [0.025, 0.975], method="inverted_cdf").astype(int).tolist())

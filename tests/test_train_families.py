@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from data.dataset import Collator
 from data.processor import save_processor
-from eval.cells import Loaded, prompt_costs
 from eval.checkpoint import Checkpoint
 from eval.compare import main as compare
+from eval.comparison.cells import Loaded, prompt_costs
 from eval.live import live_visual
 from eval.prompts import Asked
+from eval.stage_analysis.recipe import starting_recipe
 from eval.stages import main as find_stages
-from eval.stages_recipe import starting_recipe
 from models import FusedAutoModel
 from recipes.schema import RecipeError, load_recipe
 from tests.tiny_processors import PROCESSORS

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.probe_samples import Batch
+from eval.stage_analysis.samples import Batch
 from models.live_tokens import NO_VISUAL, Selection
 from models.schedules import Schedule, View, Within, plan_schedule, published
 from models.stage_plan import StagePlan

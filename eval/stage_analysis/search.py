@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from eval.paired import RESAMPLES, Numbers, standard_error
-from eval.probe_samples import Batch
-from eval.probes import answered, knocked_out, narrowed
+from eval.stage_analysis.probes import answered, knocked_out, narrowed
+from eval.stage_analysis.samples import Batch
 from models.schedules import Schedule, plan_schedule
 from models.stage_plan import StagePlan
 

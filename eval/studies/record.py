@@ -15,7 +15,7 @@ import transformers
 
 from data import easy_vqa, scenes
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.scenes import SPLITS
+from eval.tasks.scenes import SPLITS
 from models.cost import plan_cost, training_flops
 from models.families import family_of
 from recipes.schema import Phase, Recipe
@@ -88,7 +88,7 @@ def record_of(
         seed: its seed.
         recipe: what it was trained with.
         checkpoint: its folder's.
-        cells: by task and schedule, what `eval.cells.run_cell` returned.
+        cells: by task and schedule, what `eval.comparison.cells.run_cell` returned.
         limit: how many questions of each task were asked; None: all.
 
     Raises:

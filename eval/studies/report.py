@@ -15,10 +15,10 @@ matplotlib.use("agg")  # before pyplot: there may be no display
 import matplotlib.pyplot as plt
 import numpy as np
 
+from eval.comparison.plots import smooth
+from eval.comparison.rows import markdown
 from eval.paired import difference, standard_error
-from eval.plots import smooth
-from eval.rows import markdown
-from eval.study_record import Record, questions_of
+from eval.studies.record import Record, questions_of
 from models.schedules import TRAINED
 
 
@@ -182,8 +182,8 @@ def _notes(arms: Sequence[str], records: Sequence[Record]) -> str:
     rest = f" Not run yet: {', '.join(missing)}." if missing else ""
     return (
         f'{equal}{asked}Accuracy is the mean over seeds ± its standard error; "one seed" is the standard error over a '
-        "seed's images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval when "
-        "images are resampled. Training and prompt count the decoder's FLOPs." + rest
+        "seed's images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval "
+        "when images are resampled. Training and prompt count the decoder's FLOPs." + rest
     )
 
 

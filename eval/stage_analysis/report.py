@@ -9,9 +9,9 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
-from eval.probes import SINKS, narrowed
-from eval.stages_analysis import Analysis
-from eval.stages_search import Proposal, Trial, side_intervals
+from eval.stage_analysis.analysis import Analysis
+from eval.stage_analysis.probes import SINKS, narrowed
+from eval.stage_analysis.search import Proposal, Trial, side_intervals
 from models.cost import plan_cost
 
 Record = dict[str, Any]

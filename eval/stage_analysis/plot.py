@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _COLOURS = ("C0", "C3", "C2", "C1")
+_MASKED = {"masked_before": "masked in [0, l)", "masked_from": "masked in [l, L)"}
 
 
 def draw_stages(record: Mapping[str, Any], file: Path) -> None:
@@ -28,18 +29,13 @@ def draw_stages(record: Mapping[str, Any], file: Path) -> None:
     figure, grid = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), layout="constrained")
     knocked, sliding, *others = grid.flat
     lens, rank, entropy, shares, norms, fired = others[-6:]
-    _scores(knocked, record, {
-        "masked_before": "masked in [0, l)",
-        "masked_from": "masked in [l, L)",
-        "removed_before": "removed before l",
-    })  # fmt: skip
+    _scores(knocked, record, {**_MASKED, "removed_before": "removed before l"})
     knocked.set(title="Vision masked or removed", xlabel="l")
     width = record["window"]
     _scores(sliding, record, {"masked_window": f"masked in [l, l + {width})"})
     sliding.set(title=f"Vision masked in {width} layer{'s' if width > 1 else ''}", xlabel="l")
-    if families:
-        _losses(others[0], record, "masked_before", "[0, l)")
-        _losses(others[1], record, "masked_from", "[l, L)")
+    for axes, key in zip(others[:-6], _MASKED, strict=False):
+        _losses(axes, record, key)
     shown = record["by_layer"]
     _curves(lens, shown, {"lens_probability": ""})
     lens.set(title="Logit lens: probability of the answer", ylabel="probability", ylim=(0, 1.02))
@@ -108,7 +104,7 @@ def _scores(axes: Any, record: Mapping[str, Any], names: Mapping[str, str]) -> N
     axes.legend(fontsize=8)
 
 
-def _losses(axes: Any, record: Mapping[str, Any], key: str, masked: str) -> None:
+def _losses(axes: Any, record: Mapping[str, Any], key: str) -> None:
     """Draws what one series of knock-outs costs each kind of question."""
     for number, (name, found) in enumerate(record["by_family"].items()):
         results = found[key]
@@ -122,7 +118,7 @@ def _losses(axes: Any, record: Mapping[str, Any], key: str, masked: str) -> None
             capsize=2,
             label=f"{name} ({found['samples']})",
         )
-    axes.set(title=f"Masked in {masked}, by kind of question", xlabel="l", ylabel="points lost")
+    axes.set(title=f"By kind of question: {_MASKED[key]}", xlabel="l", ylabel="points lost")
     axes.set_xlim(-0.5, record["layers"] + 0.5)
     axes.legend(fontsize=8)
     _shade(axes, record, between=False)
