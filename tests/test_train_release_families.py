@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from transformers.utils import is_torchvision_available
 
 from data.dataset import Collator
 from eval.checkpoint import Checkpoint
