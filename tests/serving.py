@@ -64,5 +64,5 @@ def ask(address: str, model: Path, image: Image.Image, question: str, tokens: in
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    said = json.loads(urllib.request.urlopen(request, timeout=60).read())
+    said = json.loads(urllib.request.urlopen(request, timeout=120).read())
     return said["choices"][0]["message"]["content"]
