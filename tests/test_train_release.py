@@ -1,18 +1,12 @@
 """Releases of tiny runs: what is in them, that a stranger can use them, and that a wrong one never looks done."""
 
 import base64
-import io
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,6 +38,7 @@ from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePl
 from models.schedules import SCHEDULES
 from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
+from tests.serving import ask, serving, stranger
 from train.checkpoints import Progress, mark
 from train.release import hub as release_hub
 from train.release import proof as release_proof
@@ -260,12 +255,6 @@ def online(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(Hub, "refused", False)
-
-
-def stranger(**more):
-    """Returns the environment of somebody who has the libraries, and not this repository."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return kept | {"OMP_NUM_THREADS": "1"} | more
 
 
 @pytest.fixture(scope="module")
@@ -745,48 +734,12 @@ def test_a_transformers_that_is_too_old_is_named_with_the_one_that_is_needed(rel
     assert '"transformers[serving]>=5.22' in (ROOT / "pyproject.toml").read_text()
 
 
-@contextmanager
-def serving(folder, cache):
-    """Runs `transformers serve` on a free port; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--trust-remote-code"]
-    with (cache / "log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--port", str(port), "--device", "cpu"],
-            cwd=cache,
-            env=stranger(HF_MODULES_CACHE=str(cache / "modules"), PATH=os.environ["PATH"]),
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            for _ in range(960):
-                try:
-                    urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
-                    break
-                except urllib.error.URLError:
-                    assert server.poll() is None, (cache / "log").read_text()
-                    time.sleep(0.25)
-            yield f"http://localhost:{port}"
-        finally:
-            server.terminate()
-            server.wait(120)
-
-
 def test_a_fused_llava_answers_over_transformers_serve(released, llava, tmp_path):
     values = torch.randint(0, 256, (30, 50, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    image, stream = Image.fromarray(values.numpy()), io.BytesIO()
-    image.save(stream, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    body = {"model": str(released), "messages": [{"role": "user", "content": content}], "max_tokens": 6}
-    with serving(released, tmp_path) as address:
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        said = json.loads(urllib.request.urlopen(request, timeout=60).read())
-    assert said["choices"][0]["message"]["content"] == answer(llava, image, QUESTION)
+    image = Image.fromarray(values.numpy())
+    with serving(tmp_path, released) as address:
+        said = ask(address, released, image, QUESTION, tokens=6)
+    assert said == answer(llava, image, QUESTION)
 
 
 def test_the_repository_holds_what_the_folder_holds(released):
@@ -851,8 +804,8 @@ def test_the_proof_looks_at_everything(released, monkeypatch, tmp_path):
     }
 
     def prove(folder=released, **found):
-        monkeypatch.setattr(release_proof, "_fresh", lambda *_: expected | found)
-        release_proof.prove(folder, expected, image, plain=False)
+        monkeypatch.setattr(release_proof, "_fresh", lambda *_: [expected | found])
+        release_proof.prove(release_proof.Released(folder, expected, image, plain=False))
 
     prove()
     prove(logits=expected["logits"] + 1e-6)
@@ -876,7 +829,7 @@ def test_code_that_does_not_load_alone_is_refused(released, tmp_path):
     with (tmp_path / "copy/stage_plan.py").open("a") as file:
         file.write("import models.stage_plan\n")
     with pytest.raises(ReleaseError, match=r"does not work in a fresh process: .*models"):
-        release_proof.prove(tmp_path / "copy", {}, Image.new("RGB", (8, 8)), plain=False)
+        release_proof.prove(release_proof.Released(tmp_path / "copy", {}, Image.new("RGB", (8, 8)), plain=False))
 
 
 def test_only_a_release_is_replaced(released, llava, quickstart, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from data.processor import ProcessorError, VisionProcessor, model_processor, save_processor
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
 from models.auto import CONFIG_FAULTS, config_fields, config_of
-from models.families import family_of, is_original
+from models.families import Family, family_of, is_original
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.errors import one_line
 from train.precision import resolve_dtype
@@ -115,7 +116,7 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, together with the other faults
-            **({} if bits is None else _quantized(bits, dtype)),
+            **({} if bits is None else _quantized(bits, dtype, family_of(config.model_type))),
         )
     except (OSError, SafetensorError, UnsupportedModelError) as error:
         raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
@@ -129,8 +130,9 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
     return model
 
 
-def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+def _quantized(bits: int, dtype: torch.dtype, family: Family) -> dict[str, Any]:
     """Returns what from_pretrained takes for QLoRA (arXiv 2305.14314): NF4 with double quantization, or 8 bits."""
+    others = "|".join(map(re.escape, (*family.tower, *family.projector)))
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
@@ -138,7 +140,7 @@ def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # so that ZeRO-3 can split it like any weight
-        llm_int8_skip_modules=[r"(?!model\.language_model\.).*"],  # all others, the head too
+        llm_int8_skip_modules=[rf"model\.({others})(\.|$)", "lm_head"],  # what stays whole
     )
     if is_deepspeed_zero3_enabled():  # which places weights itself
         return {"quantization_config": config}

@@ -113,8 +113,9 @@ def write_card(
 def _packages(folder: Path) -> list[str]:
     """Returns what the release needs beside transformers and torch, by its processor."""
     fields = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    packages = ["torchvision"] if "video_processor" in fields else []
-    return [*packages, "num2words"] if fields.get("processor_class") == "SmolVLMProcessor" else packages
+    kind = fields.get("processor_class")
+    packages = ["torchvision"] if "video_processor" in fields or kind == "PixtralProcessor" else []
+    return [*packages, "num2words"] if kind == "SmolVLMProcessor" else packages
 
 
 def plan_words(plan: StagePlan | None, depth: int) -> str:
