@@ -134,7 +134,7 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         (
             "model.stages.leave=4",
-            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select",
+            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select, gradient",
         ),
         ("model.config=nowhere", "model.config: got 'nowhere', expected a folder with config.json"),
         ("train.max_steps", "got 'train.max_steps', expected dotted.key=value"),
