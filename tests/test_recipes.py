@@ -49,6 +49,10 @@ def test_a_recipe_loads_and_its_dump_loads_to_the_same(name, tmp_path):
         ("llava_fused_lora", StagePlan(enter=8, exit=24)),
         ("llava_fast", StagePlan(enter=8, exit=24, keep={8: 0.1}, select="diversity")),
         ("llava_pyramid", StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})),
+        (
+            "llava_hidrop",
+            StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1}, gradient="straight_through"),
+        ),
         ("llava_vica", StagePlan(update="kv", layers=[0, 1, 7, 8, 9, 10, 11, 14])),
     ],
 )
