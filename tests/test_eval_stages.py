@@ -154,6 +154,11 @@ def test_a_plan_is_narrowed_by_its_kind():
     assert narrowed(listed, 1, 6) == StagePlan(layers=[2, 5], update="kv", keep={5: 1})
     assert narrowed(listed, 3, 5) is None
     assert narrowed(StagePlan(2, 4), 4, 6) is None
+    learned = StagePlan(1, 6, keep={1: 0.5, 4: 1}, select="learned")
+    assert narrowed(learned, 0, 4) == StagePlan(1, 4, keep={1: 0.5}, select="learned")
+    assert narrowed(learned, 3, 6) == StagePlan(3, 6, keep={3: 0.5, 4: 1}, select="learned")
+    trained = StagePlan(1, 6, keep={4: 1}, gradient="straight_through")
+    assert narrowed(trained, 0, 4) == StagePlan(1, 4)
 
 
 # -- what layers show ---------------------------------------------------------------------------------------------

@@ -52,6 +52,10 @@ def test_a_recipe_loads_and_its_dump_loads_to_the_same(name, tmp_path):
         ("llava_fused_lora", StagePlan(enter=8, exit=24)),
         ("llava_fast", StagePlan(enter=8, exit=24, keep={8: 0.1}, select="diversity")),
         ("llava_pyramid", StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})),
+        (
+            "llava_hidrop",
+            StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1}, gradient="straight_through"),
+        ),
         ("llava_vica", StagePlan(update="kv", layers=[0, 1, 7, 8, 9, 10, 11, 14])),
     ],
 )
@@ -135,8 +139,8 @@ def test_overrides_are_yaml_on_dotted_keys():
     assert recipe.model.stages is None
     assert recipe.train.max_steps == 20
     assert recipe.train.learning_rate.vision_tower is None
-    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=3", "data.files=[a.json]"])
-    assert recipe.plan.enter == 3
+    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=1", "data.files=[a.json]"])
+    assert recipe.plan.enter == 1
     assert recipe.data.files == ["a.json"]
 
 
@@ -159,7 +163,7 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         (
             "model.stages.leave=4",
-            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select",
+            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select, gradient",
         ),
         ("model.config=nowhere", "model.config: got 'nowhere', expected a folder with config.json"),
         ("train.max_steps", "got 'train.max_steps', expected dotted.key=value"),

@@ -178,8 +178,15 @@ def losses_of_one_process(folder, recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
-def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "choice"),
+    [
+        ("qwen3_vl", {}),
+        ("internvl", {"keep": {2: 0.5, 3: 0.25}, "gradient": "straight_through"}),
+        ("llava_onevision", {"keep": {1: 0.5, 3: 0.25}, "select": "learned"}),
+    ],
+)
+def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family, choice):
     write_checkpoint(tmp_path / "checkpoint", family)
     write_rows(tmp_path, [ROWS[0], ROWS[2]])
     recipe = write_recipe(
@@ -190,6 +197,7 @@ def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(t
         train__scheduler="constant",
         train__warmup_ratio=0.0,
         train__learning_rate={"projector": 1e-3, "vision_tower": 1e-3, "language_model": 1e-3},
+        model__stages=STAGES | choice,
     )
     expected = losses_of_one_process(tmp_path, load_recipe(recipe))
     command(["train/run.py"], recipe, ranks=2)

@@ -375,6 +375,9 @@ def test_plans_in_words():
     assert "never leave (layers count from 0): 6 of 8" in words
     assert "only lends keys and values" in words
     assert "From layer 4 on 10 visual tokens stay. From layer 6 on 0.25 of the visual tokens stay." in words
+    assert words.endswith("They are chosen by attention.")
+    learned = StagePlan(enter=2, exit=8, keep={2: 0.1}, select="learned")
+    assert plan_words(learned, 8).endswith("0.1 of the visual tokens stay. They are chosen by a learned scorer.")
     assert "layers 0, 3 (" in plan_words(StagePlan(layers=[0, 3], update="kv"), 4)
 
 
@@ -885,7 +888,8 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
 def test_a_lora_run_is_released_whole(tmp_path, capsys):
     """A real run of two steps: final/ holds merged weights, and the release what final/ holds."""
     output = tmp_path / "lora"
-    options = ["align=null", "model.stages.enter=1", f"output={output}", "train.lora={r: 2, alpha: 64}"]
+    options = ["align=null", f"output={output}", "train.lora={r: 2, alpha: 64, parts: [language_model, projector]}"]
+    options += ["model.stages={enter: 1, exit: 3, keep: {1: 0.5}, select: learned}"]  # whose scorer has no adapters
     options += ["train.max_steps=2", "train.max_seconds=null", "train.precision=fp32"]
     turns = [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}] * 4))
@@ -906,5 +910,6 @@ def test_a_lora_run_is_released_whole(tmp_path, capsys):
     start, weights = load_file(output / "init/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert start.keys() == weights.keys()
     assert any("q_proj" in name and not torch.equal(weights[name], start[name]) for name in weights)
+    assert sum("token_scorer" in name for name in weights) == 4
     assert "LoRA, r 2, alpha 64; merged" in (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["train"]["lora"]["r"] == 2

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from models.schedules import TRAINED, Fused
+from models.token_scorer import is_scorer
 from recipes.schema import Lora, RecipeError
 from train.errors import TrainingError
 from train.groups import layer_of, part_of
@@ -45,7 +46,10 @@ def adapted_layers(model: Any, lora: Lora) -> dict[str, nn.Linear]:
     linear: dict[str, nn.Linear] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part_of(model, name) in lora.parts and module is not model.lm_head
+        if isinstance(module, nn.Linear)
+        and part_of(model, name) in lora.parts
+        and module is not model.lm_head
+        and not is_scorer(name)
     }
     known = sorted({name.rpartition(".")[2] for name in linear})
     for name in lora.modules or ():

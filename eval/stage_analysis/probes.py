@@ -111,7 +111,8 @@ def knocked_out(plan: StagePlan | None, layers: Sequence[int]) -> Schedule:
 def narrowed(plan: StagePlan | None, enter: int, leave: int) -> StagePlan | None:
     """Returns a checkpoint's plan (None: dense) inside layers [enter, leave); None where it shows no vision there.
 
-    Counts of `keep` stay where a layer before them still sees vision.
+    Counts of `keep` that attention chooses stay where a layer before them still sees vision; others as of the layer at
+    which vision now enters.
     """
     if plan is None:
         return StagePlan(enter, leave)
@@ -121,7 +122,13 @@ def narrowed(plan: StagePlan | None, enter: int, leave: int) -> StagePlan | None
         layers = [layer for layer in plan.layers if enter <= layer < leave]
     if not layers:
         return None
-    keep = {layer: amount for layer, amount in plan.keep.items() if layer in layers[1:]}
+    if plan.select == "attention":
+        keep = {layer: amount for layer, amount in plan.keep.items() if layer in layers[1:]}
+    else:
+        moved = {max(layer, layers[0]): amount for layer, amount in plan.keep.items()}
+        keep = {layer: amount for layer, amount in moved.items() if layer in layers}
+    if not keep:  # there is nothing left to choose
+        plan = replace(plan, keep=keep, select="attention", gradient=None)
     if plan.layers is None:
         return replace(plan, enter=layers[0], exit=layers[-1] + 1, keep=keep)
     return replace(plan, layers=layers, keep=keep)

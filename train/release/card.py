@@ -134,6 +134,8 @@ def plan_words(plan: StagePlan | None, depth: int) -> str:
     for layer, amount in plan.keep.items():
         some = f"{amount:.4g} of the" if isinstance(amount, float) else str(amount)
         words += f" From layer {layer} on {some} visual tokens stay."
+    if plan.keep:
+        words += f" They are chosen by {'a learned scorer' if plan.select == 'learned' else plan.select}."
     return words
 
 
