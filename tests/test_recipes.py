@@ -159,7 +159,7 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.warmup_ratio=1.5", "train.warmup_ratio: got 1.5 (float), expected number >= 0 and < 1"),
         ("train.scheduler=cosin", "train.scheduler: got 'cosin' (str), expected cosine, linear, constant"),
         ("train.deepspeed=null", "train.deepspeed: got None (NoneType), expected text that is not empty"),
-        ("model.stages.exit=2", "model: stages.exit: got 2, expected a layer after enter (2)"),
+        ("model.stages.exit=0", "model: stages.exit: got 0, expected a layer after enter (0)"),
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         (
             "model.stages.leave=4",
