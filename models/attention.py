@@ -8,7 +8,7 @@ and values to `cache.update` and continues with what that returns.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as remembered
 from functools import cached_property
@@ -300,11 +300,14 @@ class ProbedLayer:
 class AttentionProbe:
     """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
 
-    `query_mask` is as in run_decoder. The executor sets `probed` after each layer that ran on visual tokens.
+    `query_mask` is as in run_decoder; `counts` says how many tokens of each sample it marks, None asks the device. The
+    executor sets `probed` after each layer that ran on visual tokens.
     """
 
-    def __init__(self, decoder: Any, query_mask: Tensor | None, state: SequenceState) -> None:
-        self.decoder, self.query_mask, self.state = decoder, query_mask, state
+    def __init__(
+        self, decoder: Any, query_mask: Tensor | None, state: SequenceState, counts: Sequence[int] | None = None
+    ) -> None:
+        self.decoder, self.query_mask, self.state, self._counts = decoder, query_mask, state, counts
         self.probed: ProbedLayer | None = None
         self._seen: dict[tuple[LiveTokens, Tensor, int | None], tuple[Tensor, Tensor]] = {}
 
@@ -323,7 +326,7 @@ class AttentionProbe:
         if self.query_mask is not None:
             mask = self.query_mask & text
             mask = mask.where(mask.any(dim=1, keepdim=True), last)
-        return LiveTokens.of_mask(mask, self.state.offset)
+        return LiveTokens.of_mask(mask, self.state.offset, self._counts)
 
     def prompt(self) -> Tensor:
         """Returns (B, S) bool: see View.prompt."""

@@ -6,8 +6,9 @@ A schedule decides that; this file does it, over an unmodified Hugging Face deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as remembered
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,10 @@ from .attention import (
     uses_mrope,
     window_of,
 )
+from .batch_facts import BatchFacts
 from .cache import StagedLayer, staged_cache
 from .image_tokens import ImageTokens
-from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move
+from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move, rows_at
 from .schedule_base import Dense, Schedule, View
 from .value_remap import BoundValueRemap, ValueRemap
 
@@ -70,6 +72,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     deepstack: Sequence[Tensor] = (),
     tower: ImageTokens | None = None,
     relevance: Tensor | None = None,
+    facts: BatchFacts | None = None,
 ) -> DecoderOutput:
     """Runs the layers of a decoder over the tokens that the schedule says are live.
 
@@ -85,9 +88,9 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         past_key_values: None, an empty DynamicCache, or the cache of an earlier call. In decode steps each layer
             attends to what its cache holds.
         use_cache: fill and return a cache. Ignored under gradient checkpointing, as in transformers.
-        visual_embeds: (R, D), the visual tokens in order, where their gradient flows through these rows and not
-            through `inputs_embeds`. Layers before the first one that sees vision then stay out of their graph. With
-            more rows than visual tokens, the others take part in the graph alone.
+        visual_embeds: (R, D), the visual tokens in order, where `inputs_embeds` does not have them, or not their
+            gradient. Layers before the first one that sees vision then stay out of their graph. With more rows than
+            visual tokens, the others take part in the graph alone.
         query_mask: (B, S) bool, the text tokens that stand for the instruction where a schedule reads attention
             (several: the mean). None, or a sample without one: its last text token.
         blocks: (B, S) or (B, seen + S) int64, image blocks whose tokens attend in both directions, -1: none.
@@ -95,6 +98,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             after each.
         tower: what the vision tower made of the images, for a schedule with `reads_tower`.
         relevance: (B, S), how relevant each visual token is to the question, for CDPruner.
+        facts: what is known of a training batch without a cache, so that nothing waits for the device. None: it is
+            asked.
 
     Raises:
         UnsupportedDecoderError: another kind of decoder.
@@ -114,7 +119,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         raise ValueError("gradient checkpointing: got use_reentrant=True, expected False under the `kv` update")
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
-    state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
+    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts)
     run = _Run(decoder, schedule, cache, state, query_mask, tower, relevance)
     if state.offset > 0 and state.size == 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
@@ -149,7 +154,7 @@ class _Run:
         self.tower, self.relevance = tower, relevance
         self.depth = len(decoder.layers)
         self.stored: list[StagedLayer | None] = [None] * self.depth if cache is None else cache.layers
-        self.probe = AttentionProbe(decoder, query_mask, state)
+        self.probe = AttentionProbe(decoder, query_mask, state, None if state.facts is None else state.facts.queries)
         self.mrope = uses_mrope(decoder)
         self.layers: list[LayerTokens] = []
         self.rows = state.rows_of(state.all_visual)  # the tokens that the current hidden states belong to
@@ -175,12 +180,13 @@ class _Run:
         """Returns the hidden states after the last layer, at `self.rows`."""
         schedule, state, separate = self.schedule, self.state, visual_embeds is not None
         if visual_embeds is None and (deepstack or not isinstance(schedule, Dense)):
-            visual_embeds = embeds[visual]
+            visual_embeds = rows_at(embeds, visual, state.all_visual.counts)
         if visual_embeds is not None and len(visual_embeds) > 0:
             self.visual_rows = VisualRows.of(visual, visual_embeds)
         elif not isinstance(schedule, Dense):
             return self.text_alone(embeds)
-        view_at = partial(self._view, embeds, schedule.new_state())
+        merged = self._merged(embeds) if separate else lambda: embeds
+        view_at = partial(self._view, merged, schedule.new_state())
         live, hidden, due = state.all_visual, embeds, list(deepstack)
         for number in range(self.depth):
             view = view_at(number, live, hidden)
@@ -189,8 +195,8 @@ class _Run:
             kv_only = sees_vision and schedule.update_at(number) == "kv"
             if kv_only and schedule.update == "full":
                 self._set_aside(hidden)
-            if number == 0 and separate and sees_vision and not kv_only:
-                hidden = embeds.masked_scatter(visual[..., None], visual_embeds.to(embeds.dtype))  # type: ignore[union-attr]
+            if number == 0 and sees_vision and not kv_only:
+                hidden = merged()
             tokens = state.tokens_of(live, kv_only)
             if tokens.rows is not self.rows:
                 entering = self.visual_rows if sees_vision and not kv_only else None
@@ -206,6 +212,11 @@ class _Run:
         schedule.on_end(view_at(self.depth, live, hidden))
         return hidden
 
+    def _merged(self, embeds: Tensor) -> Callable[[], Tensor]:
+        """Returns a function that returns the embeddings (B, S, D) with the visual rows at their places."""
+        visual, rows = self.visual_rows, self.rows
+        return remembered(lambda: embeds if visual is None else visual.merged_into(embeds, rows))
+
     def _set_aside(self, hidden: Tensor) -> None:
         """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""
         if self.visual_rows is not None and self.rows is not self.state.rows_of(NO_VISUAL):
@@ -218,7 +229,7 @@ class _Run:
         self.visual_rows = self.visual_rows.updated(states, self.state.rows_of(self.state.all_visual))
         return torch.where(rows.take(self.state.visual)[..., None], rows.take(states).to(hidden.dtype), hidden)
 
-    def _view(self, embeds: Tensor, memory: Any, number: int, live: Selection, hidden: Tensor) -> View:
+    def _view(self, embeds: Callable[[], Tensor], memory: Any, number: int, live: Selection, hidden: Tensor) -> View:
         probed = self.probe.probed
         return View(
             num_layers=self.depth,
@@ -227,7 +238,7 @@ class _Run:
             live=live,
             last_visual_layer=None if probed is None else probed.layer,
             state=memory,
-            embeddings=embeds,
+            input_embeddings=embeds,
             tower=self.tower,
             relevance=self.relevance,
             prompt=self.probe.prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_facts import BatchFacts
 from .cache import StagedLayer
 
 
@@ -27,14 +29,17 @@ class LiveTokens:
     offset: int = 0  # slot of the input's first token: the length of the sequence that a cache holds already
 
     @classmethod
-    def of_mask(cls, mask: Tensor, offset: int = 0) -> LiveTokens:
-        """Returns the True positions of `mask` (B, S), packed to the left; a batch without any has a padding row."""
-        counts = mask.sum(dim=1)
-        smallest, largest = torch.stack([counts.min(), counts.max()]).tolist()
-        size = max(largest, 1)
+    def of_mask(cls, mask: Tensor, offset: int = 0, counts: Sequence[int] | None = None) -> LiveTokens:
+        """Returns the True positions of `mask` (B, S), packed to the left; a batch without any has a padding row.
+
+        `counts`: how many each sample has; None asks the device.
+        """
+        found = mask.sum(dim=1)
+        counts = found.tolist() if counts is None else counts
+        size = max(1, *counts)
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :size]
-        valid = torch.arange(size, device=mask.device) < counts[:, None]
-        return cls(order + offset, valid, False, smallest < size, offset)
+        valid = torch.arange(size, device=mask.device) < found[:, None]
+        return cls(order + offset, valid, False, min(counts) < size, offset)
 
     @property
     def places(self) -> Tensor:
@@ -84,7 +89,7 @@ class VisualRows:
         return cls(rows, (visual.flatten().cumsum(0) - 1).clamp(min=0).view(visual.shape), visual)
 
     def take(self, live: LiveTokens) -> Tensor:
-        """Returns (B, L, D): the row of each of some visual tokens."""
+        """Returns (B, L, D): the row of each visual token among `live`; any row for another token."""
         index = self.row_of.gather(1, live.places)
         return self.rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
@@ -101,6 +106,22 @@ class VisualRows:
         """Returns hidden states (B, L, D) with its row added to each visual token. `rows` is not empty."""
         is_text = ~self.is_visual.gather(1, live.places)[..., None]
         return hidden + self.take(live).to(hidden.dtype).masked_fill(is_text, 0.0)
+
+    def merged_into(self, hidden: Tensor, live: LiveTokens) -> Tensor:
+        """Returns hidden states (B, L, D) with its row in place of each visual token. `rows` is not empty."""
+        is_visual = self.is_visual.gather(1, live.places)[..., None]
+        return torch.where(is_visual, self.take(live).to(hidden.dtype), hidden)
+
+
+def rows_at(full: Tensor, mask: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """Returns (R, D): what stands in `full` (B, S, D) at the True positions of `mask` (B, S), in order.
+
+    `counts`: how many each sample has; None asks the device.
+    """
+    if counts is None:
+        return full[mask]
+    places = torch.nonzero_static(mask.flatten(), size=sum(counts)).flatten()
+    return full.flatten(0, 1).index_select(0, places)
 
 
 def move(hidden: Tensor, old: LiveTokens, new: LiveTokens, entering: VisualRows | None, size: int) -> Tensor:
@@ -129,6 +150,7 @@ class Selection:
     """
 
     mask: Tensor | None  # (B, S) bool, a subset of the visual tokens; None: none of them, without asking the device
+    counts: tuple[int, ...] | None = None  # how many of each sample, where that is known without asking the device
 
 
 NO_VISUAL = Selection(None)
@@ -172,17 +194,25 @@ class SequenceState:
         positions: (B, S) int64 position ids, or (3, B, S) under M-RoPE.
         blocks: (B, offset + S) int64, the image block of each slot, whose tokens see each other in both directions;
             -1: none. None where the model has no such blocks.
+        facts: what is known of the batch without asking the device; None: nothing.
     """
 
     def __init__(
-        self, visual: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any, blocks: Tensor | None
+        self,
+        visual: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Any,
+        blocks: Tensor | None,
+        facts: BatchFacts | None = None,
     ) -> None:
         size = visual.shape[1]
         self.offset: int = cache.get_seq_length() if cache is not None else 0
         self.length, self.size = self.offset + size, size
         valid = torch.ones_like(visual) if mask is None else mask[:, -size:].bool()
         self.visual, self.text = visual & valid, valid & ~visual
-        self.all_visual = Selection(self.visual)
+        self.facts = facts
+        self.all_visual = Selection(self.visual, None if facts is None else facts.visual)
         self.positions = _positions(positions, mask, valid, cache, self.offset)
         self.blocks = blocks
         if blocks is not None:  # of this call's tokens, or of the sequence from its start
@@ -190,7 +220,7 @@ class SequenceState:
             sides = (missing, 0) if blocks.shape[1] == size else (0, missing)
             self.blocks = torch.nn.functional.pad(blocks, sides, value=-1)
         slots = torch.arange(self.offset, self.length, device=visual.device).expand(len(visual), -1)
-        padded = mask is not None and not bool(valid.all())
+        padded = mask is not None and not bool(valid.all()) if facts is None else min(facts.lengths) < size
         everything = LiveTokens(slots, valid, True, padded, self.offset)
         self._rows: dict[tuple[Selection, bool], LiveTokens] = {(self.all_visual, True): everything}
         self._tokens: dict[tuple[Selection, bool], LayerTokens] = {}
@@ -208,8 +238,17 @@ class SequenceState:
         key = selection, text
         if key not in self._rows:
             mask = torch.zeros_like(self.visual) if selection.mask is None else selection.mask
-            self._rows[key] = LiveTokens.of_mask(mask | self.text if text else mask, self.offset)
+            mask, counts = mask | self.text if text else mask, self._counts(selection, text=text)
+            self._rows[key] = LiveTokens.of_mask(mask, self.offset, counts)
         return self._rows[key]
+
+    def _counts(self, selection: Selection, *, text: bool) -> list[int] | None:
+        """Returns how many tokens of each sample a selection has, with the text or alone; None: not known."""
+        if self.facts is None or (selection.mask is not None and selection.counts is None):
+            return None
+        chosen = selection.counts or (0,) * len(self.visual)
+        others = [length - visual for length, visual in zip(self.facts.lengths, self.facts.visual, strict=True)]
+        return [one + other * text for one, other in zip(chosen, others, strict=True)]
 
     def renumbered(self, tokens: LayerTokens, stored: StagedLayer | None) -> Tensor:
         """Returns (B, S) position ids that count the live tokens of a layer, after those that its cache holds."""

@@ -102,5 +102,6 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         ignore_data_skip=phase.data.streaming,  # a stream skips by itself, without opening images
         dataloader_num_workers=phase.data.workers,
         dataloader_persistent_workers=False,
+        accelerator_config={"non_blocking": True},  # batches are pinned
         restore_callback_states_from_checkpoint=False,
     )

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from data.dataset import Collator
 from data.rows import DataError
 from data.stream import ConversationStream
 from recipes.resolved import dump_recipe
@@ -20,6 +19,7 @@ from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import add_adapters
 from train.arguments import is_timed, total_steps, training_arguments
+from train.batches import TrainCollator
 from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback
 from train.cards import peak_here
 from train.checkpoints import (
@@ -167,14 +167,14 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         order=order,
         clock=Clock(before=progress.seconds),
         metrics=metrics,
-        watch=DataWatch(phase.data, len(dataset.skipped)),
+        watch=DataWatch(phase.data, len(dataset.skipped), progress.faults),
         validation=validation,
         stop=stop,
         fingerprints=fingerprints,
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=TrainCollator(processor.tokenizer.pad_token_id, model.config.image_token_id),
         processing_class=processor,
         callbacks=_profilers(phase),
     )
