@@ -20,6 +20,7 @@ from .attention import (
     CacheShim,
     ProbedLayer,
     Rotary,
+    Sequences,
     VisualKV,
     attention_mask,
     project_visual_kv,
@@ -73,6 +74,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     tower: ImageTokens | None = None,
     relevance: Tensor | None = None,
     facts: BatchFacts | None = None,
+    packed: bool = False,
 ) -> DecoderOutput:
     """Runs the layers of a decoder over the tokens that the schedule says are live.
 
@@ -100,10 +102,13 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         relevance: (B, S), how relevant each visual token is to the question, for CDPruner.
         facts: what is known of a training batch without a cache, so that nothing waits for the device. None: it is
             asked.
+        packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
+            Without a cache, under a schedule that trains. The output is the same.
 
     Raises:
         UnsupportedDecoderError: another kind of decoder.
-        ValueError: the schedule does not fit the decoder; a cache of another model.
+        ValueError: the schedule does not fit the decoder; a cache of another model; packed rows with a cache or a
+            schedule that does not train.
     """
     decoder = unwrap(language_model)
     schedule = schedule or Dense()
@@ -117,11 +122,16 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     options = getattr(getattr(decoder.layers[0], "_gradient_checkpointing_func", None), "keywords", {})
     if checkpointing and schedule.update == "kv" and options.get("use_reentrant"):
         raise ValueError("gradient checkpointing: got use_reentrant=True, expected False under the `kv` update")
+    if packed and (use_cache or past_key_values is not None or not schedule.trainable):
+        what = "a cache" if schedule.trainable else type(schedule).__name__
+        raise ValueError(
+            f"packed: got True with {what}, expected a forward without a cache under a schedule that trains"
+        )
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
-    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts)
+    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts, packed)
     run = _Run(decoder, schedule, cache, state, query_mask, tower, relevance)
-    if state.offset > 0 and state.size == 1:  # a decode step
+    if state.offset > 0 and state.stride == state.offset + 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
     else:
         hidden = run.all_layers(inputs_embeds, visual, visual_embeds, deepstack)
@@ -131,7 +141,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             layer.seen = state.length
             layer.next_position = following if following.ndim == 1 else following.amax(dim=0)
     hidden = run.rows.put(decoder.norm(hidden), state.size)
-    return DecoderOutput(hidden, cache, tuple(run.layers))
+    return DecoderOutput(state.by_sample(hidden), cache, tuple(run.layers))
 
 
 class _Run:
@@ -169,7 +179,8 @@ class _Run:
 
         For a batch without visual tokens, and for a decode step, in which each layer attends to what its cache holds.
         """
-        tokens, hidden = self.state.tokens_of(self.state.all_visual, kv_only=False), embeds
+        tokens = self.state.tokens_of(self.state.all_visual, kv_only=False)
+        hidden = self._gathered(embeds, tokens.rows)
         for number in range(self.depth):
             hidden = self._layer(number, hidden, tokens, remap=None, is_probed=False)
         return hidden
@@ -182,12 +193,13 @@ class _Run:
         if visual_embeds is None and (deepstack or not isinstance(schedule, Dense)):
             visual_embeds = rows_at(embeds, visual, state.all_visual.counts)
         if visual_embeds is not None and len(visual_embeds) > 0:
-            self.visual_rows = VisualRows.of(visual, visual_embeds)
+            self.visual_rows = VisualRows.of(state.flat(visual), visual_embeds)
         elif not isinstance(schedule, Dense):
             return self.text_alone(embeds)
-        merged = self._merged(embeds) if separate else lambda: embeds
-        view_at = partial(self._view, merged, schedule.new_state())
-        live, hidden, due = state.all_visual, embeds, list(deepstack)
+        hidden = self._gathered(embeds, self.rows)
+        merged = self._merged(hidden, separate)
+        view_at = partial(self._view, partial(self._embeddings, merged, self.rows), schedule.new_state())
+        live, due = state.all_visual, list(deepstack)
         for number in range(self.depth):
             view = view_at(number, live, hidden)
             live = schedule.live(view)
@@ -212,10 +224,18 @@ class _Run:
         schedule.on_end(view_at(self.depth, live, hidden))
         return hidden
 
-    def _merged(self, embeds: Tensor) -> Callable[[], Tensor]:
-        """Returns a function that returns the embeddings (B, S, D) with the visual rows at their places."""
-        visual, rows = self.visual_rows, self.rows
-        return remembered(lambda: embeds if visual is None else visual.merged_into(embeds, rows))
+    def _gathered(self, embeds: Tensor, rows: LiveTokens) -> Tensor:
+        """Returns the embeddings (B, S, D) of `rows`, (B, L, D)."""
+        return embeds if rows.whole else rows.take(self.state.flat(embeds))
+
+    def _merged(self, hidden: Tensor, separate: bool) -> Callable[[], Tensor]:
+        """Returns a function that returns the embeddings (B, L, D) of the rows, the visual rows in their places."""
+        visual, rows = self.visual_rows if separate else None, self.rows
+        return remembered(lambda: hidden if visual is None else visual.merged_into(hidden, rows))
+
+    def _embeddings(self, merged: Callable[[], Tensor], rows: LiveTokens) -> Tensor:
+        """Returns (B, S, D): see View.input_embeddings."""
+        return self.state.by_sample(rows.put(merged(), self.state.size))
 
     def _set_aside(self, hidden: Tensor) -> None:
         """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""
@@ -226,8 +246,10 @@ class _Run:
         """Returns hidden states of `rows` (B, L, D) with those of visual tokens taken from `states` (B, S, D)."""
         if self.visual_rows is None:
             return hidden
-        self.visual_rows = self.visual_rows.updated(states, self.state.rows_of(self.state.all_visual))
-        return torch.where(rows.take(self.state.visual)[..., None], rows.take(states).to(hidden.dtype), hidden)
+        everything = self.state.rows_of(self.state.all_visual)
+        self.visual_rows = self.visual_rows.updated(self._gathered(states, everything), everything)
+        states = rows.take(self.state.flat(states))
+        return torch.where(rows.take(self.state.visual)[..., None], states.to(hidden.dtype), hidden)
 
     def _view(self, embeds: Callable[[], Tensor], memory: Any, number: int, live: Selection, hidden: Tensor) -> View:
         probed = self.probe.probed
@@ -252,11 +274,11 @@ class _Run:
         """Returns (B, S, D): see View.hidden_states."""
         full, state = self.rows.put(hidden, self.state.size), self.state
         if self.visual_rows is None:
-            return full
+            return state.by_sample(full)
         aside = state.visual & (self.rows.columns(state.size) < 0)  # what no layer ran on, or kept from the `kv` update
-        return torch.where(
-            aside[..., None], self.visual_rows.take(state.rows_of(state.all_visual)).to(full.dtype), full
-        )
+        everything = state.rows_of(state.all_visual)
+        kept = everything.put(self.visual_rows.take(everything), state.size)
+        return state.by_sample(torch.where(aside[..., None], kept.to(full.dtype), full))
 
     def _layer(
         self, number: int, hidden: Tensor, tokens: LayerTokens, remap: BoundValueRemap | None, is_probed: bool
@@ -269,9 +291,10 @@ class _Run:
         if stored is not None:
             slots, padded = stored.extend(slots, padded)
         mask = self._mask(number, tokens, slots, padded, remap)
+        change = mask.ordered if isinstance(mask, Sequences) and mask.order is not None else remap
         shim = None
-        if stored is not None or visual_kv is not None or remap is not None or is_probed:
-            shim = CacheShim(stored, visual_kv, remap)
+        if stored is not None or visual_kv is not None or change is not None or is_probed:
+            shim = CacheShim(stored, visual_kv, change)
         at = self._rotary_at(number, tokens.rows, hidden, positions)
         ids = None if self.mrope else tokens.rows.positions_from(positions)
         output = run_layer(self.decoder.layers[number], hidden, mask, ids, shim, at)
@@ -327,7 +350,7 @@ class _Run:
     def _mask(
         self, number: int, tokens: LayerTokens, slots: Tensor, padded: bool, remap: BoundValueRemap | None
     ) -> Any:
-        state, window = self.state, window_of(self.decoder, number, self.state.length)
+        state, window = self.state, window_of(self.decoder, number, self.state.stride)
         copies = None if remap is None else remap.copies
         key = tokens, window, copies
         if state.offset > 0 or key not in self._masks:  # the slots of filled caches differ from layer to layer
@@ -336,6 +359,13 @@ class _Run:
                 hidden = remap.hidden_from(tokens.rows, slots.shape[1])
                 slots = torch.cat([slots, LayerTokens(copies).key_slots], dim=1)
             self._masks[key] = attention_mask(
-                self.decoder, tokens.rows, slots, padded=padded, window=window, blocks=state.blocks, hidden=hidden
+                self.decoder,
+                tokens.rows,
+                slots,
+                padded=padded,
+                window=window,
+                blocks=state.blocks,
+                hidden=hidden,
+                key_lengths=tokens.key_lengths,
             )
         return self._masks[key]

@@ -210,7 +210,7 @@ def _forward_like(base: Any) -> Callable[..., Any]:
 
     parameters = dict(signature(base.forward).parameters)
     variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
-    names = ("schedule", "visual", "relevance", "query_mask", "facts")
+    names = ("schedule", "visual", "relevance", "query_mask", "facts", "packed")
     added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names]
     forward.__doc__ = FusedMixin.forward.__doc__
     forward.__signature__ = Signature([*parameters.values(), *added, variable])  # type: ignore[attr-defined]  # generate() reads it

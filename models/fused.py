@@ -74,6 +74,7 @@ class _Call:
     embeddings_learn: bool
     relevance: Tensor | None
     facts: BatchFacts | None = None
+    packed: bool = False
     tower: ImageTokens | None = None
     output: DecoderOutput | None = None
 
@@ -131,6 +132,7 @@ class FusedTextMixin:
             tower=call.tower,
             relevance=call.relevance,
             facts=call.facts,
+            packed=call.packed,
         )
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
@@ -291,6 +293,9 @@ class FusedMixin:
         - query_mask: (B, S) bool, the tokens whose attention a schedule reads; None is the last instruction token.
         - facts: what BatchFacts.of says of this batch, with labels and without a cache. Nothing then waits for the
           device, forward or backward, as far as the family's own code does not.
+        - packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
+          The output is that of the padded batch. Without a cache, under a schedule that trains. It saves time under
+          flash-attention and `sdpa_packed`; sdpa and eager take a mask of the whole row.
         - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
@@ -311,7 +316,8 @@ class FusedMixin:
         call = self._call(given, schedule, given.pop("visual", None), given.pop("relevance", None), labels)
         if query_mask is not None:
             call.query_mask = query_mask
-        if labels is not None and given.get("use_cache") is None:
+        call.packed = bool(given.pop("packed", False))
+        if (labels is not None or call.packed) and given.get("use_cache") is None:
             given["use_cache"] = False
         if facts is not None:
             call.facts = facts if query_mask is None and labels is not None else replace(facts, queries=None)
@@ -354,7 +360,9 @@ class FusedMixin:
                 raise ValueError(f"{name}: got True, expected False, because layers hold different tokens")
         for name in TransformersKwargs.__annotations__.keys() - USED_KEYWORDS:
             if given.get(name) is not None and name not in names:
-                raise ValueError(f"{name}: got a value, expected None: rows are not packed, attention is causal")
+                raise ValueError(
+                    f"{name}: got a value, expected None: attention is causal, and packed=True packs a padded batch"
+                )
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
         require_own_cache(given.get(CACHE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,8 @@ class LiveTokens:
     """Tokens of a batch, as rows of (B, L, ...) tensors in ascending order.
 
     A slot is a token's place in the whole sequence, dead tokens and padding included. Slots decide masks and caches;
-    position ids decide rotary embeddings alone.
+    position ids decide rotary embeddings alone. Packed, all samples stand one after the other in a single row, and the
+    slot of a token is sample * S + place.
     """
 
     slots: Tensor  # (B, L) int64, none twice in a sample
@@ -27,6 +28,8 @@ class LiveTokens:
     whole: bool  # the rows are the input itself, so nothing has to be gathered
     padded: bool  # some row is padding
     offset: int = 0  # slot of the input's first token: the length of the sequence that a cache holds already
+    lengths: tuple[int, ...] = ()  # packed: tokens of each sample
+    stride: int = 0  # packed: S
 
     @classmethod
     def of_mask(cls, mask: Tensor, offset: int = 0, counts: Sequence[int] | None = None) -> LiveTokens:
@@ -40,6 +43,13 @@ class LiveTokens:
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :size]
         valid = torch.arange(size, device=mask.device) < found[:, None]
         return cls(order + offset, valid, False, min(counts) < size, offset)
+
+    @classmethod
+    def packed(cls, mask: Tensor, counts: Sequence[int] | None = None) -> LiveTokens:
+        """Returns the True positions of `mask` (B, S) in one row, which has one row of padding where there are none."""
+        counts = mask.sum(dim=1).tolist() if counts is None else counts
+        found = cls.of_mask(mask.flatten()[None], counts=[sum(counts)])
+        return replace(found, lengths=tuple(counts), stride=mask.shape[1])
 
     @property
     def places(self) -> Tensor:
@@ -173,6 +183,11 @@ class LayerTokens:
         """(B, K) int64: slots of the keys that the layer makes, -1 on padding."""
         return torch.cat([part.slots.masked_fill(~part.valid, -1) for part in self.parts], dim=1)
 
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Packed: keys of each sample."""
+        return tuple(map(sum, zip(*(part.lengths for part in self.parts), strict=True)))
+
     @cached_property
     def padded(self) -> bool:
         """Some key is padding."""
@@ -180,18 +195,26 @@ class LayerTokens:
 
     @cached_property
     def live(self) -> list[Tensor]:
-        """One int64 tensor a sample: the slots of the tokens that the layer runs on, ascending."""
-        return [slots[slots >= 0].sort().values for slots in self.key_slots]
+        """One int64 tensor a sample: slots of the tokens that the layer runs on, ascending; packed: their places."""
+        found = [slots[slots >= 0].sort().values for slots in self.key_slots]
+        if not self.rows.stride:
+            return found
+        samples = found[0] // self.rows.stride
+        return [found[0][samples == number] % self.rows.stride for number in range(len(self.rows.lengths))]
 
 
 class SequenceState:
     """Where the tokens of one call of run_decoder stand, and the tokens of each selection, gathered once.
+
+    Packed, the batch counts as a single sample of B * S places, which B and S below stand for; selections stay (B, S).
 
     Attributes:
         offset: length of the sequence that the cache held before; `size` is S, `length` both together.
         visual: (B, S) bool, the visual tokens; `text` the others. Neither has padding.
         all_visual: the selection of all visual tokens.
         positions: (B, S) int64 position ids, or (3, B, S) under M-RoPE.
+        samples: samples of the input; `stride`: places of each, packed or not.
+        is_packed: every layer runs on one row.
         blocks: (B, offset + S) int64, the image block of each slot, whose tokens see each other in both directions;
             -1: none. None where the model has no such blocks.
         facts: what is known of the batch without asking the device; None: nothing.
@@ -205,6 +228,7 @@ class SequenceState:
         cache: Any,
         blocks: Tensor | None,
         facts: BatchFacts | None = None,
+        is_packed: bool = False,
     ) -> None:
         size = visual.shape[1]
         self.offset: int = cache.get_seq_length() if cache is not None else 0
@@ -219,11 +243,27 @@ class SequenceState:
             missing = self.length - blocks.shape[1]
             sides = (missing, 0) if blocks.shape[1] == size else (0, missing)
             self.blocks = torch.nn.functional.pad(blocks, sides, value=-1)
-        slots = torch.arange(self.offset, self.length, device=visual.device).expand(len(visual), -1)
-        padded = mask is not None and not bool(valid.all()) if facts is None else min(facts.lengths) < size
-        everything = LiveTokens(slots, valid, True, padded, self.offset)
+        self.is_packed, self.samples, self.stride = is_packed, len(visual), self.length
+        if is_packed:
+            everything = LiveTokens.packed(valid, None if facts is None else facts.lengths)
+            self.visual, self.text = self.flat(self.visual), self.flat(self.text)
+            self.positions = self.flat(self.positions, first=self.positions.ndim - 2)
+            self.blocks = None if self.blocks is None else self.flat(self.blocks)
+            self.size = self.length = self.samples * size
+        else:
+            slots = torch.arange(self.offset, self.length, device=visual.device).expand(len(visual), -1)
+            padded = mask is not None and not bool(valid.all()) if facts is None else min(facts.lengths) < size
+            everything = LiveTokens(slots, valid, True, padded, self.offset)
         self._rows: dict[tuple[Selection, bool], LiveTokens] = {(self.all_visual, True): everything}
         self._tokens: dict[tuple[Selection, bool], LayerTokens] = {}
+
+    def flat(self, full: Tensor, first: int = 0) -> Tensor:
+        """Returns (1, B * S, ...) of (B, S, ...) where rows are packed; `first` is the axis of the samples."""
+        return full.flatten(first, first + 1).unsqueeze(first) if self.is_packed else full
+
+    def by_sample(self, full: Tensor) -> Tensor:
+        """Returns (B, S, ...) of (1, B * S, ...), where rows are packed."""
+        return full.unflatten(1, (self.samples, self.stride)).squeeze(0) if self.is_packed else full
 
     def tokens_of(self, selection: Selection, kv_only: bool) -> LayerTokens:
         """Returns what a layer runs on: text and the selected visual tokens, which run or only give keys and values."""
@@ -237,16 +277,18 @@ class SequenceState:
         """Returns the selected visual tokens, with the text or alone."""
         key = selection, text
         if key not in self._rows:
-            mask = torch.zeros_like(self.visual) if selection.mask is None else selection.mask
-            mask, counts = mask | self.text if text else mask, self._counts(selection, text=text)
-            self._rows[key] = LiveTokens.of_mask(mask, self.offset, counts)
+            counts, others = self._counts(selection, text=text), self.by_sample(self.text)
+            mask = torch.zeros_like(others) if selection.mask is None else selection.mask
+            mask = mask | others if text else mask
+            made = LiveTokens.packed(mask, counts) if self.is_packed else LiveTokens.of_mask(mask, self.offset, counts)
+            self._rows[key] = made
         return self._rows[key]
 
     def _counts(self, selection: Selection, *, text: bool) -> list[int] | None:
         """Returns how many tokens of each sample a selection has, with the text or alone; None: not known."""
         if self.facts is None or (selection.mask is not None and selection.counts is None):
             return None
-        chosen = selection.counts or (0,) * len(self.visual)
+        chosen = selection.counts or (0,) * self.samples
         others = [length - visual for length, visual in zip(self.facts.lengths, self.facts.visual, strict=True)]
         return [one + other * text for one, other in zip(chosen, others, strict=True)]
 

@@ -15,12 +15,14 @@ class TrainCollator:
     Args:
         pad_token_id: the tokenizer's, or None.
         image_token: id of the visual tokens.
+        packed: the model packs each batch, and computes nothing on its padding.
     """
 
-    def __init__(self, pad_token_id: int | None, image_token: int) -> None:
+    def __init__(self, pad_token_id: int | None, image_token: int, *, packed: bool = False) -> None:
         self._collate, self._image_token = Collator(pad_token_id), image_token
+        self._more = {"packed": True} if packed else {}
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns the batch."""
         batch = self._collate(samples)
-        return {**batch, "facts": BatchFacts.of(batch, self._image_token)}
+        return {**batch, **self._more, "facts": BatchFacts.of(batch, self._image_token)}

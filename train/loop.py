@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from data.rows import DataError
 from data.stream import ConversationStream
+from models.attention import SDPA_PACKED
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
@@ -174,7 +175,11 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=TrainCollator(processor.tokenizer.pad_token_id, model.config.image_token_id),
+        data_collator=TrainCollator(
+            processor.tokenizer.pad_token_id,
+            model.config.image_token_id,
+            packed=phase.train.tokens_per_step is not None,
+        ),
         processing_class=processor,
         callbacks=_profilers(phase),
     )
@@ -234,6 +239,8 @@ def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
     bits = phase.train.lora.bits if phase.train.lora is not None else None
     model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     vocabulary = model.config.text_config.vocab_size
+    if phase.train.tokens_per_step is not None and model.config.text_config._attn_implementation == "sdpa":
+        model.set_attn_implementation({"text_config": SDPA_PACKED})
     if phase.train.lora is not None:
         set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from data.token_batches import TokenBatches
 from recipes.schema import Phase
 from train.arguments import is_timed
 from train.checkpoints import whole_checkpoints
@@ -55,7 +56,7 @@ class FusedTrainer(Trainer):
         self,
         *,
         phase: Phase,
-        order: WholeBatches | None,
+        order: WholeBatches | TokenBatches | None,
         clock: Clock,
         metrics: TrainMetrics,
         watch: DataWatch,
@@ -77,16 +78,21 @@ class FusedTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns this rank's share of the forward passes, in the recipe's order."""
+        if isinstance(self.order, TokenBatches):
+            share = self.order.of_rank(self.args.process_index, self.args.world_size)
+            batches: dict[str, Any] = {"batch_sampler": share}
+        else:
+            batches = {"batch_size": self.args.per_device_train_batch_size, "sampler": self.order}
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            sampler=self.order,
+            **batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
-        return loader if self.order is None else self.accelerator.prepare(loader)  # a stream is this rank's share
+        # of a stream, and of passes by tokens, this is the rank's share
+        return self.accelerator.prepare(loader) if isinstance(self.order, WholeBatches) else loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Returns this rank's share of the held-out samples."""
