@@ -8,16 +8,21 @@ and values to `cache.update` and continues with what that returns.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as remembered
 from functools import cached_property
 from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from .batch_facts import on_device
 from .cache import CACHE, StagedLayer
 from .live_tokens import LayerTokens, LiveTokens, SequenceState
 
@@ -34,6 +39,7 @@ SUPPORTED_DECODERS = {  # class name: model_type of its config
     "Gemma3TextModel": "gemma3_text",
     "Molmo2TextModel": "molmo2_text",
 }
+SDPA_PACKED = "sdpa_packed"  # an attn_implementation: see sdpa_packed
 Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, L, d)
 VisualKV = Callable[[], tuple[Tensor, Tensor]]  # makes keys and values (B, G, L, d) of visual tokens
 
@@ -103,8 +109,8 @@ def visible(queries: LiveTokens, slots: Tensor, window: int | None, blocks: Tens
     """Returns (B, L, K) bool: which keys, at `slots` (B, K, -1 on padding), each query (B, L) sees.
 
     A query sees the keys at or before its slot, and those of its image block, as far back as the sliding window
-    reaches (in tokens). Dead tokens between two live ones change nothing. Padding rows see every key that is not
-    padding. `blocks` is as in SequenceState.
+    reaches (in tokens), in packed rows of its sample alone. Dead tokens between two live ones change nothing. Padding
+    rows see every key that is not padding. `blocks` is as in SequenceState.
     """
     places = queries.slots.masked_fill(~queries.valid, torch.iinfo(torch.int64).max)
     seen = slots[:, None, :] <= places[:, :, None]
@@ -114,6 +120,8 @@ def visible(queries: LiveTokens, slots: Tensor, window: int | None, blocks: Tens
     if window is not None:
         near = queries.slots[:, :, None] - slots[:, None, :] < window
         seen &= near | ~queries.valid[:, :, None]
+    if queries.stride:
+        seen &= (queries.slots // queries.stride)[:, :, None] == (slots // queries.stride)[:, None, :]
     return seen & (slots >= 0)[:, None, :]
 
 
@@ -126,12 +134,14 @@ def attention_mask(
     window: int | None,
     blocks: Tensor | None,
     hidden: Tensor | None = None,
+    key_lengths: Sequence[int] = (),
 ) -> Any:
     """Returns the mask of `queries` (B, L) against keys at `slots` (B, K, -1 on padding), as the backend wants it.
 
     Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal mask
-    of the backend is already correct. `padded`: some key is padding. `hidden` (B, L, K) bool: keys taken away from a
-    query on top. The rest as in `visible`.
+    of the backend is already correct. Of packed rows Sequences under sdpa_packed and flash. `padded`: some key is
+    padding. `hidden` (B, L, K) bool: keys taken away from a query on top. `key_lengths`: keys of each packed sample.
+    The rest as in `visible`.
 
     Raises:
         ValueError: the backend cannot express the mask.
@@ -145,24 +155,116 @@ def attention_mask(
             ),
             (blocks is not None, "image blocks that attend in both directions"),
             (window is not None and not queries.whole, "a sliding window over live tokens"),
+            (
+                slots.shape[1] > queries.slots.shape[1] > 1 and queries.offset == 0,
+                "visual tokens that only give keys and values (update `kv`)",
+            ),
         ):
             if refused:
                 found = f"flash attention, which cannot express {what}"
                 raise ValueError(f"attn_implementation: got {found}; expected sdpa or eager; {switch}")
+        if queries.stride:
+            return Sequences.of(queries, slots, key_lengths, None, None).for_flash(slots.device)
         return (slots >= 0) if padded else None
-    if backend not in ("sdpa", "eager"):
+    if backend not in ("sdpa", "eager", SDPA_PACKED):
         raise ValueError(f"attn_implementation: got {backend}, expected sdpa, eager or flash_attention_2; {switch}")
-    plain = not padded and window is None and blocks is None and hidden is None
+    if backend == SDPA_PACKED and sum(queries.lengths) == queries.slots.shape[1]:
+        return Sequences.of(queries, slots, key_lengths, window, blocks)
+    plain = not padded and window is None and blocks is None and hidden is None and len(queries.lengths) < 2
     aligned = slots.shape[1] == queries.slots.shape[1]  # the keys are the rows themselves
-    if backend == "sdpa" and plain and (aligned or queries.slots.shape[1] == 1):
+    if backend != "eager" and plain and (aligned or queries.slots.shape[1] == 1):
         return None
     seen = visible(queries, slots, window, blocks)
     if hidden is not None:
         seen &= ~hidden
-    if backend == "sdpa":
+    if backend != "eager":
         return seen[:, None]
     dtype = decoder.dtype
     return torch.zeros((), dtype=dtype, device=seen.device).masked_fill(~seen[:, None], torch.finfo(dtype).min)
+
+
+# -- packed rows ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences of packed rows, for a backend that takes them apart; stands in the place of a mask.
+
+    Attributes:
+        queries: rows of each.
+        keys: keys of each.
+        masks: bool (1, 1, queries, keys) of each; None where its causal mask is correct.
+        order: (K,) int64, the keys sequence by sequence; None where they stand so.
+        options: what flash-attention is given.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    masks: tuple[Tensor | None, ...]
+    order: Tensor | None
+    options: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls, queries: LiveTokens, slots: Tensor, keys: Sequence[int], window: int | None, blocks: Tensor | None
+    ) -> Sequences:
+        """Returns the sequences of packed rows; the keys stand at `slots` (1, K), so many of each sample as `keys`."""
+        order = None
+        if slots.shape[1] > queries.slots.shape[1]:  # visual keys stand first; padding has no place at all
+            order = slots[0].argsort()[slots.shape[1] - sum(keys) :]
+            slots = slots.index_select(1, order)
+        masks: list[Tensor | None] = []
+        for asking, seen in zip(
+            queries.slots.split(queries.lengths, dim=1), slots.split(tuple(keys), dim=1), strict=True
+        ):
+            one = LiveTokens(asking, torch.ones_like(asking, dtype=torch.bool), False, False)
+            is_plain = asking.shape == seen.shape and window is None and blocks is None
+            masks.append(None if is_plain else visible(one, seen, window, blocks)[:, None])
+        return cls(queries.lengths, tuple(keys), tuple(masks), order)
+
+    def for_flash(self, device: torch.device) -> Sequences:
+        """Returns the same with the borders as flash-attention's variable-length form takes them."""
+        options: dict[str, Any] = {}
+        for name, lengths in (("q", self.queries), ("k", self.keys)):
+            borders = on_device([0, *accumulate(lengths)], device)
+            options |= {f"cu_seq_lens_{name}": borders.int(), f"max_length_{name}": max(lengths)}
+        return replace(self, options=options)
+
+    def ordered(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values (1, G, K, d) sequence by sequence."""
+        if self.order is None:
+            return keys, values
+        return keys.index_select(2, self.order), values.index_select(2, self.order)
+
+
+def sdpa_packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of packed rows, one sequence after the other: `attn_implementation="sdpa_packed"`.
+
+    Takes and returns what transformers' sdpa_attention_forward does, which it is for rows that are not packed. No row
+    computes what it does not see, so that packing pays where there is no flash-attention.
+    """
+    if not isinstance(attention_mask, Sequences):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    borders = attention_mask
+    parts = zip(
+        query.split(borders.queries, dim=2),
+        key.split(borders.keys, dim=2),
+        value.split(borders.keys, dim=2),
+        borders.masks,
+        strict=True,
+    )
+    outputs = [
+        sdpa_attention_forward(module, asking, keys, values, mask, **options)[0]
+        for asking, keys, values, mask in parts
+        if asking.shape[2] > 0
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(SDPA_PACKED, sdpa_packed)
+AttentionMaskInterface.register(SDPA_PACKED, sdpa_mask)
 
 
 # -- one layer -----------------------------------------------------------------------------------------------------
@@ -215,7 +317,10 @@ def run_layer(
         "use_cache": shim is not None and shim.stored is not None,
         "position_embeddings": at,
     }
-    return layer(*[given[name] for name in _arguments(type(layer).forward) if name in given])
+    options: Mapping[str, Any] = {}
+    if isinstance(mask, Sequences) and mask.options is not None:
+        given["attention_mask"], options = None, mask.options
+    return layer(*[given[name] for name in _arguments(type(layer).forward) if name in given], **options)
 
 
 def project_visual_kv(layer: Any, visual: Tensor, at: Rotary) -> tuple[Tensor, Tensor]:
@@ -309,8 +414,9 @@ class ProbedLayer:
 class AttentionProbe:
     """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
 
-    `query_mask` and `answers` are as in run_decoder. The executor sets `probed` after each layer that ran on visual
-    tokens, with its graph where the probe is `differentiable`: attention then carries gradients.
+    `query_mask` and `answers` are as in run_decoder; `counts` says how many tokens of each sample `query_mask` marks,
+    None asks the device. The executor sets `probed` after each layer that ran on visual tokens, with its graph where
+    the probe is `differentiable`: attention then carries gradients.
     """
 
     def __init__(
@@ -319,11 +425,12 @@ class AttentionProbe:
         query_mask: Tensor | None,
         state: SequenceState,
         *,
+        counts: Sequence[int] | None = None,
         answers: Tensor | None = None,
         differentiable: bool = False,
     ) -> None:
         self.decoder, self.query_mask, self.answers, self.state = decoder, query_mask, answers, state
-        self.differentiable = differentiable
+        self._counts, self.differentiable = counts, differentiable
         self.probed: ProbedLayer | None = None
         self._seen: dict[tuple[LiveTokens, Tensor, int | None], tuple[Tensor, Tensor]] = {}
 
@@ -335,28 +442,38 @@ class AttentionProbe:
         return self.probed
 
     @cached_property
+    def asking(self) -> Tensor:
+        """(B, S) bool, the instruction tokens."""
+        text = self.state.by_sample(self.state.text)
+        places = torch.arange(text.shape[1], device=text.device)
+        last = places == places.where(text, -1).amax(dim=1, keepdim=True)
+        if self.query_mask is None:
+            return last
+        mask = self.query_mask & text
+        return mask.where(mask.any(dim=1, keepdim=True), last)
+
+    @cached_property
     def queries(self) -> LiveTokens:
         """The instruction tokens."""
-        text, places = self.state.text, torch.arange(self.state.size, device=self.state.text.device)
-        mask = last = places == places.where(text, -1).amax(dim=1, keepdim=True)
-        if self.query_mask is not None:
-            mask = self.query_mask & text
-            mask = mask.where(mask.any(dim=1, keepdim=True), last)
-        return LiveTokens.of_mask(mask, self.state.offset)
+        if self.state.is_packed:
+            return LiveTokens.packed(self.asking, self._counts)
+        return LiveTokens.of_mask(self.asking, self.state.offset, self._counts)
 
     def prompt(self) -> Tensor:
         """Returns (B, S) bool: see View.prompt."""
-        places = torch.arange(self.state.size, device=self.state.text.device)
-        first = self.queries.places.masked_fill(~self.queries.valid, self.state.size).amin(dim=1, keepdim=True)
-        return self.state.text & (places <= first)
+        text = self.state.by_sample(self.state.text)
+        places = torch.arange(text.shape[1], device=text.device)
+        first = places.where(self.asking, text.shape[1]).amin(dim=1, keepdim=True)
+        return text & (places <= first)
 
     def instruction(self) -> Tensor:
         """Returns (B, S) bool, the text that a learned scorer reads: see run_decoder's `answers`."""
         if self.answers is None:
             return self.prompt()
-        places = torch.arange(self.state.size, device=self.state.text.device)
-        last = self.queries.places.masked_fill(~self.queries.valid, -1).amax(dim=1, keepdim=True)
-        return self.state.text & ~self.answers & (places <= last)
+        text = self.state.by_sample(self.state.text)
+        places = torch.arange(text.shape[1], device=text.device)
+        last = places.where(self.asking, -1).amax(dim=1, keepdim=True)
+        return text & ~self.answers & (places <= last)
 
     def attention(self, mask: Tensor | None = None) -> Tensor:
         """Returns (B, S): see View.attention."""
@@ -409,7 +526,7 @@ class AttentionProbe:
 
     def _rows_and_keys(self, probed: ProbedLayer) -> tuple[Tensor, Tensor]:
         """Returns the rows of the instruction tokens (B, Q), and which keys they see (B, Q, K)."""
-        window = window_of(self.decoder, probed.layer, self.state.length)
+        window = window_of(self.decoder, probed.layer, self.state.stride)
         key = probed.tokens.rows, probed.slots, window
         if key not in self._seen:
             queries = self.queries
@@ -425,9 +542,9 @@ class AttentionProbe:
     def _mean(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, S): the mean over heads and instruction tokens, at the places of the keys, 0 elsewhere."""
         weights, valid = self._weights(probed), self.queries.valid
-        mean = weights.mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
-        mean = mean / valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return self._row(probed, weights[:, :, 0]).spread(mean, self.state.size, 0.0)
+        paid = weights.mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
+        paid = self.state.by_sample(self._row(probed, weights[:, :, 0]).spread(paid, self.state.size, 0.0))
+        return paid / self.asking.sum(dim=1, keepdim=True).clamp(min=1)
 
     def _row(self, probed: ProbedLayer, weights: Tensor) -> AttentionRow:
         slots, offset = probed.slots, self.state.offset

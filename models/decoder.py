@@ -6,8 +6,9 @@ A schedule decides that; this file does it, over an unmodified Hugging Face deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as remembered
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from .attention import (
     CacheShim,
     ProbedLayer,
     Rotary,
+    Sequences,
     VisualKV,
     attention_mask,
     project_visual_kv,
@@ -29,9 +31,10 @@ from .attention import (
     uses_mrope,
     window_of,
 )
+from .batch_facts import BatchFacts
 from .cache import StagedLayer, staged_cache
 from .image_tokens import ImageTokens
-from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move
+from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move, rows_at
 from .schedule_base import Dense, Schedule, View
 from .token_scorer import SCORER
 from .value_remap import BoundValueRemap, ValueRemap
@@ -72,6 +75,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     deepstack: Sequence[Tensor] = (),
     tower: ImageTokens | None = None,
     relevance: Tensor | None = None,
+    facts: BatchFacts | None = None,
+    packed: bool = False,
 ) -> DecoderOutput:
     """Runs the layers of a decoder over the tokens that the schedule says are live.
 
@@ -87,9 +92,9 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         past_key_values: None, an empty DynamicCache, or the cache of an earlier call. In decode steps each layer
             attends to what its cache holds.
         use_cache: fill and return a cache. Ignored under gradient checkpointing, as in transformers.
-        visual_embeds: (R, D), the visual tokens in order, where their gradient flows through these rows and not
-            through `inputs_embeds`. Layers before the first one that sees vision then stay out of their graph. With
-            more rows than visual tokens, the others take part in the graph alone.
+        visual_embeds: (R, D), the visual tokens in order, where `inputs_embeds` does not have them, or not their
+            gradient. Layers before the first one that sees vision then stay out of their graph. With more rows than
+            visual tokens, the others take part in the graph alone.
         query_mask: (B, S) bool, the text tokens that stand for the instruction where a schedule reads attention
             (several: the mean). None, or a sample without one: its last text token.
         answers: (B, S) bool, the tokens that are to be predicted, which a learned scorer does not read. It reads the
@@ -99,10 +104,15 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             after each.
         tower: what the vision tower made of the images, for a schedule with `reads_tower`.
         relevance: (B, S), how relevant each visual token is to the question, for CDPruner.
+        facts: what is known of a training batch without a cache, so that nothing waits for the device. None: it is
+            asked.
+        packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
+            Without a cache, under a schedule that trains. The output is the same.
 
     Raises:
         UnsupportedDecoderError: another kind of decoder.
-        ValueError: the schedule does not fit the decoder; a cache of another model.
+        ValueError: the schedule does not fit the decoder; a cache of another model; packed rows with a cache or a
+            schedule that does not train.
     """
     decoder = unwrap(language_model)
     schedule = schedule or Dense()
@@ -117,13 +127,24 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     if checkpointing and options.get("use_reentrant") and (schedule.update == "kv" or schedule.differentiable):
         under = "the `kv` update" if schedule.update == "kv" else "a choice of tokens with gradients"
         raise ValueError(f"gradient checkpointing: got use_reentrant=True, expected False under {under}")
+    if packed and (use_cache or past_key_values is not None or not schedule.trainable):
+        what = "a cache" if schedule.trainable else type(schedule).__name__
+        raise ValueError(
+            f"packed: got True with {what}, expected a forward without a cache under a schedule that trains"
+        )
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
-    state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
-    differentiable = schedule.differentiable and torch.is_grad_enabled()
-    probe = AttentionProbe(decoder, query_mask, state, answers=answers, differentiable=differentiable)
+    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts, packed)
+    probe = AttentionProbe(
+        decoder,
+        query_mask,
+        state,
+        counts=None if facts is None else facts.queries,
+        answers=answers,
+        differentiable=schedule.differentiable and torch.is_grad_enabled(),
+    )
     run = _Run(decoder, schedule, cache, state, probe, tower, relevance)
-    if state.offset > 0 and state.size == 1:  # a decode step
+    if state.offset > 0 and state.stride == state.offset + 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
     else:
         hidden = run.all_layers(inputs_embeds, visual, visual_embeds, deepstack)
@@ -133,7 +154,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             layer.seen = state.length
             layer.next_position = following if following.ndim == 1 else following.amax(dim=0)
     hidden = run.rows.put(decoder.norm(hidden), state.size)
-    return DecoderOutput(hidden, cache, tuple(run.layers))
+    return DecoderOutput(state.by_sample(hidden), cache, tuple(run.layers))
 
 
 class _Run:
@@ -172,7 +193,8 @@ class _Run:
 
         For a batch without visual tokens, and for a decode step, in which each layer attends to what its cache holds.
         """
-        tokens, hidden = self.state.tokens_of(self.state.all_visual, kv_only=False), embeds
+        tokens = self.state.tokens_of(self.state.all_visual, kv_only=False)
+        hidden = self._gathered(embeds, tokens.rows)
         for number in range(self.depth):
             hidden = self._layer(number, hidden, tokens, remap=None, is_probed=False)
         return hidden
@@ -183,13 +205,15 @@ class _Run:
         """Returns the hidden states after the last layer, at `self.rows`."""
         schedule, state, separate = self.schedule, self.state, visual_embeds is not None
         if visual_embeds is None and (deepstack or not isinstance(schedule, Dense)):
-            visual_embeds = embeds[visual]
+            visual_embeds = rows_at(embeds, visual, state.all_visual.counts)
         if visual_embeds is not None and len(visual_embeds) > 0:
-            self.visual_rows = VisualRows.of(visual, visual_embeds)
+            self.visual_rows = VisualRows.of(state.flat(visual), visual_embeds)
         elif not isinstance(schedule, Dense):
             return self.text_alone(embeds)
-        view_at = partial(self._view, embeds, schedule.new_state())
-        live, hidden, due = state.all_visual, embeds, list(deepstack)
+        hidden = self._gathered(embeds, self.rows)
+        merged = self._merged(hidden, separate)
+        view_at = partial(self._view, partial(self._embeddings, merged, self.rows), schedule.new_state())
+        live, due = state.all_visual, list(deepstack)
         for number in range(self.depth):
             view = view_at(number, live, hidden)
             live = schedule.live(view)
@@ -198,8 +222,8 @@ class _Run:
             kv_only = sees_vision and schedule.update_at(number) == "kv"
             if kv_only and schedule.update == "full":
                 self._set_aside(hidden)
-            if number == 0 and separate and sees_vision and not kv_only:
-                hidden = embeds.masked_scatter(visual[..., None], visual_embeds.to(embeds.dtype))  # type: ignore[union-attr]
+            if number == 0 and sees_vision and not kv_only:
+                hidden = merged()
             tokens = state.tokens_of(live, kv_only)
             if tokens.rows is not self.rows:
                 entering = self.visual_rows if sees_vision and not kv_only else None
@@ -215,6 +239,19 @@ class _Run:
         schedule.on_end(view_at(self.depth, live, hidden))
         return hidden
 
+    def _gathered(self, embeds: Tensor, rows: LiveTokens) -> Tensor:
+        """Returns the embeddings (B, S, D) of `rows`, (B, L, D)."""
+        return embeds if rows.whole else rows.take(self.state.flat(embeds))
+
+    def _merged(self, hidden: Tensor, separate: bool) -> Callable[[], Tensor]:
+        """Returns a function that returns the embeddings (B, L, D) of the rows, the visual rows in their places."""
+        visual, rows = self.visual_rows if separate else None, self.rows
+        return remembered(lambda: hidden if visual is None else visual.merged_into(hidden, rows))
+
+    def _embeddings(self, merged: Callable[[], Tensor], rows: LiveTokens) -> Tensor:
+        """Returns (B, S, D): see View.input_embeddings."""
+        return self.state.by_sample(rows.put(merged(), self.state.size))
+
     def _set_aside(self, hidden: Tensor) -> None:
         """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""
         if self.visual_rows is not None and self.rows is not self.state.rows_of(NO_VISUAL):
@@ -224,10 +261,12 @@ class _Run:
         """Returns hidden states of `rows` (B, L, D) with those of visual tokens taken from `states` (B, S, D)."""
         if self.visual_rows is None:
             return hidden
-        self.visual_rows = self.visual_rows.updated(states, self.state.rows_of(self.state.all_visual))
-        return torch.where(rows.take(self.state.visual)[..., None], rows.take(states).to(hidden.dtype), hidden)
+        everything = self.state.rows_of(self.state.all_visual)
+        self.visual_rows = self.visual_rows.updated(self._gathered(states, everything), everything)
+        states = rows.take(self.state.flat(states))
+        return torch.where(rows.take(self.state.visual)[..., None], states.to(hidden.dtype), hidden)
 
-    def _view(self, embeds: Tensor, memory: Any, number: int, live: Selection, hidden: Tensor) -> View:
+    def _view(self, embeds: Callable[[], Tensor], memory: Any, number: int, live: Selection, hidden: Tensor) -> View:
         probed = self.probe.probed
         return View(
             num_layers=self.depth,
@@ -236,7 +275,7 @@ class _Run:
             live=live,
             last_visual_layer=None if probed is None else probed.layer,
             state=memory,
-            embeddings=embeds,
+            input_embeddings=embeds,
             tower=self.tower,
             relevance=self.relevance,
             prompt=self.probe.prompt,
@@ -247,22 +286,22 @@ class _Run:
             hidden_states=partial(self._states, hidden),
         )
 
-    def _scores(self, embeds: Tensor) -> Tensor:
+    def _scores(self, embeds: Callable[[], Tensor]) -> Tensor:
         """Returns (B, S): see View.scores. What the scorer reads learns nothing from it."""
         scorer = getattr(self.decoder, SCORER, None)
         if scorer is None:
             raise ValueError(f"schedule: got a plan with select: learned, expected a model with a {SCORER}")
-        return scorer(embeds.detach(), self.probe.instruction())
+        return scorer(embeds().detach(), self.probe.instruction())
 
     def _states(self, hidden: Tensor) -> Tensor:
         """Returns (B, S, D): see View.hidden_states."""
         full, state = self.rows.put(hidden, self.state.size), self.state
         if self.visual_rows is None:
-            return full
+            return state.by_sample(full)
         aside = state.visual & (self.rows.columns(state.size) < 0)  # what no layer ran on, or kept from the `kv` update
-        return torch.where(
-            aside[..., None], self.visual_rows.take(state.rows_of(state.all_visual)).to(full.dtype), full
-        )
+        everything = state.rows_of(state.all_visual)
+        kept = everything.put(self.visual_rows.take(everything), state.size)
+        return state.by_sample(torch.where(aside[..., None], kept.to(full.dtype), full))
 
     def _layer(
         self, number: int, hidden: Tensor, tokens: LayerTokens, remap: BoundValueRemap | None, is_probed: bool
@@ -275,12 +314,13 @@ class _Run:
         if stored is not None:
             slots, padded = stored.extend(slots, padded)
         mask = self._mask(number, tokens, slots, padded, remap)
+        change = mask.ordered if isinstance(mask, Sequences) and mask.order is not None else remap
         shim = None
         gates = self.gates
         if gates is not None:
-            gates = gates.gather(1, (tokens.key_slots - self.state.offset).clamp(min=0))
-        if any(one is not None for one in (stored, visual_kv, remap, gates)) or is_probed:
-            shim = CacheShim(stored, visual_kv, remap, gates)
+            gates = self.state.flat(gates).gather(1, (tokens.key_slots - self.state.offset).clamp(min=0))
+        if any(one is not None for one in (stored, visual_kv, change, gates)) or is_probed:
+            shim = CacheShim(stored, visual_kv, change, gates)
         at = self._rotary_at(number, tokens.rows, hidden, positions)
         ids = None if self.mrope else tokens.rows.positions_from(positions)
         output = run_layer(self.decoder.layers[number], hidden, mask, ids, shim, at)
@@ -339,7 +379,7 @@ class _Run:
     def _mask(
         self, number: int, tokens: LayerTokens, slots: Tensor, padded: bool, remap: BoundValueRemap | None
     ) -> Any:
-        state, window = self.state, window_of(self.decoder, number, self.state.length)
+        state, window = self.state, window_of(self.decoder, number, self.state.stride)
         copies = None if remap is None else remap.copies
         key = tokens, window, copies
         if state.offset > 0 or key not in self._masks:  # the slots of filled caches differ from layer to layer
@@ -348,6 +388,13 @@ class _Run:
                 hidden = remap.hidden_from(tokens.rows, slots.shape[1])
                 slots = torch.cat([slots, LayerTokens(copies).key_slots], dim=1)
             self._masks[key] = attention_mask(
-                self.decoder, tokens.rows, slots, padded=padded, window=window, blocks=state.blocks, hidden=hidden
+                self.decoder,
+                tokens.rows,
+                slots,
+                padded=padded,
+                window=window,
+                blocks=state.blocks,
+                hidden=hidden,
+                key_lengths=tokens.key_lengths,
             )
         return self._masks[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,20 +11,21 @@ from .live_tokens import LiveTokens
 
 
 @torch.no_grad()
-def diversity_order(features: Tensor, mask: Tensor, choices: int) -> Tensor:
+def diversity_order(features: Tensor, mask: Tensor, choices: int, counts: Sequence[int] | None = None) -> Tensor:
     """Returns (B, S), how early each token is chosen: `choices` for the first, 0 for those that are not.
 
     The distance of two tokens is 1 - cosine of their features. The first choice is the token that is farthest from its
-    nearest other one. Nothing waits for the device but the sizes of `mask`.
+    nearest other one. Nothing waits for the device but the sizes of `mask`, where `counts` does not give them.
 
     Args:
         features: (B, S, D).
         mask: (B, S) bool, the tokens among which is chosen.
         choices: how many tokens; a sample with fewer gives all.
+        counts: how many tokens of each sample `mask` has.
 
     Source: DivPrune, arXiv 2503.02175.
     """
-    tokens = LiveTokens.of_mask(mask)
+    tokens = LiveTokens.of_mask(mask, counts=counts)
     normed = torch.nn.functional.normalize(tokens.take(features).float(), dim=-1)
     cosine = normed @ normed.transpose(1, 2)  # (B, L, L)
     distance = 1 - (cosine + cosine.transpose(1, 2)) / 2  # the same both ways, so that ties go to the first

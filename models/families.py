@@ -132,7 +132,7 @@ PARTS = ("projector", "vision_tower", "language_model")
 
 @dataclass(frozen=True)
 class Family:
-    """One family of VLMs. See FusedMixin for `blank` and `blocks`.
+    """One family of VLMs. See FusedMixin for `blank`, `blocks` and `merges`.
 
     `tower` and `projector` name modules or weights below `model`; a name in `projector` wins over the tower that holds
     it (Qwen's merger lies inside its tower). What neither names is the language model, but for a plan's scorer of
@@ -144,6 +144,7 @@ class Family:
     blank: Callable[[Any], dict[str, Tensor]] = _square
     blocks: Callable[[Mapping[str, Any]], Tensor | None] = lambda given: None
     bases: tuple[Any, Any] | None = None  # config and model class, where they are not those of transformers
+    merges: bool = False  # see FusedMixin
     tower: tuple[str, ...] = ("vision_tower",)
     projector: tuple[str, ...] = ("multi_modal_projector", "image_newline")
 
@@ -187,6 +188,7 @@ class Family:
             "config_class": self.config_class,
             "family_blank": staticmethod(self.blank),
             "family_blocks": staticmethod(self.blocks),
+            "family_merges": self.merges,
             "forward": _forward_like(base),
         }
         return type(f"Fused{base.__name__}", (FusedMixin, base), fields)
@@ -212,7 +214,7 @@ def _forward_like(base: Any) -> Callable[..., Any]:
 
     parameters = dict(signature(base.forward).parameters)
     variable = parameters.pop("kwargs", Parameter("kwargs", Parameter.VAR_KEYWORD))
-    names = ("schedule", "visual", "relevance", "query_mask")
+    names = ("schedule", "visual", "relevance", "query_mask", "facts", "packed")
     added = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names]
     forward.__doc__ = FusedMixin.forward.__doc__
     forward.__signature__ = Signature([*parameters.values(), *added, variable])  # type: ignore[attr-defined]  # generate() reads it
@@ -225,21 +227,26 @@ _OVIS2_TABLE = ("visual_embeddings_table", "vision_tower.head_linear", "vision_t
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llava", "Llava", _llava),
-        Family("llava_next", "LlavaNext", _tiles),
-        Family("llava_onevision", "LlavaOnevision", _tiles),
-        Family("internvl", "InternVL"),
+        Family("llava", "Llava", _llava, merges=True),
+        Family("llava_next", "LlavaNext", _tiles, merges=True),
+        Family("llava_onevision", "LlavaOnevision", _tiles, merges=True),
+        Family("internvl", "InternVL", merges=True),
         Family("qwen2_vl", "Qwen2VL", _patches, tower=("visual",), projector=("visual.merger",)),
         Family("qwen2_5_vl", "Qwen2_5_VL", _patches, tower=("visual",), projector=("visual.merger",)),
         Family("qwen3_vl", "Qwen3VL", _patches, tower=("visual",), projector=_QWEN3_MERGERS),
         Family("glm4v", "Glm4v", _patches, tower=("visual",), projector=("visual.merger", "visual.downsample")),
         Family("smolvlm", "SmolVLM", _listed, tower=("vision_model",), projector=("connector",)),
         Family("idefics3", "Idefics3", _listed, tower=("vision_model",), projector=("connector",)),
-        Family("mistral3", "Mistral3", lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size)),
-        Family("gemma3", "Gemma3", blocks=_gemma3_blocks),
+        Family(
+            "mistral3",
+            "Mistral3",
+            lambda c: _pixtral(c, c.vision_config.patch_size * c.spatial_merge_size),
+            merges=True,
+        ),
+        Family("gemma3", "Gemma3", blocks=_gemma3_blocks, merges=True),
         Family("ovis2", "Ovis2", projector=_OVIS2_TABLE),
         Family("molmo2", "Molmo2", _molmo2, _molmo2_blocks),
-        Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration)),
+        Family("mobilevlm", "MobileVLM", bases=(MobileVLMConfig, MobileVLMForConditionalGeneration), merges=True),
     )
 }
 for _family in FAMILIES.values():

@@ -2,15 +2,14 @@
 
 A VLM of transformers ends in one call of its text model with the image features merged into the embeddings. The outer
 forward marks the visual tokens and names the schedule; the text model then runs through run_decoder. Tiles, position
-indices, DeepStack features, processors and generate() stay Hugging Face's. No parameter is added, but a scorer where a
-plan asks for one, and none is renamed.
+indices, DeepStack features, processors and generate() stay Hugging Face's, and so do names of parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as remembered
 from functools import partial
 from inspect import Parameter, signature
@@ -22,15 +21,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
+from .batch_facts import IGNORE_INDEX, BatchFacts, instruction_ends, next_labels
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .image_tokens import ImageTokens, image_tokens, missing_tower, states_around
+from .images_apart import ImagesApart, flat_features
+from .live_tokens import rows_at
 from .schedule_base import Dense, Schedule, ScheduleError
 from .schedules import SCHEDULES, TRAINED, Choice, resolve_schedule
 from .stage_plan import StagePlan
 from .token_scorer import SCORER, TokenScorer, needs_scorer, untouched
 
-IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
 VISION_INPUTS = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
 UNUSED_KEYWORDS = ("tokenizer", "assistant_tokenizer")  # generate() hands them to every forward
 CACHE_NAMES = dict.fromkeys(("cache", "past_key_values"), CACHE)
@@ -61,30 +62,6 @@ class FusedOutput(CausalLMOutputWithPast):
         return self.decoder.live
 
 
-class BlankImage(dict[str, Any]):
-    """Stands for the encoded images of a training batch without any: encodes a blank one where images are looked up.
-
-    So every rank runs the same modules in the same order, containers too, which ZeRO-3 relies on.
-    """
-
-    def __init__(self, encode: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
-        super().__init__()
-        self._encode = encode
-        self._features: tuple[Tensor, list[Tensor]] | None = None
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Returns the default: the batch has no image."""
-        if key == "image":
-            self.features()
-        return default
-
-    def features(self) -> tuple[Tensor, list[Tensor]]:
-        """Returns the features (R, D) of the blank image, and its DeepStack features."""
-        if self._features is None:
-            self._features = self._encode()
-        return self._features
-
-
 @dataclass
 class _Call:
     """What the outer forward hands to the text model, and the text model back."""
@@ -95,9 +72,11 @@ class _Call:
     query_mask: Tensor | None
     answers: Tensor | None
     blocks: Tensor | None
-    blank: BlankImage | None
+    apart: ImagesApart | None
     embeddings_learn: bool
     relevance: Tensor | None
+    facts: BatchFacts | None = None
+    packed: bool = False
     tower: ImageTokens | None = None
     output: DecoderOutput | None = None
 
@@ -132,11 +111,13 @@ class FusedTextMixin:
             seen = _seen(kwargs)
             positions = torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
         deepstack, visual_embeds = list(kwargs.get("deepstack_visual_embeds") or ()), None
-        if call.blank is not None:
-            visual_embeds, deepstack = call.blank.features()
+        counts = None if call.facts is None else call.facts.visual
+        if call.apart is not None:
+            visual_embeds, deepstack = call.apart.features()
+            visual_embeds = visual_embeds.to(embeds.device, embeds.dtype)
         elif not isinstance(call.schedule, Dense) and not call.embeddings_learn:
             # The gradient reaches the projector through these rows alone, so layers before `enter` keep no graph.
-            visual_embeds, embeds = embeds[call.visual], embeds.detach()
+            visual_embeds, embeds = rows_at(embeds, call.visual, counts), embeds.detach()
         call.output = run_decoder(
             self,  # type: ignore[arg-type]  # a mixin of nn.Module
             embeds,
@@ -153,6 +134,8 @@ class FusedTextMixin:
             deepstack=deepstack,
             tower=call.tower,
             relevance=call.relevance,
+            facts=call.facts,
+            packed=call.packed,
         )
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
@@ -242,6 +225,7 @@ class FusedMixin:
     plan: StagePlan | None  # of the config
     family_blank: Callable[[Any], dict[str, Any]]  # of the config: inputs of get_image_features for a blank image
     family_blocks: Callable[[Mapping[str, Any]], Tensor | None]  # of forward's inputs: `blocks` as in run_decoder
+    family_merges: bool  # all that the family's forward does with image features is to merge them into the embeddings
     config: Any
     model: Any
     lm_head: Any
@@ -255,8 +239,8 @@ class FusedMixin:
         text = self.model.get_decoder()
         text.__class__ = fused_text_class(type(text))  # type: ignore[arg-type]  # mypy: a class is no Hashable
         if needs_scorer(config):
-            text.add_module(SCORER, TokenScorer(config.text_config.hidden_size))
-            text.get_submodule(SCORER).apply(self._init_weights)  # type: ignore[attr-defined]  # PreTrainedModel's
+            scorer = TokenScorer(config.text_config.hidden_size)
+            text.add_module(SCORER, scorer.apply(self._init_weights))  # type: ignore[attr-defined]  # PreTrainedModel's
 
     @property
     def schedule(self) -> Schedule:
@@ -315,6 +299,11 @@ class FusedMixin:
         - visual: (B, S) bool, the visual tokens, where `inputs_embeds` holds the image already.
         - relevance: (B, S), how relevant each visual token is to the question, for CDPruner: see there.
         - query_mask: (B, S) bool, the tokens whose attention a schedule reads; None is the last instruction token.
+        - facts: what BatchFacts.of says of this batch, with labels and without a cache. Nothing then waits for the
+          device, forward or backward, as far as the family's own code does not.
+        - packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
+          The output is that of the padded batch. Without a cache, under a schedule that trains. It saves time under
+          flash-attention and `sdpa_packed`; sdpa and eager take a mask of the whole row.
         - num_items_in_batch: labelled tokens of the global batch: the loss is then a sum over this number.
 
         Returns:
@@ -331,14 +320,18 @@ class FusedMixin:
         schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
         items = given.pop("num_items_in_batch", None)
-        query_mask = given.pop("query_mask", None)
+        query_mask, facts = given.pop("query_mask", None), given.pop("facts", None)
         call = self._call(given, schedule, given.pop("visual", None), given.pop("relevance", None), labels)
         if query_mask is not None:
             call.query_mask = query_mask
-        if labels is not None and given.get("use_cache") is None:
+        call.packed = bool(given.pop("packed", False))
+        if (labels is not None or call.packed) and given.get("use_cache") is None:
             given["use_cache"] = False
-        if call.blank is not None:
-            given["mm_encoder_outputs"] = call.blank
+        if facts is not None:
+            call.facts = facts if query_mask is None and labels is not None else replace(facts, queries=None)
+            call.apart = self._apart(given, schedule, facts) if call.apart is None else call.apart
+        if call.apart is not None:
+            given["mm_encoder_outputs"] = call.apart
         if schedule.reads_tower:
             call.tower = self._tower(given)
         token = _CALL.set(call)
@@ -375,7 +368,9 @@ class FusedMixin:
                 raise ValueError(f"{name}: got True, expected False, because layers hold different tokens")
         for name in TransformersKwargs.__annotations__.keys() - USED_KEYWORDS:
             if given.get(name) is not None and name not in names:
-                raise ValueError(f"{name}: got a value, expected None: rows are not packed, attention is causal")
+                raise ValueError(
+                    f"{name}: got a value, expected None: attention is causal, and packed=True packs a padded batch"
+                )
         if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
         require_own_cache(given.get(CACHE))
@@ -404,7 +399,7 @@ class FusedMixin:
             self.check_training(schedule)
         query_mask = None
         if schedule.reads_attention or schedule.reads_scores:
-            query_mask = self._prompt_end(given, visual) if labels is None else _instruction_ends(labels)
+            query_mask = self._prompt_end(given, visual) if labels is None else instruction_ends(labels)
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
         hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
         is_leaf_input = hooked or "inputs_embeds" in given
@@ -415,10 +410,33 @@ class FusedMixin:
             query_mask=query_mask,
             answers=None if labels is None else labels != IGNORE_INDEX,
             blocks=type(self).family_blocks(given),
-            blank=BlankImage(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
+            apart=ImagesApart(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
             relevance=None if relevance is None else _part(relevance, _seen(given), visual.shape[1]),
         )
+
+    def _apart(self, given: dict[str, Any], schedule: Schedule, facts: BatchFacts) -> ImagesApart | None:
+        """Returns what encodes this call's images apart from the embeddings, and takes the pixels out of `given`.
+
+        None where the family's forward does more with them than merging them, or a schedule reads the tower.
+        """
+        others = VISION_INPUTS["video"] + ("image_hidden_states", "mm_encoder_outputs")
+        if not self.family_merges or schedule.reads_tower or "pixel_values" not in given or any(map(given.get, others)):
+            return None
+        known = signature(self.model.get_image_features).parameters
+        inputs = {name: value for name, value in given.items() if name in known}
+        del given["pixel_values"]
+
+        def encode() -> tuple[Tensor, list[Tensor]]:
+            rows, expected = (
+                flat_features(self.model.get_image_features(**inputs, return_dict=True).pooler_output),
+                sum(facts.visual),
+            )
+            if len(rows) != expected:
+                raise ValueError(f"image features and image tokens do not match: got {len(rows)} and {expected}")
+            return rows, []
+
+        return ImagesApart(encode)
 
     def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
         """Returns what the tower makes of this call's images, None without any; encodes the pixels in `given`.
@@ -499,7 +517,7 @@ class FusedMixin:
         }
         features = self.model.get_image_features(**inputs, return_dict=True)
         levels = getattr(features, "deepstack_features", None) or ()
-        return _flat(features.pooler_output), [_flat(level) for level in levels]
+        return flat_features(features.pooler_output), [flat_features(level) for level in levels]
 
     def check_training(self, schedule: Schedule) -> None:
         """Raises ValueError where a schedule cannot train this model, or would leave a part of it without gradient."""
@@ -519,18 +537,22 @@ class FusedMixin:
 
     def _loss(self, hidden: Tensor, labels: Tensor, call: _Call, num_items_in_batch: Any) -> Tensor:
         """Returns the next-token loss; the head runs on labelled positions alone, and on every rank."""
-        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        labelled = following != IGNORE_INDEX
-        if not isinstance(call.schedule, Dense) and bool((labelled & call.visual).any()):
-            sample = int((labelled & call.visual).any(dim=1).nonzero()[0])
+        following = next_labels(labels)
+        if call.facts is None:
+            labelled = following != IGNORE_INDEX
+            places, wrong = labelled.flatten().nonzero()[:, 0], (labelled & call.visual).any(dim=1).nonzero()[:1, 0]
+            sample = wrong.tolist()[0] if len(wrong) else None
+        else:
+            places, sample = call.facts.labelled.to(hidden.device, non_blocking=True), call.facts.after_visual
+        if sample is not None and not isinstance(call.schedule, Dense):
             raise ValueError(
                 f"labels: sample {sample} of the batch has a label directly after a visual token, whose state the "
                 "deep layers no longer hold; expected a text token (a newline) between image and answer"
             )
-        logits, targets = self.lm_head(hidden[labelled]), following[labelled]
-        scorer, unused = getattr(self.model.get_decoder(), SCORER, None), hidden.new_zeros(())
-        if self.training and scorer is not None and not call.schedule.reads_scores:
-            unused = untouched(scorer, hidden)
+        logits = self.lm_head(hidden.flatten(0, 1).index_select(0, places))
+        targets = following.flatten().index_select(0, places)
+        is_unread = self.training and not call.schedule.reads_scores
+        unused = untouched(self.model.get_decoder(), hidden) if is_unread else 0.0
         if len(targets) == 0:
             return logits.sum() * 0.0 + unused
         return unused + self.loss_function(  # type: ignore[attr-defined]  # PreTrainedModel's
@@ -561,8 +583,7 @@ def _arguments_of(forward: Callable[..., Any], inner: Callable[..., Any]) -> tup
 
 def _seen(given: Mapping[str, Any]) -> int:
     """Returns the length of the sequence that the given cache holds."""
-    cache = given.get(CACHE)
-    return 0 if cache is None else cache.get_seq_length()
+    return 0 if (cache := given.get(CACHE)) is None else cache.get_seq_length()
 
 
 def _part(given: Tensor, seen: int, size: int) -> Tensor:
@@ -572,20 +593,8 @@ def _part(given: Tensor, seen: int, size: int) -> Tensor:
     return torch.nn.functional.pad(given, (0, max(0, seen + size - given.shape[1])))[:, seen : seen + size]
 
 
-def _instruction_ends(labels: Tensor) -> Tensor:
-    """Returns (B, S) bool: the tokens directly before a supervised span."""
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return (following != IGNORE_INDEX) & (labels == IGNORE_INDEX)
-
-
 def _kept_rows(hidden: Tensor, kept: int | Tensor | None) -> Tensor:
     """Returns the hidden states whose logits are asked for: see Hugging Face's `logits_to_keep`."""
     if isinstance(kept, Tensor):
         return hidden[kept] if kept.dtype == torch.bool and kept.ndim == 2 else hidden[:, kept]
     return hidden[:, -kept:] if kept else hidden
-
-
-def _flat(features: Any) -> Tensor:
-    """Returns image features, a tensor or one an image, as rows (R, D)."""
-    joined = features if isinstance(features, Tensor) else torch.cat(list(features))
-    return joined.flatten(0, -2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionRow
+from .batch_facts import on_device
 from .diversity import diversity_order
 from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, Selection
@@ -30,7 +31,7 @@ class View:
         live: what the schedule selected for the layer before; at first all visual tokens.
         last_visual_layer: the last layer that ran on visual tokens; None before the first one.
         state: what `Schedule.new_state` returned for this run.
-        embeddings: (B, S, D), the input of the decoder: text embeddings and projected image features.
+        input_embeddings: returns (B, S, D), the input of the decoder: text embeddings and projected image features.
         tower: what the vision tower made of the images; only under a schedule with `reads_tower`.
         relevance: (B, S), how relevant each visual token is to the question, from outside; None where not given.
         prompt: returns (B, S) bool, the text tokens up to the first that stands for the instruction, so none of an
@@ -57,7 +58,7 @@ class View:
     live: Selection
     last_visual_layer: int | None
     state: Any
-    embeddings: Tensor
+    input_embeddings: Callable[[], Tensor]
     tower: ImageTokens | None
     relevance: Tensor | None
     prompt: Callable[[], Tensor]
@@ -68,6 +69,11 @@ class View:
     hidden_states: Callable[[], Tensor]
 
     @property
+    def embeddings(self) -> Tensor:
+        """(B, S, D), as `input_embeddings`."""
+        return self.input_embeddings()
+
+    @property
     def visual_mask(self) -> Tensor:
         """(B, S) bool, all visual tokens."""
         return mask_of(self.visual)
@@ -75,7 +81,8 @@ class View:
     @property
     def visual_counts(self) -> list[int]:
         """How many visual tokens each sample has."""
-        return self.visual_mask.sum(dim=1).tolist()
+        counts = self.visual.counts
+        return self.visual_mask.sum(dim=1).tolist() if counts is None else list(counts)
 
 
 def mask_of(selection: Selection) -> Tensor:
@@ -227,7 +234,7 @@ class Fused(Schedule):
         if state.scores is None and self.plan.select == "learned":
             state.scores = view.scores()
         elif state.scores is None:
-            state.scores = diversity_order(view.embeddings, view.visual_mask, max(counts))
+            state.scores = diversity_order(view.embeddings, view.visual_mask, max(counts), view.visual.counts)
         return state.scores
 
 
@@ -366,9 +373,9 @@ def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Sele
     """Returns, of sample b's live tokens, the `counts[b]` with the highest scores (B, S); ties go to the first."""
     mask = mask_of(live)
     order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    count = torch.tensor(counts, device=mask.device)[:, None]
-    first = torch.arange(mask.shape[1], device=mask.device) < count
-    return Selection(torch.zeros_like(mask).scatter(1, order, first) & mask)
+    first = torch.arange(mask.shape[1], device=mask.device) < on_device(counts, mask.device)[:, None]
+    kept = None if live.counts is None else tuple(map(min, counts, live.counts))
+    return Selection(torch.zeros_like(mask).scatter(1, order, first) & mask, kept)
 
 
 class ScheduleError(ValueError):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .batch_facts import on_device
+
 _HALVINGS = 24  # of the interval that holds a threshold: to 1e-6 of the spread of the scores
 
 
@@ -37,7 +39,7 @@ def soft_top_k(scores: Tensor, mask: Tensor, counts: Sequence[int]) -> Tensor:
     """
     scores = scores.float()
     total = mask.sum(dim=1, keepdim=True)
-    count = torch.tensor(counts, device=mask.device)[:, None].minimum(total)
+    count = on_device(counts, mask.device)[:, None].minimum(total)
     is_cut = (count > 0) & (count < total)
     with torch.no_grad():
         threshold = _threshold(scores, mask, count, is_cut)

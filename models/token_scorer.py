@@ -60,11 +60,14 @@ def is_scorer(name: str) -> bool:
     return SCORER in name.split(".")
 
 
-def untouched(scorer: nn.Module, like: Tensor) -> Tensor:
-    """Returns 0, with a gradient of 0 for every weight of the scorer; `like` (..., D) gives device and type.
+def untouched(decoder: nn.Module, like: Tensor) -> Tensor:
+    """Returns 0, with a gradient of 0 for every weight of a decoder's scorer; `like` (..., D) gives device and type.
 
     For a step whose plan does not read it: ZeRO-3 takes the gradient of the step before for a weight without one.
     """
+    scorer = getattr(decoder, SCORER, None)
+    if scorer is None:
+        return like.new_zeros(())
     blank = like.new_zeros(1, 1, like.shape[-1])
     return 0.0 * scorer(blank, torch.ones(1, 1, dtype=torch.bool, device=like.device)).sum()
 

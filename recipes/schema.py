@@ -207,6 +207,9 @@ class TrainSection(_Section):
     Attributes:
         global_batch: samples of one optimizer step, over all ranks and accumulation.
         per_device_batch: samples of one forward pass on one rank, at most; accumulation follows from the two.
+        tokens_per_step: tokens of one optimizer step, over all ranks, about: a step then has as many samples as fill
+            them, in `global_batch` / `per_device_batch` forward passes of nearly equal size, packed: nothing is padded.
+            null: a step has `global_batch` samples.
         epochs: passes over the data; `max_steps` and `max_seconds` replace it where they are set.
         max_steps: optimizer steps.
         max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.
@@ -231,6 +234,7 @@ class TrainSection(_Section):
     neftune: float | None = Field(default=None, gt=0)
     global_batch: int = Field(gt=0, le=_MOST_SAMPLES)
     per_device_batch: int = Field(gt=0, le=_MOST_SAMPLES)
+    tokens_per_step: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
     epochs: float = Field(default=1.0, gt=0, le=1_000_000)
     max_steps: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
     max_seconds: float | None = Field(default=None, gt=0, le=_MOST_STEPS)

@@ -192,7 +192,7 @@ def live_counts(rule, loud_layers, num_layers=9):
             live,
             before if before >= 0 else None,
             state,
-            embeddings=None,
+            input_embeddings=None,
             tower=None,
             relevance=None,
             prompt=None,

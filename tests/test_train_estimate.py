@@ -4,14 +4,16 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from recipes.errors import RecipeError
-from recipes.schema import Distill, LearningRates, Lora, NamedPlan, Optimizer, load_recipe
+from recipes.schema import Distill, LearningRates, Lora, NamedPlan, Optimizer, Recipe, load_recipe
 from train.adapters import add_adapters
 from train.cards import Card, parse_card, peak_here
+from train.deepspeed_config import read_deepspeed
 from train.estimate import Batch, Estimate
 from train.groups import freeze
 
@@ -146,6 +148,31 @@ def test_weights_gradients_and_optimizer_follow_zeros_rules():
     quantized = trained(precision="bf16", lora=ADAPTERS.model_copy(update={"bits": 4}))
     decoder = 6 * (4 * WIDTH * WIDTH + 3 * WIDTH * 344)  # Linear weights
     assert states(lora).weights - states(quantized).weights == 1.5 * decoder
+
+
+def test_muon_keeps_a_momentum_for_matrices_and_adams_moments_for_the_rest():
+    found = estimate_of(small(WINDOW), trained(precision="bf16", optimizer="muon"))
+    matrices = 6 * (4 * WIDTH * WIDTH + 3 * WIDTH * 344) + 64 * WIDTH + WIDTH * WIDTH  # of the decoder, the projector
+    expected = 4 * found.trained + 4 * matrices + 8 * (found.trained - matrices)
+    assert found.states({}, stage=1, ranks=1).optimizer == expected
+
+
+def test_weights_and_optimizer_take_what_check_says(train_here, tiny_recipe):
+    recipe = tiny_recipe("sizes", max_steps=1, precision="bf16", tracker="none")
+    recipe["train"]["learning_rate"] |= {"vision_tower": None}
+    output = train_here(recipe)
+    phase = Recipe.model_validate(recipe).phases[0]
+    config = FusedAutoModel.from_pretrained(output / "final").config
+    expected = Estimate(config, phase.train, phase.plans).states(read_deepspeed(phase.train), stage=2, ranks=1)
+    (file,) = (output / "checkpoint-1").rglob("*optim_states.pt")
+    saved = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    copies, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]
+    kept = [*copies, *(one for state in states["state"].values() for one in state.values() if one.ndim)]
+    assert sum(one.nbytes for one in kept) == pytest.approx(expected.optimizer, rel=0.15)
+    weights = load_file(output / "checkpoint-1/model.safetensors").values()
+    assert sum(one.nbytes for one in weights) == pytest.approx(expected.weights, rel=0.15)
+    learns = sum(one.numel() for one in copies)
+    assert learns * 2 == pytest.approx(expected.gradients, rel=0.15)
 
 
 def test_cards_by_name_number_and_memory():

@@ -31,6 +31,11 @@ def split_batch(train: TrainSection, num_ranks: int) -> tuple[int, int]:
     return micro_batch, train.global_batch // (micro_batch * num_ranks)
 
 
+def passes_per_step(train: TrainSection, num_ranks: int) -> int:
+    """Returns the forward passes of one optimizer step, over all ranks; errors as split_batch."""
+    return num_ranks * split_batch(train, num_ranks)[1]
+
+
 def check_batches(train: TrainSection, num_ranks: int) -> None:
     """Raises RecipeError when the global batch does not come out even, or DeepSpeed cannot run the phase."""
     per_device_batch, accumulation = split_batch(train, num_ranks)
@@ -102,5 +107,6 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         ignore_data_skip=phase.data.streaming,  # a stream skips by itself, without opening images
         dataloader_num_workers=phase.data.workers,
         dataloader_persistent_workers=False,
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # batches are pinned there
         restore_callback_states_from_checkpoint=False,
     )

@@ -60,8 +60,11 @@ class RunCallback(TrainerCallback):
             order.set_epoch(state.global_step // order.steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ends the run on request, at the time limit, or where the model is dead; a run that ends is saved first."""
+        """Ends the run on request, at the time limit, or where data or model are at fault; it is saved where it can."""
         trainer = self._trainer
+        if trainer.too_many_faults:
+            trainer.save_now()
+            raise trainer.failure(trainer.too_many_faults, step=state.global_step)
         norm = trainer.deepspeed.get_global_grad_norm()
         is_skipped = args.fp16 and trainer.deepspeed.optimizer.overflow  # the loss was scaled too high: it gets lower
         fault = self._health.fault(
@@ -91,6 +94,7 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Marks the checkpoint as whole once every rank has written its part, then deletes older ones."""
         trainer = self._trainer
+        faults = trainer.watch.all_faults()
         distributed.barrier()
         if distributed.rank() == 0:
             progress = Progress(
@@ -102,6 +106,7 @@ class RunCallback(TrainerCallback):
                 ranks=distributed.count(),
                 window=trainer.metrics.window(),
                 fingerprints=trainer.fingerprints,
+                faults=faults,
             )
             mark(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
             best = state.best_global_step if trainer.keeps_best else None

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from data.rows import Fault
 from recipes.resolved import changes
 from recipes.schema import Recipe, RecipeError
 
@@ -58,6 +59,7 @@ class Progress:
         ranks: processes that wrote the checkpoint.
         window: sums of the steps since the last log line, and the seconds at that line.
         fingerprints: digests of the data, the DeepSpeed configuration and the schedule of learning rates.
+        faults: rows that all ranks passed over.
     """
 
     step: int = 0
@@ -68,6 +70,7 @@ class Progress:
     ranks: int = 1
     window: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    faults: Sequence[Fault] = ()
 
 
 def mark(folder: Path, progress: Progress) -> None:
@@ -108,7 +111,8 @@ def read_progress(checkpoint: Path) -> Progress:
     known = {entry.name for entry in fields(Progress)}
     if not isinstance(found, dict) or not known <= found.keys():
         raise ValueError(f"{checkpoint / MARKER}: got other keys, expected {', '.join(sorted(known))}")
-    return Progress(**{name: found[name] for name in known})
+    faults = tuple(Fault(**one) for one in found["faults"])
+    return Progress(**{**{name: found[name] for name in known}, "faults": faults})
 
 
 def find_fault(checkpoint: Path) -> str | None:

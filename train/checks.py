@@ -23,7 +23,7 @@ from models.schedules import SCHEDULES, TRAINED
 from models.token_scorer import needs_scorer
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
 from train.adapters import adapted_layers
-from train.arguments import check_batches
+from train.arguments import check_batches, passes_per_step
 from train.checkpoints import check_same_run
 from train.errors import one_line
 from train.groups import tower_depth
@@ -50,6 +50,7 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
             check_tracking(phase.train.tracker)
             check_batches(phase.train, num_ranks)
             _check_workers(phase)
+            _check_packing(phase, num_ranks)
             _check_libraries(phase.train)
     _check_plan_names(recipe.model)
     config = read_config(recipe.model)
@@ -104,6 +105,22 @@ def _check_workers(phase: Phase) -> None:
     limit = _WORKERS_A_CORE * (os.cpu_count() or 1)
     if phase.data.workers > limit:
         raise RecipeError(f"data.workers: got {phase.data.workers}, expected at most {limit} on this machine")
+
+
+def _check_packing(phase: Phase, num_ranks: int) -> None:
+    """Refuses a token budget that a forward pass of the longest sample exceeds, or that the data has no use for."""
+    tokens, data = phase.train.tokens_per_step, phase.data
+    if tokens is None:
+        return
+    for key, is_on in (("group_by_length", data.group_by_length), ("streaming", data.streaming)):
+        if is_on:
+            raise RecipeError(f"data.{key}: got true with train.tokens_per_step {tokens}, expected false")
+    passes = passes_per_step(phase.train, num_ranks)
+    if tokens < passes * data.max_length:
+        raise RecipeError(
+            f"train.tokens_per_step: got {tokens}, expected at least {passes * data.max_length}: {passes} forward "
+            f"passes (global_batch / per_device_batch) of data.max_length {data.max_length}"
+        )
 
 
 def _check_libraries(train: TrainSection) -> None:

@@ -22,7 +22,7 @@ from models.cost import Cost, plan_cost, training_flops
 from models.families import family_of
 from recipes.schema import NamedPlan, TrainSection
 from train.adapters import add_adapters
-from train.groups import freeze, trainable_counts
+from train.groups import freeze, muon_matrices, trainable_counts
 from train.precision import resolve_dtype
 
 _STATES: Final[dict[str, int]] = {  # bytes of a learned number's states: Adam keeps two, Lion one, AdEMAMix three
@@ -38,8 +38,9 @@ _STATES: Final[dict[str, int]] = {  # bytes of a learned number's states: Adam k
     "ademamix": 12,
     "ademamix_8bit": 3,
     "sgd": 0,
-    "muon": 4,
+    "muon": 8,  # of what it leaves to Adam; a matrix has a momentum alone
 }
+_MOMENTUM: Final = 4
 _PARTS: Final = ("optimizer", "param")
 _ATTENTION: Final = {  # torch leaves it out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -104,6 +105,10 @@ class Estimate:
         self.weights = sum(one.numel() for one in self._weights.values())
         self.trained = sum(one.numel() for one in self._weights.values() if one.requires_grad)
         self.counts = trainable_counts(model)
+        self._state_bytes = _STATES[train.optimizer] * self.trained
+        if train.optimizer == "muon":
+            matrices = sum(one.numel() for one in muon_matrices(model))
+            self._state_bytes -= (_STATES["muon"] - _MOMENTUM) * matrices
         self._learns = {part: count > 0 for part, count in self.counts.items()}
         self._known: dict[tuple[int, int, int, bool], float] = {}  # bytes kept by a layer
 
@@ -113,14 +118,13 @@ class Estimate:
         `deepspeed` is the phase's configuration, whose buckets and offloading count.
         """
         zero, size = deepspeed.get("zero_optimization", {}), self.dtype.itemsize
-        states = _STATES[self.train.optimizer]
         is_offloaded = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in _PARTS}
         buffers = 2 * size * _number(zero.get("reduce_bucket_size"), 5e8)
         live = min(self.weights, _number(zero.get("stage3_max_live_parameters"), 1e9))
         return Memory(
             weights=0 if stage == 3 and is_offloaded["param"] else self._weight_bytes() / (ranks if stage == 3 else 1),
             gradients=self.trained * size / (ranks if stage >= 2 else 1),
-            optimizer=0 if is_offloaded["optimizer"] else self.trained * (_MASTER + states) / ranks,
+            optimizer=0 if is_offloaded["optimizer"] else (self.trained * _MASTER + self._state_bytes) / ranks,
             buffers=buffers + (size * live if stage == 3 and ranks > 1 else 0),
         )
 

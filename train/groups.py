@@ -84,6 +84,19 @@ def parameter_groups(
     ]
 
 
+def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the weights that learn by Muon: matrices, but neither embeddings nor the head."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+        and len(getattr(weight, "ds_shape", weight.shape)) == 2  # ZeRO-3 keeps a flat piece
+        and id(weight) not in tables
+        and "lm_head" not in name
+    ]
+
+
 def muon_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]], **adam: Any) -> list[dict[str, Any]]:
     """Returns the groups for DeepSpeed's MuonWithAuxAdam: Muon for matrices, Adam for what else learns.
 
@@ -91,13 +104,12 @@ def muon_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]], **adam: A
     the recipe's rate: DeepSpeed's update of an m x n matrix has a root mean square of sqrt(max(1, m / n) / max(m, n)),
     AdamW's about 0.2. Source: Moonlight (arXiv 2502.16982), section 2.2.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    tables |= {id(weight) for name, weight in model.named_parameters() if "lm_head" in name}
+    matrices = {id(weight) for weight in muon_matrices(model)}
     split: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, group in enumerate(groups):
         for weight in group["params"]:
             shape = tuple(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 keeps a flat piece
-            weight.use_muon = len(shape) == 2 and id(weight) not in tables
+            weight.use_muon = id(weight) in matrices
             rows, columns = shape if weight.use_muon else (1, 1)
             scale = 0.2 * math.sqrt(max(rows, columns) / max(1.0, rows / columns)) if weight.use_muon else 1.0
             own = {"lr": group["lr"] * scale, "use_muon": weight.use_muon, **({} if weight.use_muon else adam)}

@@ -12,14 +12,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from data.dataset import Collator
 from data.rows import DataError
 from data.stream import ConversationStream
+from models.attention import SDPA_PACKED
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import add_adapters
 from train.arguments import is_timed, total_steps, training_arguments
+from train.batches import TrainCollator
 from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback
 from train.cards import peak_here
 from train.checkpoints import (
@@ -167,14 +168,18 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         order=order,
         clock=Clock(before=progress.seconds),
         metrics=metrics,
-        watch=DataWatch(phase.data, len(dataset.skipped)),
+        watch=DataWatch(phase.data, len(dataset.skipped), progress.faults),
         validation=validation,
         stop=stop,
         fingerprints=fingerprints,
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=TrainCollator(
+            processor.tokenizer.pad_token_id,
+            model.config.image_token_id,
+            packed=phase.train.tokens_per_step is not None,
+        ),
         processing_class=processor,
         callbacks=_profilers(phase),
     )
@@ -234,6 +239,8 @@ def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
     bits = phase.train.lora.bits if phase.train.lora is not None else None
     model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     vocabulary = model.config.text_config.vocab_size
+    if phase.train.tokens_per_step is not None and model.config.text_config._attn_implementation == "sdpa":
+        model.set_attn_implementation({"text_config": SDPA_PACKED})
     if phase.train.lora is not None:
         set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)

@@ -13,8 +13,8 @@ from data.processor import ProcessorError, VisionProcessor, with_settings
 from data.sources import missing_paths
 from data.stream import ConversationStream
 from models.cost import plan_cost
-from recipes.schema import Phase, Recipe, RecipeError
-from train.arguments import is_timed, split_batch
+from recipes.schema import Phase, Recipe, RecipeError, TrainSection
+from train.arguments import is_timed, passes_per_step, split_batch
 from train.cards import Card
 from train.checks import check_run, processor_is_here
 from train.deepspeed_config import read_deepspeed
@@ -51,9 +51,9 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
         yield f"{phase.name}:"
         yield from _preview_phase(phase, estimate, (rows, visual, text, note))
         if text is not None and visual is not None:
-            batch = Batch(phase.train.global_batch, visual, text)
+            batch = Batch(_samples(phase.train, visual + text), visual, text)
             yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
-            yield from _hours(estimate, batch, steps=_steps(phase, rows), card=card, mfu=mfu)
+            yield from _hours(estimate, batch, steps=_steps(phase, rows, visual + text), card=card, mfu=mfu)
 
 
 def _preview_phase(
@@ -64,13 +64,15 @@ def _preview_phase(
     yield f"  trainable parameters: {', '.join(counts)}"
     if note:
         yield f"  note: {note}"
-    steps = _steps(phase, rows)
+    length = None if text is None or visual is None else visual + text
+    steps, tokens = _steps(phase, rows, length), phase.train.tokens_per_step
+    size = f"{phase.train.global_batch} samples" if tokens is None else f"{tokens:,} tokens"
     if is_timed(phase.train):
-        yield f"  steps: as many of {phase.train.global_batch} samples as {phase.train.max_seconds:g} s allow"
+        yield f"  steps: as many of {size} as {phase.train.max_seconds:g} s allow"
     elif steps is None:
         yield "  steps: unknown without the data; expected_rows would tell"
     else:
-        yield f"  steps: {steps:,} of {phase.train.global_batch} samples"
+        yield f"  steps: {steps:,} of {size}"
     if phase.eval is not None:
         what = "held-out files" if phase.eval.files is not None else f"{phase.eval.share:.3g} of the rows, held out"
         yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
@@ -87,7 +89,7 @@ def _preview_phase(
             f"({cost.flops / dense.flops:.0%} of dense)"
         )
     if steps is not None:
-        samples = steps * phase.train.global_batch
+        samples = steps * _samples(phase.train, visual + text)
         flops, without = samples * estimate.decoder_flops(costs), samples * estimate.passes * dense.flops
         yield (
             f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
@@ -99,9 +101,12 @@ def _memory(phase: Phase, estimate: Estimate, batch: Batch, *, num_ranks: int, c
     """Yields the memory of one GPU, of a batch of mean samples and of the longest ones, and whether it fits."""
     train, deepspeed, visual, text = phase.train, read_deepspeed(phase.train), batch.visual, batch.text
     stage = deepspeed["zero_optimization"]["stage"]
-    samples, _ = split_batch(train, num_ranks)
+    samples = most_samples = split_batch(train, num_ranks)[0]
+    if train.tokens_per_step is not None:
+        tokens = train.tokens_per_step / passes_per_step(train, num_ranks)
+        samples, most_samples = (max(1, round(tokens / size)) for size in (visual + text, phase.data.max_length))
     mean = Batch(samples, visual, text)
-    longest = Batch(samples, visual, max(text, phase.data.max_length - visual))
+    longest = Batch(most_samples, visual, max(text, phase.data.max_length - visual))
     states = {one: estimate.states(deepspeed, stage=one, ranks=num_ranks) for one in (1, 2, 3)}
     with_it, without = (estimate.activations(mean, checkpointing=one) for one in (True, False))
     peak, most = (estimate.activations(one, checkpointing=train.gradient_checkpointing) for one in (mean, longest))
@@ -172,9 +177,19 @@ def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
         raise RecipeError(f"{phase.name}: {error}") from error
 
 
-def _steps(phase: Phase, rows: int | None) -> int | None:
-    if phase.train.max_steps is not None:
-        return phase.train.max_steps
-    if rows is None or is_timed(phase.train):
+def _samples(train: TrainSection, length: int) -> int:
+    """Returns the samples of an optimizer step, where each has `length` tokens."""
+    return train.global_batch if train.tokens_per_step is None else max(1, round(train.tokens_per_step / length))
+
+
+def _steps(phase: Phase, rows: int | None, length: int | None) -> int | None:
+    """Returns the optimizer steps over samples of `length` tokens; None where they are not known."""
+    train = phase.train
+    if train.max_steps is not None:
+        return train.max_steps
+    if rows is None or is_timed(train) or (train.tokens_per_step is not None and length is None):
         return None
-    return math.ceil(phase.train.epochs * math.ceil(rows / phase.train.global_batch))
+    batches = (
+        rows / train.global_batch if train.tokens_per_step is None else rows * (length or 0) / train.tokens_per_step
+    )
+    return math.ceil(train.epochs * math.ceil(batches))

@@ -12,9 +12,10 @@ from data.processor import ProcessorError, with_settings
 from data.rows import DataError
 from data.sources import find_files
 from data.stream import ConversationStream
+from data.token_batches import TokenBatches
 from recipes.schema import Phase, RecipeError
 from train import distributed
-from train.arguments import split_batch
+from train.arguments import passes_per_step, split_batch
 from train.order import EpochSampler, ShuffledSampler, WholeBatches
 from train.validation import Validation
 
@@ -101,8 +102,10 @@ def data_fingerprint(phase: Phase, samples: Samples, validation: Validation | No
     return digest.hexdigest()
 
 
-def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches | None:
+def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches | TokenBatches | None:
     """Returns the order of the samples: by modality and length where the recipe says so, else shuffled.
+
+    With `train.tokens_per_step` it gives the samples of each forward pass.
 
     None for a stream, which has an order already.
     """
@@ -110,6 +113,9 @@ def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches |
         return None
     batch = phase.train.global_batch
     order: EpochSampler = ShuffledSampler(len(samples), seed=seed, data=samples)
+    if phase.train.tokens_per_step is not None:
+        passes = passes_per_step(phase.train, distributed.count())
+        return TokenBatches(order, samples.lengths, tokens_per_step=phase.train.tokens_per_step, passes=passes)
     if phase.data.group_by_length:
         order = LengthModalitySampler(samples.lengths, samples.has_image, batch_size=batch, seed=seed, data=samples)
     return WholeBatches(order, global_batch=batch)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from data.token_batches import TokenBatches
 from recipes.schema import Phase
 from train.arguments import is_timed
 from train.checkpoints import whole_checkpoints
@@ -43,6 +44,7 @@ class FusedTrainer(Trainer):
         fingerprints: what checkpoints say about the run.
         last_step: sums of the last step over all ranks, by name.
         is_stopping: some rank was asked to stop; the same on every rank.
+        too_many_faults: why the run ends after this step: rows that could not be read; else nothing.
         keeps_best: the checkpoint of the best evaluation is kept, and `final/` is made from it.
     """
 
@@ -54,7 +56,7 @@ class FusedTrainer(Trainer):
         self,
         *,
         phase: Phase,
-        order: WholeBatches | None,
+        order: WholeBatches | TokenBatches | None,
         clock: Clock,
         metrics: TrainMetrics,
         watch: DataWatch,
@@ -69,22 +71,28 @@ class FusedTrainer(Trainer):
         self.plans = PlanDraw(phase.plans, self.args.seed) if len(phase.plans) > 1 else None
         self.last_step: dict[str, float] = {}
         watch.watch_loss(self.model)
-        self.is_stopping = False
+        self.is_stopping, self.too_many_faults = False, ""
+        self._shared: tuple[Tensor, Any] | None = None  # values on their way between the ranks
         self.keeps_best = validation is not None and validation.section.final == "best"
         self._group_settings: list[dict[str, Any]] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns this rank's share of the forward passes, in the recipe's order."""
+        if isinstance(self.order, TokenBatches):
+            share = self.order.of_rank(self.args.process_index, self.args.world_size)
+            batches: dict[str, Any] = {"batch_sampler": share}
+        else:
+            batches = {"batch_size": self.args.per_device_train_batch_size, "sampler": self.order}
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            sampler=self.order,
+            **batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
-        return loader if self.order is None else self.accelerator.prepare(loader)  # a stream is this rank's share
+        # of a stream, and of passes by tokens, this is the rank's share
+        return self.accelerator.prepare(loader) if isinstance(self.order, WholeBatches) else loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Returns this rank's share of the held-out samples."""
@@ -167,19 +175,26 @@ class FusedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the loss of one forward pass; at the last one of a step the ranks agree before weights change.
-
-        Raises:
-            TrainingError: the loss of any rank is not a number, or infinite; or more rows than the recipe allows could
-                not be read.
-        """
+        """Returns the loss of one forward pass; at the last one of a step the ranks start to agree."""
         self.watch.take(inputs)
         loss, distilled = self._losses(model, inputs, num_items_in_batch)
         part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
         self.metrics.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._sync_ranks()
+            self._start_sync()
         return loss if distilled is None else loss + distilled
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss of one forward and backward pass; after the last one of a step the ranks have agreed.
+
+        Raises:
+            TrainingError: the loss of any rank is not a number, or infinite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self._shared is not None:
+            self._end_sync(*self._shared)
+            self._shared = None
+        return loss
 
     def _losses(
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
@@ -235,23 +250,28 @@ class FusedTrainer(Trainer):
             raise ValueError("eval: got an evaluation of a recipe without the section")
         return self.validation
 
-    def _sync_ranks(self) -> None:
-        """Shares between the ranks, in one message: stop requests, seconds on rank 0, bad rows, sums of the step."""
+    def _start_sync(self) -> None:
+        """Shares between the ranks, in one message: stop requests, seconds on rank 0, bad rows, sums of the step.
+
+        Nothing waits for it here: it is on its way while backward and optimizer run.
+        """
         seconds = self.clock.seconds() if self.args.process_index == 0 else 0.0
-        shared = torch.tensor([float(self.stop.is_requested()), seconds, len(self.watch.faults)], dtype=torch.float64)
-        values = torch.cat([shared.to(self.args.device), self.metrics.take_step().to(self.args.device)])
-        if distributed.is_initialized():
-            distributed.all_reduce(values)
+        given = torch.tensor([float(self.stop.is_requested()), seconds, len(self.watch.faults)], dtype=torch.float64)
+        device = self.args.device
+        values = torch.cat([given.to(device, non_blocking=True), self.metrics.take_step().to(device)])
+        self._shared = values, distributed.all_reduce(values, async_op=True) if distributed.is_initialized() else None
+
+    def _end_sync(self, values: Tensor, work: Any) -> None:
+        if work is not None:
+            work.wait()
         stopping, self.clock.agreed, bad_rows, *sums = values.tolist()
         self.is_stopping = self.is_stopping or stopping > 0
         self.last_step = self.metrics.end_step(sums)
+        self.too_many_faults = self.watch.excess([bad_rows])
         if not math.isfinite(self.last_step["loss"]):
             raise self.failure("the loss is nan or infinite", step=self.state.global_step + 1)
-        if reason := self.watch.excess([bad_rows]):
-            self._save_now()
-            raise self.failure(reason, step=self.state.global_step + 1)
 
-    def _save_now(self) -> None:
+    def save_now(self) -> None:
         """Writes a checkpoint of the last whole step, unless there is one; every rank calls it."""
         step = self.state.global_step
         if step > 0 and self.phase.folder / f"checkpoint-{step}" not in whole_checkpoints(self.phase.folder):

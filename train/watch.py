@@ -22,10 +22,11 @@ class DataWatch:
     Args:
         config: the phase's data section.
         skipped: rows that were left out before the training began; they count against `max_bad_rows` too.
+        met: faults that all ranks met before this run was stopped; so do they.
     """
 
-    def __init__(self, config: DataConfig, skipped: int) -> None:
-        self.names = config.names
+    def __init__(self, config: DataConfig, skipped: int, met: Sequence[Fault] = ()) -> None:
+        self.names, self.met = config.names, list(met)
         self.faults: list[Fault] = []  # of this rank
         self._allowed = config.max_bad_rows - skipped
         self._sources: Tensor | None = None  # (B,) of the present batch, and its labelled tokens a sample
@@ -35,7 +36,7 @@ class DataWatch:
     def take(self, inputs: dict[str, Any]) -> None:
         """Removes `sources` and `faults` from a batch; says each fault in one line, on the rank that met it."""
         for fault in inputs.pop("faults", ()):
-            if fault in self.faults:  # a later epoch
+            if fault in self.faults or fault in self.met:  # a later epoch
                 continue
             self.faults.append(fault)
             print(f"rank {peers.rank()}: {fault}; passed over", file=sys.stderr, flush=True)
@@ -57,10 +58,11 @@ class DataWatch:
 
     def excess(self, counts: Sequence[float]) -> str:
         """Returns what to say when all ranks together passed over more rows than the recipe allows; else nothing."""
-        found, allowed = int(sum(counts)), max(0, self._allowed)
+        found, allowed = int(sum(counts)) + len(self.met), max(0, self._allowed)
         if found <= allowed:
             return ""
-        first = f", such as {self.faults[-1]}" if self.faults else ", named above"
+        faults = self.faults or self.met
+        first = f", such as {faults[-1]}" if faults else ", named above"
         return f"data: {found} rows could not be read{first}; expected up to {allowed} (data.max_bad_rows)"
 
     def watch_loss(self, model: Any) -> None:
@@ -93,7 +95,7 @@ class DataWatch:
         if distributed.is_initialized():
             found = [None] * peers.count()
             distributed.all_gather_object(found, self.faults)
-        return list(dict.fromkeys(fault for faults in found for fault in faults))
+        return list(dict.fromkeys([*self.met, *(fault for faults in found for fault in faults)]))
 
     def _loss(
         self, logits: Tensor, labels: Tensor, shift_labels: Tensor, num_items_in_batch: Any = None, **_: Any
@@ -101,7 +103,8 @@ class DataWatch:
         """Returns transformers' ForCausalLMLoss of labelled positions, and adds up its parts."""
         losses = nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none", ignore_index=IGNORE_INDEX)
         if self._sources is not None and self._labelled is not None:
-            rows = self._sources.to(losses.device).repeat_interleave(self._labelled)
+            sources = self._sources.to(losses.device)
+            rows = sources.repeat_interleave(self._labelled, output_size=len(losses))  # the size: not asked for
             row = torch.zeros(2, len(self.names), dtype=torch.float64, device=losses.device)
             row[0].index_add_(0, rows, losses.detach().double())
             row[1].index_add_(0, rows, torch.ones_like(losses, dtype=torch.float64))
