@@ -10,7 +10,7 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .stage_plan import StagePlan
@@ -36,6 +36,24 @@ def plan_cost(text_config: Any, plan: StagePlan | None, *, visual: int, text: in
     counts = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
     kv = [plan is not None and plan.update == "kv"] * depth
     return live_cost(text_config, counts, text=text, kv=kv, value=bytes_per_value)
+
+
+def search_cost(text_config: Any, update: str, *, visual: int, text: int) -> Cost:
+    """Returns the cost of a sample under gates (see Gated): each layer with all visual tokens, and with text alone."""
+    depth = text_config.num_hidden_layers
+    seeing = live_cost(text_config, [visual] * depth, text=text, kv=[update == "kv"] * depth)
+    blind = live_cost(text_config, [0] * depth, text=text, kv=[False] * depth)
+    return replace(
+        seeing, token_layers=seeing.token_layers + blind.token_layers, flops=seeing.flops + blind.flops, cache_bytes=0
+    )
+
+
+def spread_flops(text_config: Any, plan: StagePlan | None, *, visual: int, text: int) -> int:
+    """Returns what measuring AttentionSpread adds to a forward pass: the keys of layers with vision, once more."""
+    depth, width = text_config.num_hidden_layers, text_config.hidden_size
+    counts = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
+    head = getattr(text_config, "head_dim", None) or width // text_config.num_attention_heads
+    return 2 * sum(count + text for count in counts if count) * width * text_config.num_key_value_heads * head
 
 
 def training_flops(
