@@ -58,6 +58,7 @@ class Progress:
         ranks: processes that wrote the checkpoint.
         window: sums of the steps since the last log line, and the seconds at that line.
         fingerprints: digests of the data, the DeepSpeed configuration and the schedule of learning rates.
+        search: the state of the search for the stage plan; empty without one.
     """
 
     step: int = 0
@@ -68,6 +69,7 @@ class Progress:
     ranks: int = 1
     window: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
 
 
 def mark(folder: Path, progress: Progress) -> None:
