@@ -47,6 +47,7 @@ class ImageText:
         has_parts: the template takes content in parts; else content is text and holds the token.
         before: ordinary text that the processor puts in front of the tokens of an image (Gemma 3: two newlines).
         after: likewise, behind them.
+        begin: what the processor writes before every text that does not begin with it (Molmo2).
     """
 
     token: str = IMAGE_MARK
@@ -55,6 +56,7 @@ class ImageText:
     has_parts: bool = False
     before: str = ""
     after: str = ""
+    begin: str = ""
 
     def bordered(self, text: str) -> str:
         """Returns a text with `before` and `after` around each image token."""
@@ -96,6 +98,7 @@ class ChatFormat:
         if tokenizer(image.token)["input_ids"][-len(bare) :] != bare:
             raise TokenizerError("tokenizer: adds an end mark to every text, expected add_eos_token false")
         self.name, self.tokenizer, self._mark = name, tokenizer, image.bordered(image.mark)
+        self._begin = image.begin, tokenizer(image.begin, add_special_tokens=False)["input_ids"]
         self._template = ChatTemplate(tokenizer, image) if name == "chat_template" else None
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special - {tokenizer.unk_token_id} | {self.image_token_id}
@@ -156,7 +159,8 @@ class ChatFormat:
                 text = self._as_text(rendered.text[slice(*offsets[place])])
                 labels[place : place + 1] = text if labels[place] != IGNORE_INDEX else [IGNORE_INDEX] * len(text)
                 ids[place : place + 1] = text
-        return ids, labels
+        begin = [] if rendered.text.startswith(self._begin[0]) else self._begin[1]
+        return begin + ids, [IGNORE_INDEX] * len(begin) + labels
 
     def _as_text(self, name: str) -> list[int]:
         """Returns the ids of a special token's name that somebody wrote in a question or an answer."""

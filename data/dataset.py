@@ -39,6 +39,7 @@ from data.table import (
 )
 
 _TRAINERS: Final = ("source", "faults")  # of a sample: not the model's
+_POOLING: Final = "image_token_pooling"
 SHOWN_FAULTS: Final = 5  # faults that an error lists
 _POOL: Final = 50  # batches whose samples are sorted by length together: like lengths, and still a random mix
 _EXTRA_TOKENS: Final = 16  # a beginning, and spaces that tokenizers write by themselves
@@ -321,6 +322,8 @@ class Collator:
     What a processor makes of images is joined by one rule, whatever the family: every axis but the first is padded to
     the batch's largest, the first is concatenated, and a sample without an image brings nothing.
 
+    One input holds numbers of patches, which go on from sample to sample: see `_renumbered`.
+
     Args:
         pad_token_id: the tokenizer's, or None; padding is masked, its id is ignored.
     """
@@ -346,6 +349,8 @@ class Collator:
         names = dict.fromkeys(name for sample in samples for name in sample)
         for name in (name for name in names if name not in values and name not in _TRAINERS):
             batch[name] = joined([sample[name] for sample in samples if name in sample])
+        if _POOLING in batch:
+            batch[_POOLING] = _renumbered([sample for sample in samples if _POOLING in sample])
         if all("source" in sample for sample in samples):
             batch["sources"] = torch.tensor([sample["source"] for sample in samples])
         faults = [fault for sample in samples for fault in sample.get("faults", ())]
@@ -362,6 +367,13 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
         missing = [size - axis for size, axis in zip(sizes, tensor.shape[1:], strict=True)]
         padded.append(pad(tensor, [side for axis in reversed(missing) for side in (0, axis)]))
     return torch.cat(padded)
+
+
+def _renumbered(samples: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Returns Molmo2's `image_token_pooling` of a batch: which patches make a token, by their places in the batch."""
+    before = accumulate((sample["pixel_values"].shape[:2].numel() for sample in samples), initial=0)
+    numbers = [sample[_POOLING] for sample in samples]
+    return joined([torch.where(one >= 0, one + shift, one) for one, shift in zip(numbers, before, strict=False)])
 
 
 def draw(source: Sequence[int], weights: Sequence[float | None], generator: Generator) -> list[int]:

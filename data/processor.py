@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -101,7 +101,7 @@ class VisionProcessor:
         before, after = (self.tokenizer.decode(part) for part in (span[:start], span[end:]))
         self._border = span[:start], span[end:]
         self.visual_ids = set(span[start:end]) & self._added
-        self.text = _image_text(processor, before, after)
+        self.text = replace(_image_text(processor, before, after), begin=self._begin())
         self._is_alone = [len(one) for one in self._call([_PROBE] * 2)[0]] == [len(span)] * 2
         self.count = lru_cache(_SIZES)(self._count)
         self._together = lru_cache(_SIZES)(self._counts_together)
@@ -163,6 +163,13 @@ class VisionProcessor:
             kind = type(self.processor).__name__
             raise ProcessorError(f"processor: {kind} takes no image: {shorten(str(error), 160)}") from None
         return span, types
+
+    def _begin(self) -> str:
+        """Returns what the processor writes before a text."""
+        ids, bare = (
+            make(text=["?"], add_special_tokens=False)["input_ids"][0] for make in (self.processor, self.tokenizer)
+        )
+        return self.tokenizer.decode(ids[: len(ids) - len(bare)])
 
     def _core(self, span: Sequence[int]) -> tuple[int, int]:
         """Returns where the tokens that are no ordinary text begin and end."""

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from eval import bench_prefill, bench_train, measure
+from eval import measure
 from eval.arguments import UsageError, make_folder
+from eval.benches import prefill as bench_prefill
+from eval.benches import train as bench_train
 
 TITLES = {"train": "Training step, side by side", "prefill": "Prefill and decode steps, side by side"}
 MEMORY_NOTE = (

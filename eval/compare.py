@@ -21,17 +21,17 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval import ranks, seeds
-from eval import rows as tables
 from eval.arguments import UsageError, make_folder, names_of, schedules_of
-from eval.benchmarks import BENCHMARKS, missing_judge
-from eval.cells import Loaded, Record, Store, run_cell, run_speed
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError, plans_of
+from eval.comparison import ranks, seeds
+from eval.comparison import rows as tables
+from eval.comparison.cells import Loaded, Record, Store, run_cell, run_speed
+from eval.comparison.report import write_report
+from eval.comparison.settings import PRECISIONS, ComparisonError, check_settings, code, fingerprint, named, settings_of
 from eval.lmms import Harness
 from eval.measure import positive
 from eval.paired import holm
-from eval.report import write_report
-from eval.settings import PRECISIONS, ComparisonError, check_settings, code, fingerprint, named, settings_of
+from eval.tasks.benchmarks import BENCHMARKS, missing_judge
 from eval.text_tower import TextTower
 from models.schedules import SCHEDULES, TRAINED, Choice, Schedule, ScheduleError
 from recipes.errors import RecipeError

@@ -21,8 +21,8 @@ from data.chat import TokenizerError
 from data.easy_vqa import questions
 from eval.arguments import UsageError, make_folder
 from eval.checkpoint import Checkpoint
+from eval.comparison.plots import draw_live_tokens
 from eval.measure import positive
-from eval.plots import draw_live_tokens
 from eval.prompts import Asked, Prompter
 from models.cost import Cost, live_cost
 from models.fused import usable_schedules

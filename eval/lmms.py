@@ -34,9 +34,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from data.chat import TokenizerError
-from eval import ranks
 from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
+from eval.comparison import ranks
 from eval.prompts import Asked, Prompter
 from models.fused import require_nothing_more
 from models.schedules import TRAINED, ScheduleError

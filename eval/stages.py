@@ -22,12 +22,12 @@ from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint
 from eval.measure import positive
-from eval.probe_samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples, scenes_samples
-from eval.stages_analysis import Analysis
-from eval.stages_plot import draw_stages
-from eval.stages_recipe import check_target, starting_recipe, write_recipe
-from eval.stages_report import evidence_lines, record_of, report_of
-from eval.stages_search import needs_vision, propose
+from eval.stage_analysis.analysis import Analysis
+from eval.stage_analysis.plot import draw_stages
+from eval.stage_analysis.recipe import check_target, starting_recipe, write_recipe
+from eval.stage_analysis.report import evidence_lines, record_of, report_of
+from eval.stage_analysis.samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples, scenes_samples
+from eval.stage_analysis.search import needs_vision, propose
 from models.stage_plan import StagePlan
 from recipes.schema import RecipeError
 

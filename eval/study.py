@@ -23,12 +23,12 @@ from transformers.utils import logging
 
 from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder, names_of
-from eval.cells import Loaded, run_cell
 from eval.checkpoint import Checkpoint
+from eval.comparison.cells import Loaded, run_cell
 from eval.lmms import Harness
 from eval.measure import positive
-from eval.study_record import TASKS, Record, Results, fingerprint, lacking, record_of
-from eval.study_report import write_report
+from eval.studies.record import TASKS, Record, Results, fingerprint, lacking, record_of
+from eval.studies.report import write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.fused import require_nothing_more, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
@@ -175,7 +175,7 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | 
         for name in study.arms[run.arm].schedules:
             record = run_cell(loaded, model.resolve(name), task, harness=harness, limit=limit, pictures=pictures)
             cells[task][name] = record or {}  # never empty: this process is the only one
-    return record_of(run.arm, run.seed, run.recipe, checkpoint, cells)
+    return record_of(run.arm, run.seed, run.recipe, checkpoint, cells, limit=limit)
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -233,7 +233,7 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
                 print(f"{about}: stopped; the same command goes on")
                 return 0
             print(f"{about}: answering {', '.join(study.tasks)}", flush=True)
-            record = score(study, run, harness=harness, batch=args.batch, limit=args.limit)
+            record = score(study, run, harness=harness, batch=args.batch, limit=args.limit or study.limit)
         except (UsageError, ScheduleError, TokenizerError) as error:
             print(error, file=sys.stderr, flush=True)
             failed = 1
@@ -273,7 +273,7 @@ def main(given: Sequence[str] | None = None) -> int:
         make_folder("results", Path(study.results))
         every = runs_of(study, args.out, list(study.arms), study.seeds)
         results = Results(Path(study.results))
-        _check_results(results, every)
+        _check_results(study, results, every)
         arms, seeds = chosen(study, args)
     except (RecipeError, UsageError) as error:
         print(error, file=sys.stderr)
@@ -310,15 +310,21 @@ def _whole(study: Study, runs: Sequence[Run], results: Results) -> list[Record]:
     return records
 
 
-def _check_results(results: Results, runs: Sequence[Run]) -> None:
-    """Raises UsageError where a result is of another recipe than its arm's."""
+def _check_results(study: Study, results: Results, runs: Sequence[Run]) -> None:
+    """Raises UsageError where a result is of another recipe than its arm's, or of other questions."""
     for run in runs:
         record = results.read(run.arm, run.seed)
-        if record is not None and record["recipe"] != fingerprint(run.recipe):
-            raise UsageError(
-                f"{results.file(run.arm, run.seed)}: got a result of another recipe, expected one of the study's; "
-                "move it away, or take another results folder"
-            )
+        if record is None:
+            continue
+        for what, found, expected in (
+            ("recipe", record["recipe"], fingerprint(run.recipe)),
+            ("limit", record["limit"], study.limit),
+        ):
+            if found != expected:
+                raise UsageError(
+                    f"{results.file(run.arm, run.seed)}: got a result of another {what}, expected one of the study's; "
+                    "move it away, or take another results folder"
+                )
 
 
 if __name__ == "__main__":

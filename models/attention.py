@@ -175,8 +175,15 @@ class CacheShim:
     stored: StagedLayer | None  # the layer's real cache
     visual_kv: VisualKV | None  # of `kv` visual tokens, put before those of the rows
     value_remap: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # what the attention uses in their place
-    keys: Tensor = field(init=False)  # (B, G, K, d) of all tokens, unchanged, after the call
-    values: Tensor = field(init=False)  # likewise
+    gates: Tensor | None = None  # (B, C), factors of the values of this call's keys
+    _used: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Returns keys and values (B, G, K, d) of all tokens, unchanged, after the call. It keeps none of them."""
+        if self._used is None:
+            raise ValueError("the layer's attention did not run")
+        used, self._used = self._used, None
+        return used
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that the attention uses."""
@@ -184,9 +191,11 @@ class CacheShim:
             visual_keys, visual_values = self.visual_kv()
             keys = torch.cat([visual_keys, keys], dim=2)
             values = torch.cat([visual_values, values], dim=2)
+        if self.gates is not None:
+            values = values * self.gates[:, None, :, None].to(values.dtype)
         if self.stored is not None:
             keys, values = self.stored.update(keys, values)
-        self.keys, self.values = keys.detach(), values.detach()
+        self._used = keys, values
         return (keys, values) if self.value_remap is None else self.value_remap(keys, values)
 
 
@@ -306,11 +315,21 @@ class ProbedLayer:
 class AttentionProbe:
     """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
 
-    `query_mask` is as in run_decoder. The executor sets `probed` after each layer that ran on visual tokens.
+    `query_mask` and `answers` are as in run_decoder. The executor sets `probed` after each layer that ran on visual
+    tokens, with its graph where the probe is `differentiable`: attention then carries gradients.
     """
 
-    def __init__(self, decoder: Any, query_mask: Tensor | None, state: SequenceState) -> None:
-        self.decoder, self.query_mask, self.state = decoder, query_mask, state
+    def __init__(
+        self,
+        decoder: Any,
+        query_mask: Tensor | None,
+        state: SequenceState,
+        *,
+        answers: Tensor | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        self.decoder, self.query_mask, self.answers, self.state = decoder, query_mask, answers, state
+        self.differentiable = differentiable
         self.probed: ProbedLayer | None = None
         self._seen: dict[tuple[LiveTokens, Tensor, int | None], tuple[Tensor, Tensor]] = {}
 
@@ -337,12 +356,20 @@ class AttentionProbe:
         first = self.queries.places.masked_fill(~self.queries.valid, self.state.size).amin(dim=1, keepdim=True)
         return self.state.text & (places <= first)
 
-    @torch.no_grad()
+    def instruction(self) -> Tensor:
+        """Returns (B, S) bool, the text that a learned scorer reads: see run_decoder's `answers`."""
+        if self.answers is None:
+            return self.prompt()
+        places = torch.arange(self.state.size, device=self.state.text.device)
+        last = self.queries.places.masked_fill(~self.queries.valid, -1).amax(dim=1, keepdim=True)
+        return self.state.text & ~self.answers & (places <= last)
+
     def attention(self, mask: Tensor | None = None) -> Tensor:
         """Returns (B, S): see View.attention."""
-        if mask is None:
-            return self._mean(self.last)
-        return AttentionProbe(self.decoder, mask, self.state)._mean(self.last)
+        with torch.set_grad_enabled(self.differentiable):
+            if mask is None:
+                return self._mean(self.last)
+            return AttentionProbe(self.decoder, mask, self.state)._mean(self.last)
 
     @torch.no_grad()
     def next_layer_attention(
@@ -377,7 +404,7 @@ class AttentionProbe:
     def attention_rows(self) -> Tensor:
         """Returns (B, Q, S), with gradient: see View.attention_rows.
 
-        The layer's own keys cannot be taken: under gradient checkpointing they are made without a graph at first.
+        Makes the keys anew, because those of the layer's run are kept without their graph unless a schedule asks.
         """
         past, layer = self.last, self.decoder.layers[self.last.layer]
         at = self._rotary_at(past.layer, past.tokens.rows, past.hidden, past.positions)

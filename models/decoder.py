@@ -33,6 +33,7 @@ from .cache import StagedLayer, staged_cache
 from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, LayerTokens, LiveTokens, Selection, SequenceState, VisualRows, move
 from .schedule_base import Dense, Schedule, View
+from .token_scorer import SCORER
 from .value_remap import BoundValueRemap, ValueRemap
 
 
@@ -66,6 +67,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     use_cache: bool = False,
     visual_embeds: Tensor | None = None,
     query_mask: Tensor | None = None,
+    answers: Tensor | None = None,
     blocks: Tensor | None = None,
     deepstack: Sequence[Tensor] = (),
     tower: ImageTokens | None = None,
@@ -90,6 +92,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             more rows than visual tokens, the others take part in the graph alone.
         query_mask: (B, S) bool, the text tokens that stand for the instruction where a schedule reads attention
             (several: the mean). None, or a sample without one: its last text token.
+        answers: (B, S) bool, the tokens that are to be predicted, which a learned scorer does not read. It reads the
+            other text up to the last token of `query_mask`; None: the text up to its first.
         blocks: (B, S) or (B, seen + S) int64, image blocks whose tokens attend in both directions, -1: none.
         deepstack: features (R, D) that are added to the visual tokens after the first layers that see vision, one
             after each.
@@ -110,14 +114,17 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         )
     checkpointing = decoder.training and getattr(decoder.layers[0], "gradient_checkpointing", False)
     options = getattr(getattr(decoder.layers[0], "_gradient_checkpointing_func", None), "keywords", {})
-    if checkpointing and schedule.update == "kv" and options.get("use_reentrant"):
-        raise ValueError("gradient checkpointing: got use_reentrant=True, expected False under the `kv` update")
+    if checkpointing and options.get("use_reentrant") and (schedule.update == "kv" or schedule.differentiable):
+        under = "the `kv` update" if schedule.update == "kv" else "a choice of tokens with gradients"
+        raise ValueError(f"gradient checkpointing: got use_reentrant=True, expected False under {under}")
     cached = (use_cache or past_key_values is not None) and not checkpointing
     if cached and schedule.gate_at(0) is not None:
         raise ValueError("use_cache: got a cache under gates, expected none: they are for training")
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
     state = SequenceState(visual, attention_mask, position_ids, cache, blocks)
-    run = _Run(decoder, schedule, cache, state, query_mask, tower, relevance)
+    differentiable = schedule.differentiable and torch.is_grad_enabled()
+    probe = AttentionProbe(decoder, query_mask, state, answers=answers, differentiable=differentiable)
+    run = _Run(decoder, schedule, cache, state, probe, tower, relevance)
     if state.offset > 0 and state.size == 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)
     else:
@@ -143,7 +150,7 @@ class _Run:
         schedule: Schedule,
         cache: Any,
         state: SequenceState,
-        query_mask: Tensor | None,
+        probe: AttentionProbe,
         tower: ImageTokens | None,
         relevance: Tensor | None,
     ) -> None:
@@ -151,11 +158,12 @@ class _Run:
         self.tower, self.relevance = tower, relevance
         self.depth = len(decoder.layers)
         self.stored: list[StagedLayer | None] = [None] * self.depth if cache is None else cache.layers
-        self.probe = AttentionProbe(decoder, query_mask, state)
+        self.probe = probe
         self.mrope = uses_mrope(decoder)
         self.layers: list[LayerTokens] = []
         self.rows = state.rows_of(state.all_visual)  # the tokens that the current hidden states belong to
         self.visual_rows: VisualRows | None = None
+        self.gates: Tensor | None = None  # (B, S), of the values of this layer's keys: see Schedule.token_gates
         self._masks: dict[tuple[Any, ...], Any] = {}
         self._rotary: dict[tuple[LiveTokens, str | None], Rotary] = {}
         self._remaps: dict[tuple[ValueRemap, LayerTokens], BoundValueRemap] = {}
@@ -189,6 +197,7 @@ class _Run:
             view = view_at(number, live, hidden)
             live = schedule.live(view)
             sees_vision = live is not NO_VISUAL
+            self.gates = schedule.token_gates(view) if sees_vision and self.probe.differentiable else None
             kv_only = sees_vision and schedule.update_at(number) == "kv"
             if kv_only and schedule.update == "full":
                 self._set_aside(hidden)
@@ -262,8 +271,16 @@ class _Run:
             next_layer_attention=partial(self._next_layer_attention, number, hidden),
             last_query_attention=self.probe.last_query_attention,
             attention_rows=self.probe.attention_rows,
+            scores=partial(self._scores, embeds),
             hidden_states=partial(self._states, hidden),
         )
+
+    def _scores(self, embeds: Tensor) -> Tensor:
+        """Returns (B, S): see View.scores. What the scorer reads learns nothing from it."""
+        scorer = getattr(self.decoder, SCORER, None)
+        if scorer is None:
+            raise ValueError(f"schedule: got a plan with select: learned, expected a model with a {SCORER}")
+        return scorer(embeds.detach(), self.probe.instruction())
 
     def _states(self, hidden: Tensor) -> Tensor:
         """Returns (B, S, D): see View.hidden_states."""
@@ -287,14 +304,19 @@ class _Run:
             slots, padded = stored.extend(slots, padded)
         mask = self._mask(number, tokens, slots, padded, remap)
         shim = None
-        if stored is not None or visual_kv is not None or remap is not None or is_probed:
-            shim = CacheShim(stored, visual_kv, remap)
+        gates = self.gates
+        if gates is not None:
+            gates = gates.gather(1, (tokens.key_slots - self.state.offset).clamp(min=0))
+        if any(one is not None for one in (stored, visual_kv, remap, gates)) or is_probed:
+            shim = CacheShim(stored, visual_kv, remap, gates)
         at = self._rotary_at(number, tokens.rows, hidden, positions)
         ids = None if self.mrope else tokens.rows.positions_from(positions)
         output = run_layer(self.decoder.layers[number], hidden, mask, ids, shim, at)
-        if shim is not None and is_probed:
-            keys, values = shim.keys, shim.values
-            self.probe.probed = ProbedLayer(number, hidden, tokens, keys, values, slots, positions, visual_kv)
+        if shim is not None:
+            keys, values = shim.taken()
+            if is_probed:
+                keys, values = keys if self.probe.differentiable else keys.detach(), values.detach()
+                self.probe.probed = ProbedLayer(number, hidden, tokens, keys, values, slots, positions, visual_kv)
         return output
 
     def _visual_kv(self, number: int, tokens: LayerTokens, positions: Tensor) -> VisualKV | None:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 from .fused import FusedMixin, settle_stages
 from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from .token_scorer import is_scorer
 
 
 class UnsupportedModelError(ValueError):
@@ -134,7 +135,8 @@ class Family:
     """One family of VLMs. See FusedMixin for `blank` and `blocks`.
 
     `tower` and `projector` name modules or weights below `model`; a name in `projector` wins over the tower that holds
-    it (Qwen's merger lies inside its tower). What neither names is the language model.
+    it (Qwen's merger lies inside its tower). What neither names is the language model, but for a plan's scorer of
+    projected features, which learns with the projector.
     """
 
     model_type: str  # of Hugging Face's config; the fused config's has `fused_` before it
@@ -147,6 +149,8 @@ class Family:
 
     def part_of(self, name: str) -> str:
         """Returns which of PARTS a weight belongs to, by its name in the model, or in one with adapters around it."""
+        if is_scorer(name):
+            return "projector"
         place = f".{name}."
         for part, modules in (("projector", self.projector), ("vision_tower", self.tower)):
             if any(f".model.{module}." in place for module in modules):

@@ -2,7 +2,8 @@
 
 A VLM of transformers ends in one call of its text model with the image features merged into the embeddings. The outer
 forward marks the visual tokens and names the schedule; the text model then runs through run_decoder. Tiles, position
-indices, DeepStack features, processors and generate() stay Hugging Face's. No parameter is added or renamed.
+indices, DeepStack features, processors and generate() stay Hugging Face's. No parameter is added, but a scorer where a
+plan asks for one, and none is renamed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .image_tokens import ImageTokens, image_tokens, missing_tower, states_aroun
 from .schedule_base import Dense, Schedule, ScheduleError
 from .schedules import SCHEDULES, TRAINED, Choice, resolve_schedule
 from .stage_plan import StagePlan
+from .token_scorer import SCORER, TokenScorer, needs_scorer, untouched
 
 IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
 VISION_INPUTS = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
@@ -91,6 +93,7 @@ class _Call:
     visual: Tensor
     attention_mask: Tensor | None
     query_mask: Tensor | None
+    answers: Tensor | None
     blocks: Tensor | None
     blank: BlankImage | None
     embeddings_learn: bool
@@ -145,6 +148,7 @@ class FusedTextMixin:
             use_cache=bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache),  # type: ignore[attr-defined]
             visual_embeds=visual_embeds,
             query_mask=call.query_mask,
+            answers=call.answers,
             blocks=call.blocks,
             deepstack=deepstack,
             tower=call.tower,
@@ -179,6 +183,8 @@ def resolve_config(config: Any, choice: Choice) -> Schedule:
     """Returns the schedule that a choice means for a model of a fused config; errors as resolve_schedule."""
     plans = {name: _plan_of(fields) for name, fields in (config.plans or {}).items()}
     schedule = resolve_schedule(choice, _plan_of(config.stages), config.text_config.num_hidden_layers, plans)
+    if schedule.reads_scores and not needs_scorer(config):
+        raise ScheduleError("schedule Fused: got select: learned, expected another: this model has no scorer")
     return require_tower(schedule, config)
 
 
@@ -248,6 +254,9 @@ class FusedMixin:
         self.plan, self._schedule = plan, schedule
         text = self.model.get_decoder()
         text.__class__ = fused_text_class(type(text))  # type: ignore[arg-type]  # mypy: a class is no Hashable
+        if needs_scorer(config):
+            text.add_module(SCORER, TokenScorer(config.text_config.hidden_size))
+            text.get_submodule(SCORER).apply(self._init_weights)  # type: ignore[attr-defined]  # PreTrainedModel's
 
     @property
     def schedule(self) -> Schedule:
@@ -394,7 +403,7 @@ class FusedMixin:
         if labels is not None and self.training:
             self.check_training(schedule)
         query_mask = None
-        if schedule.reads_attention:
+        if schedule.reads_attention or schedule.reads_scores:
             query_mask = self._prompt_end(given, visual) if labels is None else _instruction_ends(labels)
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
         hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
@@ -404,6 +413,7 @@ class FusedMixin:
             visual=visual,
             attention_mask=given.get("attention_mask"),
             query_mask=query_mask,
+            answers=None if labels is None else labels != IGNORE_INDEX,
             blocks=type(self).family_blocks(given),
             blank=BlankImage(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
@@ -518,9 +528,12 @@ class FusedMixin:
                 "deep layers no longer hold; expected a text token (a newline) between image and answer"
             )
         logits, targets = self.lm_head(hidden[labelled]), following[labelled]
+        scorer, unused = getattr(self.model.get_decoder(), SCORER, None), hidden.new_zeros(())
+        if self.training and scorer is not None and not call.schedule.reads_scores:
+            unused = untouched(scorer, hidden)
         if len(targets) == 0:
-            return logits.sum() * 0.0
-        return self.loss_function(  # type: ignore[attr-defined]  # PreTrainedModel's
+            return logits.sum() * 0.0 + unused
+        return unused + self.loss_function(  # type: ignore[attr-defined]  # PreTrainedModel's
             logits=logits,
             labels=targets,
             shift_labels=targets,

@@ -20,6 +20,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
 from .families import UnsupportedModelError, family_of
+from .token_scorer import is_scorer
 
 _DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "mobilevlm": "llama"}
 _TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
@@ -55,7 +56,7 @@ def load_original(source: Any, fields: Mapping[str, Any], *args: Any, hub: dict[
     rules = _name_rules(source, fields, names)
     kwargs |= {**dtypes, "config": config, "key_mapping": rules, "output_loading_info": True}
     model, report = kind.from_pretrained(source, *args, **kwargs)
-    missing = set(report["missing_keys"])
+    missing = {name for name in report["missing_keys"] if not is_scorer(name)}  # a plan's scorer is new
     if not has_tower:
         model.__class__ = family.model_class
         missing |= _load_tower(model, fields["mm_vision_tower"], tower_hub)

@@ -14,6 +14,7 @@ from .attention import AttentionRow
 from .diversity import diversity_order
 from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, Selection
+from .soft_choice import straight_through
 from .stage_plan import StagePlan, kept_count
 from .value_remap import ValueRemap
 
@@ -42,6 +43,9 @@ class View:
         last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
         attention_rows: returns (B, Q, S) with gradient, in training: what each instruction token pays each position in
             layer `last_visual_layer`, mean over heads, 0 on dead positions and for padding queries.
+        scores: returns (B, S), how highly the checkpoint's learned scorer values each visual token for the
+            instruction, which is the text of `prompt`, or of a row with labels all that no label supervises. Needs
+            `reads_scores`.
         hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0); of visual
             tokens that did not run through it what they were before.
 
@@ -63,6 +67,7 @@ class View:
     next_layer_attention: Callable[[], Tensor]
     last_query_attention: Callable[[], AttentionRow]
     attention_rows: Callable[[], Tensor]
+    scores: Callable[[], Tensor]
     hidden_states: Callable[[], Tensor]
 
     @property
@@ -88,6 +93,8 @@ class Schedule:
 
     update: str = "full"  # what a live visual token does in a layer: `full` or `kv` (see StagePlan)
     reads_attention: bool = False  # the schedule reads attention, so the executor keeps what that needs
+    reads_scores: bool = False  # the schedule reads `view.scores`, which a checkpoint with a learned scorer has
+    differentiable: bool = False  # attention and scores that the schedule reads carry gradients: see `token_gates`
     reads_tower: bool = False  # the schedule reads what the vision tower made of the images, as `view.tower`
     reads_relevance: bool = False  # the schedule reads `view.relevance`, which the caller has to give
     renumbers: bool = False  # each layer numbers its live tokens anew; otherwise every token keeps its position id
@@ -149,6 +156,13 @@ class Schedule:
         """
         return None
 
+    def token_gates(self, view: View) -> Tensor | None:
+        """Returns (B, S), exactly 1: factors of the values of the tokens, through which gradients reach the choice.
+
+        Called after `live` of a `differentiable` schedule, where gradients are computed; None: nothing.
+        """
+        return None
+
     def on_end(self, view: View) -> None:
         """Called once after the last layer, with `view.layer` the decoder's depth. For measurements."""
 
@@ -164,10 +178,14 @@ class Dense(Schedule):
         return view.visual
 
 
+_LEAST_ATTENTION = 1e-20  # what counts as attention 0 in logarithms
+
+
 @dataclass
 class _FusedState:
     kept: Selection | None = None
-    order: Tensor | None = None  # (B, S), by diversity: the same for all cuts, so that each keeps a part of the last
+    scores: Tensor | None = None  # (B, S), by features: the same for all cuts, so that each keeps a part of the last
+    gates: Tensor | None = None  # (B, S), the product of those of the cuts
 
 
 @dataclass(frozen=True)
@@ -182,8 +200,9 @@ class Fused(Schedule):
     trainable = True
 
     def __post_init__(self) -> None:
-        by_attention = self.plan.select == "attention"
-        self.derive(update=self.plan.update, reads_attention=bool(self.plan.keep) and by_attention)
+        plan = self.plan
+        self.derive(update=plan.update, reads_attention=bool(plan.keep) and plan.select == "attention")
+        self.derive(reads_scores=plan.select == "learned", differentiable=plan.is_differentiable)
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError when the plan names a layer beyond the decoder."""
@@ -199,17 +218,31 @@ class Fused(Schedule):
         amount = self.plan.keep.get(view.layer)
         if amount is not None:
             counts = [kept_count(amount, number) for number in view.visual_counts]
-            scores = view.attention() if self.plan.select == "attention" else self._diversity(view, counts)
-            state.kept = keep_highest(scores, state.kept or view.visual, counts)
+            scores, before = self._scores(view, counts), state.kept or view.visual
+            state.kept = keep_highest(scores, before, counts)
+            if self.differentiable and torch.is_grad_enabled():
+                # the scorer's scores are logits already
+                logits = scores.clamp(min=_LEAST_ATTENTION).log() if self.reads_attention else scores
+                gates = straight_through(logits, mask_of(before), counts)
+                state.gates = gates if state.gates is None else state.gates * gates
         if not self.plan.sees(view.layer):
             return NO_VISUAL
         return state.kept or view.visual
 
-    def _diversity(self, view: View, counts: Sequence[int]) -> Tensor:
+    def token_gates(self, view: View) -> Tensor | None:
+        """Returns the gates of the cuts made so far: see `straight_through`."""
+        return view.state.gates
+
+    def _scores(self, view: View, counts: Sequence[int]) -> Tensor:
+        """Returns (B, S): tokens with higher scores stay."""
         state: _FusedState = view.state
-        if state.order is None:
-            state.order = diversity_order(view.embeddings, view.visual_mask, max(counts))
-        return state.order
+        if self.plan.select == "attention":
+            return view.attention()
+        if state.scores is None and self.plan.select == "learned":
+            state.scores = view.scores()
+        elif state.scores is None:
+            state.scores = diversity_order(view.embeddings, view.visual_mask, max(counts))
+        return state.scores
 
 
 @dataclass(frozen=True)
@@ -222,7 +255,8 @@ class Wrapper(Schedule):
         inner = self.inner
         self.derive(update=inner.update, renumbers=inner.renumbers, trainable=inner.trainable)
         self.derive(reads_attention=inner.reads_attention, reads_tower=inner.reads_tower)
-        self.derive(reads_relevance=inner.reads_relevance)
+        self.derive(reads_relevance=inner.reads_relevance, reads_scores=inner.reads_scores)
+        self.derive(differentiable=inner.differentiable)
 
     def check(self, num_layers: int) -> None:
         """Raises what the inner schedule raises."""
@@ -256,6 +290,10 @@ class Wrapper(Schedule):
         """Returns what the inner schedule wants."""
         return self.inner.deepstack_shares(layer, levels)
 
+    def token_gates(self, view: View) -> Tensor | None:
+        """Returns the inner schedule's."""
+        return self.inner.token_gates(view)
+
     def on_end(self, view: View) -> None:
         """Calls the inner schedule."""
         self.inner.on_end(view)
@@ -286,6 +324,7 @@ class Within(Schedule):
         trained, inner = Fused(self.plan), self.inner
         reads = trained.reads_attention or inner.reads_attention
         self.derive(update=trained.update, reads_attention=reads, reads_tower=inner.reads_tower)
+        self.derive(reads_scores=trained.reads_scores)
         self.derive(reads_relevance=inner.reads_relevance, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
@@ -392,9 +431,9 @@ class ScorePruner(Schedule):
 
 
 def keep_highest(scores: Tensor, live: Selection, counts: Sequence[int]) -> Selection:
-    """Returns, of sample b's live tokens, the `counts[b]` with the highest scores (B, S >= 0); ties go to the first."""
+    """Returns, of sample b's live tokens, the `counts[b]` with the highest scores (B, S); ties go to the first."""
     mask = mask_of(live)
-    order = scores.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
+    order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     count = torch.tensor(counts, device=mask.device)[:, None]
     first = torch.arange(mask.shape[1], device=mask.device) < count
     return Selection(torch.zeros_like(mask).scatter(1, order, first) & mask)

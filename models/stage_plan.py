@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+SCORER_WIDTH = 64  # of the projections of a learned scorer
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -23,17 +25,20 @@ class StagePlan:
             text: no query, no MLP, and its hidden state stays as projected.
         layers: the layers that see visual tokens, in place of enter and exit; `kv` only.
         keep: {layer: how many visual tokens stay from that layer on}, a count (int >= 1) or a ratio of the
-            sample's visual tokens (0 < float < 1). With `select: diversity` the first layer may be named too: so
-            many enter.
+            sample's visual tokens (0 < float < 1). With `select: diversity` or `learned` the first layer may be named
+            too: so many enter.
         select: which ones stay. `attention`: those to which the last instruction token pays the highest attention in
             the layer before (of those that see vision). `diversity`: those whose projected features differ most from
-            each other (DivPrune's max-min rule); the choice does not depend on the question.
+            each other (DivPrune's max-min rule); the choice does not depend on the question. `learned`: those that a
+            small scorer of projected features, given the instruction, scores highest; it adds its weights to the model.
+        gradient: `straight_through`: training passes gradients to the attention by which tokens are chosen; None: it
+            does not. A learned scorer always gets them. The choice itself, and so the forward pass, is the same.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
 
     Source: window and pyramid as in HiDrop (arXiv 2602.23699), `kv` and layer lists as in ViCA (arXiv 2602.07574),
-    diversity as in DivPrune (arXiv 2503.02175); its place at `enter` is ours.
+    diversity as in DivPrune (arXiv 2503.02175); its place at `enter`, the scorer and the gradient are ours.
     """
 
     enter: int | None = None
@@ -42,11 +47,17 @@ class StagePlan:
     layers: Sequence[int] | None = None
     keep: Mapping[int, int | float] = field(default_factory=dict)
     select: str = "attention"
+    gradient: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("update", ("full", "kv")), ("select", ("attention", "diversity"))):
+        for name, known in (
+            ("update", ("full", "kv")),
+            ("select", ("attention", "diversity", "learned")),
+            ("gradient", ("straight_through", None)),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"stages.{name}: got {getattr(self, name)!r}, expected {' or '.join(known)}")
+                expected = " or ".join("null" if one is None else one for one in known)
+                raise ValueError(f"stages.{name}: got {getattr(self, name)!r}, expected {expected}")
         if self.layers is None:
             self._check_window()
         else:
@@ -59,8 +70,9 @@ class StagePlan:
             if layer == first and self.select == "attention":
                 raise ValueError(
                     f"stages.keep: got layer {layer}, the first that sees vision, expected later ones, because the "
-                    "choice needs the attention of a layer before; select: diversity needs none"
+                    "choice needs the attention of a layer before; select: diversity or learned needs none"
                 )
+        self._check_choice()
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> StagePlan:
@@ -92,6 +104,11 @@ class StagePlan:
             return layer in self.layers
         return self.enter <= layer < self.exit  # type: ignore[operator]  # __post_init__ made both ints
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether training passes gradients to the scores by which tokens are chosen."""
+        return self.select == "learned" or self.gradient is not None
+
     def visual_counts(self, visual: int, num_layers: int) -> list[int]:
         """Returns how many of `visual` visual tokens are live at each of `num_layers` layers."""
         counts, kept = [], visual
@@ -108,6 +125,16 @@ class StagePlan:
                 raise ValueError(f"stages.{name}: got {value!r}, expected a layer number (int >= 0)")
         if self.enter >= self.exit:  # type: ignore[operator]  # both are ints now
             raise ValueError(f"stages.exit: got {self.exit}, expected a layer after enter ({self.enter})")
+
+    def _check_choice(self) -> None:
+        if self.gradient is not None and self.select == "diversity":
+            raise ValueError(
+                f"stages.gradient: got {self.gradient!r} with select: diversity, which has nothing to learn; expected "
+                "null, or select: attention or learned"
+            )
+        if self.is_differentiable and not self.keep:
+            found = "select: learned" if self.select == "learned" else f"gradient: {self.gradient}"
+            raise ValueError(f"stages.keep: got none with {found}, expected how many tokens stay from which layer on")
 
     def _check_layers(self) -> None:
         if self.update != "kv":

@@ -45,7 +45,8 @@ class Study(_Section):
         recipe: the recipe that all arms start from.
         set: overrides for all arms.
         seeds: of the random weights and of the order of the data; every arm is trained with each.
-        tasks: built-in sets that every run answers whole; the first is the one that is drawn.
+        tasks: built-in sets that every run answers; the first is the one that is drawn.
+        limit: only the first so many questions of each task; None: all.
         reference: the arm that the others are compared with.
         arms: by name, in the order of the tables.
         results: folder of the results.
@@ -56,6 +57,7 @@ class Study(_Section):
     set: list[str] = []
     seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_each_once)]
     tasks: _Names
+    limit: int | None = Field(default=None, ge=1)
     reference: str
     arms: dict[str, Arm] = Field(min_length=1)
     results: str

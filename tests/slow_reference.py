@@ -129,10 +129,16 @@ class SlowDecoder:
             self.text_model.config._attn_implementation, ATTENTION.edit = before, None
 
     @torch.no_grad()
-    def run(self, schedule):
-        """Returns the logits (S, vocabulary) and the places that each layer runs on."""
-        text, hidden, rule, places = ~self.visual, self.embeds, _Rule(self, schedule), []
-        last, features = int(text.nonzero()[-1]), list(self.features)
+    def run(self, schedule, last=None, base=None):
+        """Returns the logits (S, vocabulary) and the places that each layer runs on.
+
+        `last` is the place of the instruction's last token, None the last text token. After it `soft` holds, for each
+        cut of a stage plan, how far each token is chosen by the soft relaxation of the cut. With a `base`, the `soft`
+        of an earlier run, weights on a kept token's value are multiplied by 1 + soft - base.
+        """
+        text, hidden, rule, places = ~self.visual, self.embeds, _Rule(self, schedule, base), []
+        last, features = int(text.nonzero()[-1]) if last is None else last, list(self.features)
+        self.soft = rule.soft
         for number in range(len(self.text_model.layers)):
             live = rule.live(number, hidden, last)
             hidden = rule.states(hidden)
@@ -154,8 +160,9 @@ class SlowDecoder:
 class _Rule:
     """Which visual tokens are live, by the published rule of a schedule."""
 
-    def __init__(self, decoder, schedule):
+    def __init__(self, decoder, schedule, base=None):
         self.decoder, self.schedule = decoder, schedule
+        self.base, self.soft, self.gates = base, [], torch.ones(len(decoder.visual), dtype=decoder.embeds.dtype)
         self.kept, self.scores, self.quiet, self.fired = decoder.visual.clone(), None, 0, False
         self.weights, self.merged = None, {}
 
@@ -167,13 +174,8 @@ class _Rule:
         if isinstance(rule, VTW):
             return visual if number < rule.layer else nothing
         if isinstance(rule, Fused):
-            amount = rule.plan.keep.get(number)
-            if amount is not None:
-                count = min(amount, total) if isinstance(amount, int) else int(total * amount)
-                if rule.plan.select == "diversity":
-                    self._choose(diverse(self.decoder.embeds[0, visual], count))
-                else:
-                    self._keep(self.scores, count)
+            if number in rule.plan.keep:
+                self._cut(rule.plan.keep[number], total, rule.plan.select, last)
             return self.kept if rule.plan.sees(number) else nothing
         if isinstance(rule, FastV) and number == rule.layer:
             self._keep(self.scores, round(total * (1 - rule.drop)))
@@ -213,6 +215,25 @@ class _Rule:
         self.merged = {}
         return hidden
 
+    def _cut(self, amount, total, select, last):
+        count = min(amount, total) if isinstance(amount, int) else int(total * amount)
+        if select == "diversity":
+            self._choose(diverse(self.decoder.embeds[0, self.decoder.visual], count))
+            return
+        if select == "learned":
+            self.scores = scored(self.decoder, last)
+        elif self.scores is not None:
+            self.scores = self.scores.log()
+        if self.kept.any():
+            self._soften(self.scores, count)
+        self._keep(self.scores, count)
+
+    def _soften(self, logits, count):
+        places, number = self.kept.nonzero().flatten(), len(self.soft)
+        self.soft.append(soft_choice(logits[places], count))
+        if self.base is not None:
+            self.gates[places] *= 1 + self.soft[number] - self.base[number]
+
     def _choose(self, chosen):
         places = self.decoder.visual.nonzero().flatten()
         self.kept = torch.zeros_like(self.kept)
@@ -238,13 +259,15 @@ class _Rule:
 
     def edit(self, number):
         rule = self.schedule
+        if self.base is not None:
+            return lambda weights: weights.mul_(self.gates)
         if not isinstance(rule, VisiPruner) or "shallow" not in rule.modes or number >= rule.shallow_end:
             return None
         return lambda weights: mask_shallow(weights, self.decoder.visual, number, rule)
 
     def after(self, number, live, last):
         if live.any():
-            self.weights = ATTENTION.weights
+            self.weights = ATTENTION.weights / self.gates
             self.scores = self.weights[:, last].mean(dim=0)
         rule = self.schedule
         if not isinstance(rule, VisiPruner) or "middle" not in rule.modes or number <= rule.shallow_end:
@@ -263,6 +286,27 @@ class _Rule:
             self.quiet += 1
             if self.quiet == rule.exit_patience:
                 self.kept = torch.zeros_like(live)
+
+
+def scored(decoder, last):
+    """Returns (S,): the scores that the model's scorer gives, given the text up to the place `last`."""
+    scorer, rows = decoder.text_model.token_scorer, decoder.embeds[0]
+    rows = rows / rows.square().mean(dim=1, keepdim=True).add(1e-6).sqrt()
+    words = rows[: last + 1][~decoder.visual[: last + 1]]
+    mean = ((words @ scorer.word.weight[0]).softmax(dim=0)[:, None] * words).sum(dim=0)
+    asked = scorer.instruction.weight @ (mean / mean.square().mean().add(1e-6).sqrt()) + scorer.instruction.bias
+    return rows @ scorer.feature.weight.T @ asked / 8
+
+
+def soft_choice(logits, count):
+    """Returns (N,): sigmoids around the threshold at which they add up to `count`."""
+    if not 0 < count < len(logits):
+        return torch.full_like(logits, float(count > 0))
+    low, high = float(logits.min()) - 50, float(logits.max()) + 50
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(torch.sigmoid(logits - middle).sum()) > count else (low, middle)
+    return torch.sigmoid(logits - (low + high) / 2)
 
 
 def diverse(features, count):

@@ -24,3 +24,11 @@ def test_images_stand_in_the_order_of_the_samples():
 
 def test_a_batch_without_an_image_has_no_pixel_values():
     assert set(Collator(0)([sample(2), sample(3)])) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_numbers_of_patches_go_on_from_sample_to_sample():
+    def molmo2(crops, numbers):
+        return {**sample(2), "pixel_values": torch.zeros(crops, 4, 3), "image_token_pooling": torch.tensor(numbers)}
+
+    batch = Collator(0)([molmo2(2, [[0, 1], [7, -1]]), sample(3), molmo2(1, [[2, 3]])])
+    assert batch["image_token_pooling"].tolist() == [[0, 1], [7, -1], [10, 11]]

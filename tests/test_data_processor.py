@@ -11,7 +11,7 @@ from data.config import DataConfig
 from data.dataset import Collator, Encoder, joined
 from data.processor import ProcessorError, VisionProcessor, load_processor, save_processor, with_settings
 from data.rows import Record, RowError, Turn
-from tests.tiny_processors import CHAT, MEAN, PROCESSORS, llava, tokenizer
+from tests.tiny_processors import CHAT, MEAN, PROCESSORS, llava, require, tokenizer
 from tests.tiny_vlms import IMAGE
 
 MESSAGES = [
@@ -31,10 +31,7 @@ def picture(width, height):
 @pytest.fixture(params=sorted(PROCESSORS))
 def processor(request, tmp_path):
     """The family's processor, once saved and read again; with the chat template that it brings."""
-    if request.param == "mistral3":
-        pytest.importorskip("torchvision")
-    if request.param == "smolvlm":
-        pytest.importorskip("num2words")
+    require(request.param)
     save_processor(PROCESSORS[request.param](), tmp_path)
     found = load_processor(tmp_path)
     found.chat_template = found.chat_template or found.tokenizer.chat_template

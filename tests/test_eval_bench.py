@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from eval import bench_prefill, bench_train, measure
+from eval import measure
+from eval.benches import prefill as bench_prefill
+from eval.benches import train as bench_train
 from eval.live import live_visual
 from eval.measure import Shape
 

@@ -12,16 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval import bench, compare, measure, speed, stages
+from eval import bench, compare, measure, stages
 from eval.arguments import UsageError, schedules_of
-from eval.cells import Store
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import arguments, main, prepare
-from eval.plots import Point, pareto_front, smooth
-from eval.rows import FLOOR, cell_row, informing, score_error, score_table, score_text, settings_text, shown_schedule
-from eval.seeds import common_name, groups_of
-from eval.seeds import compared as compared_seeds
-from eval.settings import ComparisonError, code, meaning, named
+from eval.comparison import speed
+from eval.comparison.cells import Store
+from eval.comparison.plots import Point, pareto_front, smooth
+from eval.comparison.rows import (
+    FLOOR,
+    cell_row,
+    informing,
+    score_error,
+    score_table,
+    score_text,
+    settings_text,
+    shown_schedule,
+)
+from eval.comparison.seeds import common_name, groups_of
+from eval.comparison.seeds import compared as compared_seeds
+from eval.comparison.settings import ComparisonError, code, meaning, named
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
@@ -165,7 +175,7 @@ def test_all_code_that_answers_pass_through_decides_a_cell(tmp_path):
             file.write("\nONE_MORE = 1\n")
         before, last = code(tmp_path), before
         assert before != last, name
-    (tmp_path / "eval/report.py").write_text("")  # only shows them
+    (tmp_path / "eval/comparison/report.py").write_text("")  # only shows them
     assert code(tmp_path) == before
 
 
@@ -472,7 +482,8 @@ def test_the_plans_of_a_checkpoint_are_rows_of_it(runs, tmp_path, capsys):
 
 RANKS = """
 import sys
-from eval import measure, speed
+from eval import measure
+from eval.comparison import speed
 measure.added_memory_each = lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
 speed.REPEATS, speed.STEPS = 1, 2
 from eval.compare import arguments, main, prepare

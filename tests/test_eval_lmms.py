@@ -12,10 +12,10 @@ from PIL import Image, ImageFile
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from data.easy_vqa import questions
-from eval.benchmarks import BENCHMARKS, missing_judge, value_of
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
 from eval.prompts import Asked
+from eval.tasks.benchmarks import BENCHMARKS, missing_judge, value_of
 from models import StagePlan
 from models.schedules import VTW, Fused
 from tests.benchmark_rows import ROWS
@@ -251,7 +251,17 @@ def test_model_args_name_one_of_the_checkpoints_plans(quickstart_run, tmp_path):
 
 
 def test_lmms_evals_command_line_knows_model_and_tasks(quickstart_run, tmp_path):
-    command = [sys.executable, "-m", "eval.lmms", "--model", "fused_llava", "--batch_size", "2", "--limit", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "eval.lmms",
+        "--model",
+        "fused_llava",
+        "--batch_size",
+        "2",
+        "--limit",
+        "4",
+    ]
     args = f"pretrained={quickstart_run}, schedule=fastv"
     good = [
         *command,

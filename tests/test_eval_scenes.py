@@ -7,10 +7,10 @@ import torch
 
 from data import scenes
 from data.scene_questions import FAMILIES
-from eval.benchmarks import BENCHMARKS, value_of
+from eval.comparison.rows import floor_rows
 from eval.lmms import FusedLlava, Harness
-from eval.probe_samples import scenes_samples
-from eval.rows import floor_rows
+from eval.stage_analysis.samples import scenes_samples
+from eval.tasks.benchmarks import BENCHMARKS, value_of
 
 
 class Told(FusedLlava):

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from eval import speed
 from eval.checkpoint import Checkpoint
+from eval.comparison import speed
 from eval.live import costs_of, live_visual, text_tokens
 from eval.prompts import Asked
 from models.schedules import VTW, Dense, DivPrune, FastV, ShortV, SparseVLM, VisionZip

@@ -1,6 +1,7 @@
 """The stage analysis against slow references, and on models whose stages are known by construction."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,13 @@ from data.chat import IGNORE_INDEX
 from eval import stages
 from eval.live import live_visual
 from eval.paired import RESAMPLES
-from eval.probe_samples import Asker, Batch, Sample, spaced
-from eval.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
 from eval.prompts import Asked, Prompter
-from eval.stages_search import Trials, needs_vision, propose, side_intervals
+from eval.stage_analysis.analysis import Analysis
+from eval.stage_analysis.plot import draw_stages
+from eval.stage_analysis.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
+from eval.stage_analysis.report import record_of, report_of
+from eval.stage_analysis.samples import Asker, Batch, Sample, spaced
+from eval.stage_analysis.search import Trials, needs_vision, propose, side_intervals
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
 from recipes.schema import load_recipe
@@ -150,6 +154,11 @@ def test_a_plan_is_narrowed_by_its_kind():
     assert narrowed(listed, 1, 6) == StagePlan(layers=[2, 5], update="kv", keep={5: 1})
     assert narrowed(listed, 3, 5) is None
     assert narrowed(StagePlan(2, 4), 4, 6) is None
+    learned = StagePlan(1, 6, keep={1: 0.5, 4: 1}, select="learned")
+    assert narrowed(learned, 0, 4) == StagePlan(1, 4, keep={1: 0.5}, select="learned")
+    assert narrowed(learned, 3, 6) == StagePlan(3, 6, keep={3: 0.5, 4: 1}, select="learned")
+    trained = StagePlan(1, 6, keep={4: 1}, gradient="straight_through")
+    assert narrowed(trained, 0, 4) == StagePlan(1, 4)
 
 
 # -- what layers show ---------------------------------------------------------------------------------------------
@@ -229,7 +238,7 @@ def test_visipruner_fires_where_its_live_tokens_say(make_model, make_batch, plan
     model = make_model()
     rows = make_batch(*LAYOUTS, side="left")
     pruner = replace(published("visipruner", LAYERS), layer_threshold=0.9, token_threshold=0.6)  # which these meet
-    monkeypatch.setattr("eval.probes.published", lambda *_: pruner)
+    monkeypatch.setattr("eval.stage_analysis.probes.published", lambda *_: pruner)
     found = firings(model, probed(model, rows), plan)
     for one, single in zip(found, singles(rows), strict=True):
         prompt = {"input_ids": single["input_ids"][:, :-2], "pixel_values": single["pixel_values"]}
@@ -322,7 +331,7 @@ def test_intervals_are_what_a_bootstrap_by_hand_gives():
         enters.append(max((layer for layer in range(1, 5) if holds[trials.masked_outside(layer, 4)]), default=0))
         leaves.append(min((layer for layer in range(4) if holds[trials.masked_outside(0, layer)]), default=4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.stages_search.RESAMPLES", 300)
+        patch.setattr("eval.stage_analysis.search.RESAMPLES", 300)
         found = side_intervals(trials, 4.0)
     expected = [
         tuple(np.quantile(side, [0.025, 0.975], method="inverted_cdf").astype(int).tolist())
@@ -500,6 +509,34 @@ def test_a_window_known_by_construction_is_found_and_written(task, plan, capsys)
     assert "Proposed: enter 2, exit 4 of 6 layers" in capsys.readouterr().out
     assert (task / "out/stages.png").stat().st_size > 10_000
     assert "| 2 | 100.0 +- 0.0 % (+0.0) |" in (task / "out/stages.md").read_text()
+
+
+def test_each_kind_of_question_shows_the_layer_that_it_reads_at(tmp_path):
+    model = by_construction({"colour": [2], "shape": [3]})
+    prompter = Prompter(tiny_processor(), chat_format="chat_template", aspect="processor")
+    samples = [
+        replace(sample, family="colour" if sample.answer in COLOURS else "shape") for sample in pictured_samples()
+    ]
+    analysis = Analysis(model, Asker(model, prompter), samples, batch=7, plan=None, window=1)
+    analysis.run()
+    args = Namespace(command="command", task="task", tolerance=6.0)
+    proposal = propose(analysis.trials, 6.0, analysis.measure)
+    analysis.measure([analysis.trials.removed_outside(proposal.enter, proposal.exit)])
+    record = record_of(analysis, proposal, args, "model")
+    lost = {
+        name: [[layer["loss"] > 0 for layer in found[key]] for key in ("masked_before", "masked_from")]
+        for name, found in record["by_family"].items()
+    }
+    assert lost["colour"] == [[False] * 3 + [True] * 4, [True] * 3 + [False] * 4]
+    assert lost["shape"] == [[False] * 4 + [True] * 3, [True] * 4 + [False] * 3]
+    assert [found["samples"] for found in record["by_family"].values()] == [9, 9]
+    for key in ("masked_before", "masked_from"):  # the families' mean is the whole's
+        means = zip(*([layer["loss"] for layer in found[key]] for found in record["by_family"].values()), strict=True)
+        assert [sum(pair) / 2 for pair in means] == pytest.approx([layer["loss"] for layer in record[key]])
+    assert "| l | colour (9) | shape (9) |" in report_of(record)
+    draw_stages(record, tmp_path / "stages.png")
+    with Image.open(tmp_path / "stages.png") as drawn:
+        assert drawn.height == 1925  # a fifth row of panels
 
 
 def test_a_second_reading_place_makes_a_single_layer_enough(task):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from eval.checkpoint import Checkpoint, CheckpointError
+from eval.studies.record import Results, fingerprint, questions_of, record_of
+from eval.studies.report import cells_of, score_table
 from eval.study import check_names, finish, main, runs_of
-from eval.study_record import Results, fingerprint, questions_of, record_of
-from eval.study_report import cells_of, score_table
 from models import StagePlan
 from models.cost import plan_cost
 from models.schedules import ScheduleError
@@ -48,6 +48,7 @@ def record(arm, seed, right, *, flops=1e12):
         "arm": arm,
         "seed": seed,
         "recipe": "x",
+        "limit": None,
         "date": "2026-01-02",
         "device": "CPU",
         "versions": {"torch": "1", "transformers": "2"},
@@ -140,6 +141,28 @@ def test_a_result_of_another_recipe_is_refused(study, capsys):
     assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
     told = capsys.readouterr().err
     assert "dense-seed0.json: got a result of another recipe" in told
+
+
+def test_a_study_of_the_first_questions_asks_those_and_says_so(study, monkeypatch, capsys):
+    fields = {**yaml.safe_load(study.read_text()), "limit": 3, "seeds": [0]}
+    study.write_text(yaml.safe_dump(fields))
+    asked = []
+
+    def scored(study, run, *, limit, **_):
+        asked.append(limit)
+        return {**record(run.arm, run.seed, "101"), "recipe": fingerprint(run.recipe), "limit": limit}
+
+    monkeypatch.setattr("eval.study.score", scored)
+    for arm in ("dense", "window"):
+        (study.parent / f"out/runs/{arm}-seed0/final").mkdir(parents=True)
+    assert main([str(study), "--out", str(study.parent / "out")]) == 0
+    told = capsys.readouterr().out
+    assert asked == [3, 3]
+    assert "| window | 1 | 66.67 % |" in told
+    assert "Asked: the first 3 questions." in told
+    study.write_text(yaml.safe_dump({**fields, "limit": 4}))
+    assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
+    assert "dense-seed0.json: got a result of another limit" in capsys.readouterr().err
 
 
 def test_the_table_counts_seeds_and_pairs_questions():

@@ -28,9 +28,10 @@ NO_GPU = "#!/bin/sh\nexit 9\n"
 DEEPSPEED = r"""#!/usr/bin/env bash
 here=$(cd "$(dirname "$0")" && pwd)
 echo "deepspeed $* DS_ACCELERATOR=${DS_ACCELERATOR:-}" >>"$here/calls"
-[[ "$*" == *endless* ]] || exit "${DEEPSPEED_EXIT:-0}"
+[[ "$*" == *model.stages=null* ]] && [[ -n ${DENSE_EXIT:-} ]] && exit "$DENSE_EXIT"
+[[ "$* ${HOW_LONG:-}" == *endless* ]] || exit "${DEEPSPEED_EXIT:-0}"
 [[ "$*" == *slow_start* ]] && touch starting && sleep 1
-rank='trap "echo saved >>saved; exit 0" TERM; touch ready; while true; do sleep 0.1; done'
+rank='trap "echo saved >>saved; exit 0" TERM; echo >>ready; while true; do sleep 0.1; done'
 [[ "$*" == *stubborn* ]] && rank='trap "" TERM; touch ready; while true; do sleep 0.1; done'
 # runner -> launcher -> rank, as DeepSpeed has them; only a rank that gets the signal saves
 rank=$rank bash -c 'LOCAL_RANK=0 bash -c "$rank"; exit $?'
@@ -165,10 +166,40 @@ def test_the_quickstart_trains_twice_and_compares(sandbox):
     assert launch(sandbox)[0] == 0
     made = [line for line in calls(sandbox) if "run.py" in line or "eval" in line]
     trained = [line for line in made if "run.py" in line]
-    assert "recipes/quickstart.yaml" in trained[0]
-    assert "model.stages=null" in trained[1]
     compared = next(line for line in made if "eval.compare" in line)
+    assert len(trained) == 2  # at the same time, so in any order
+    fused, dense = sorted(trained, key=lambda line: "model.stages=null" in line)
+    assert "--master_port 29500 train/run.py recipes/quickstart.yaml DS_ACCELERATOR=cpu" in fused
+    assert "--master_port 29600 train/run.py recipes/quickstart.yaml model.stages=null" in dense
+    assert made.index(compared) == len(made) - 1
     assert "outputs/quickstart_fused outputs/quickstart_dense" in compared
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_quickstart_saves_both_models_and_compares_nothing(sandbox, sent):
+    launch(sandbox, "setup")
+    process = start(sandbox, HOW_LONG="endless", start_new_session=True)
+    ready = sandbox / "ready"
+    wait_for(ready)
+    while len(ready.read_text()) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, sent)  # as a terminal does
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert (sandbox / "saved").read_text().splitlines()[:2] == ["saved", "saved"]
+    assert not any("eval.compare" in line for line in calls(sandbox))
+
+
+def test_a_quickstart_whose_dense_model_fails_says_where_to_look(sandbox):
+    code, _, err = launch(sandbox, DENSE_EXIT="7")
+    assert code == 2
+    assert "the dense model was not trained; see the end of outputs/quickstart_dense.txt" in err
+    assert not any("eval.compare" in line for line in calls(sandbox))
+
+
+def test_a_quickstart_whose_fused_model_fails_ends_with_its_exit_code(sandbox):
+    assert launch(sandbox, DEEPSPEED_EXIT="3", DENSE_EXIT="0")[0] == 3
+    assert not any("eval.compare" in line for line in calls(sandbox))
 
 
 def start_endless(sandbox, *arguments):

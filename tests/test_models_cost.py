@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from models import StagePlan, run_decoder
 from models.cost import live_cost, plan_cost, training_flops
 from models.schedules import Dense, Fused, ShortV
+from models.token_scorer import TokenScorer
 
 LLAVA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 
@@ -37,6 +38,19 @@ def test_flops_are_what_torch_counts(make_model, family, plan):
     if plan is None or isinstance(plan, StagePlan):
         assert plan_cost(decoder.config, plan, visual=10, text=10) == cost
     assert cost.token_layers == sum(len(live[0]) for live in output.live)
+
+
+def test_a_scorer_s_flops_are_what_torch_counts():
+    embeds, words = torch.randn(1, 20, 32), torch.arange(20)[None] < 9
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        TokenScorer(32)(embeds, words)
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4)
+    learned, diverse = (
+        plan_cost(config, StagePlan(2, 4, keep={2: 0.5}, select=select), visual=11, text=9)
+        for select in ("learned", "diversity")
+    )
+    assert learned.flops - diverse.flops == counter.get_total_flops()
+    assert learned.token_layers == diverse.token_layers
 
 
 def test_cache_bytes_are_what_the_cache_holds(make_model):

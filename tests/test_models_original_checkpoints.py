@@ -130,13 +130,16 @@ def checkpoint(clip, tmp_path_factory):
 
 
 def test_a_run_from_it_keeps_all_plans_of_the_recipe(checkpoint):
-    plans = {"fused": {"enter": 1, "exit": 2}, "dense": None}
+    few = {"enter": 1, "exit": 3, "keep": {1: 0.5}, "select": "learned"}
+    plans = {"fused": {"enter": 1, "exit": 2}, "dense": None, "few": few}
     fields = TINY["llava"].hugging_face().config.to_dict()
     fields.pop("model_type")
     config = FusedLlavaConfig(**fields, stages=plans["fused"], plans=plans)
     model = load_checkpoint(checkpoint, config=config, dtype=torch.float32)
     assert model.config.plans.keys() == plans.keys()
     assert (model.resolve("fused"), model.resolve("dense")) == (Fused(StagePlan(1, 2)), Dense())
+    with torch.no_grad():  # under a scorer, which is new
+        assert model(**inputs(), schedule="few").logits.isfinite().all()
 
 
 @pytest.mark.parametrize("has_tower", [True, False], ids=["tower inside", "tower apart"])

@@ -26,8 +26,9 @@ def test_shares_count_the_samples_own_tokens():
     assert StagePlan(0, 4, keep={1: 0.5, 2: 0.25}).visual_counts(9, 5) == [9, 4, 2, 2, 0]
 
 
-def test_a_tenth_of_the_tokens_may_enter():
-    plan = StagePlan(2, 4, keep={2: 0.1}, select="diversity")
+@pytest.mark.parametrize("select", ["diversity", "learned"])
+def test_a_tenth_of_the_tokens_may_enter(select):
+    plan = StagePlan(2, 4, keep={2: 0.1}, select=select)
     assert plan.visual_counts(576, 5) == [0, 0, 57, 57, 0]
 
 
@@ -46,7 +47,17 @@ def test_a_tenth_of_the_tokens_may_enter():
         ({"enter": 1, "exit": 4, "keep": {1: 3}}, "stages.keep: got layer 1"),
         (
             {"enter": 1, "exit": 4, "keep": {1: 3}, "select": "chance"},
-            "stages.select: got 'chance', expected attention",
+            "stages.select: got 'chance', expected attention or diversity or learned",
+        ),
+        (
+            {"enter": 1, "exit": 4, "keep": {2: 3}, "gradient": True},
+            "stages.gradient: got True, expected straight_through",
+        ),
+        ({"enter": 1, "exit": 4, "gradient": "straight_through"}, "stages.keep: got none with gradient: straight_thr"),
+        ({"enter": 1, "exit": 4, "select": "learned"}, "stages.keep: got none with select: learned"),
+        (
+            {"enter": 1, "exit": 4, "keep": {1: 3}, "select": "diversity", "gradient": "straight_through"},
+            "stages.gradient: got 'straight_through' with select: diversity",
         ),
         ({"enter": 1, "exit": 4, "keep": {0: 3}, "select": "diversity"}, "stages.keep: got layer 0"),
         ({"enter": 1, "exit": 4, "keep": {4: 3}}, "stages.keep: got layer 4"),

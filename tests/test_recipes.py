@@ -3,9 +3,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from data.config import DataConfig
+from models.auto import config_fields, config_of
+from models.families import family_of
 from models.stage_plan import StagePlan
 from recipes.resolved import dump_recipe
 from recipes.schema import RecipeError, load_recipe
@@ -49,6 +52,10 @@ def test_a_recipe_loads_and_its_dump_loads_to_the_same(name, tmp_path):
         ("llava_fused_lora", StagePlan(enter=8, exit=24)),
         ("llava_fast", StagePlan(enter=8, exit=24, keep={8: 0.1}, select="diversity")),
         ("llava_pyramid", StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1})),
+        (
+            "llava_hidrop",
+            StagePlan(enter=8, exit=24, keep={10: 215, 14: 10, 16: 5, 18: 1}, gradient="straight_through"),
+        ),
         ("llava_vica", StagePlan(update="kv", layers=[0, 1, 7, 8, 9, 10, 11, 14])),
     ],
 )
@@ -69,6 +76,28 @@ def test_the_published_recipes_hold_llava_s_hyperparameters_under_their_plans(na
     assert (align.data.expected_rows, tune.data.expected_rows) == (558_128, 665_298)
     assert "zero2" in align.train.deepspeed
     assert "zero3" in tune.train.deepspeed
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),  # as the pages of the checkpoints say; of a new VLM, what its parts add up to
+    [
+        ("qwen3_vl_4b_fused", "4.44"),
+        ("qwen2_5_vl_3b_fused", "3.75"),
+        ("internvl3_2b_fused", "2.09"),
+        ("llava_onevision_0.5b_fused", "0.894"),
+        ("smolvlm2_500m_fused", "0.507"),
+        ("mobilevlm_v2_3b_fused", "3.0"),
+        ("llava_1.5_13b_fused", "13.35"),
+        ("llava_fused", "7.06"),
+        ("qwen3_siglip2_fused", "2.14"),
+    ],
+)
+def test_a_recipe_s_config_has_the_published_number_of_parameters(name, billions):
+    config = config_of(config_fields(load_recipe(f"recipes/{name}.yaml").model.config, None), name)
+    with torch.device("meta"):
+        model = family_of(config.model_type).model_class(config)
+    digits = len(billions.partition(".")[2])
+    assert f"{sum(one.numel() for one in model.parameters()) / 1e9:.{digits}f}" == billions
 
 
 def test_the_first_phase_writes_below_the_run_folder():
@@ -110,8 +139,8 @@ def test_overrides_are_yaml_on_dotted_keys():
     assert recipe.model.stages is None
     assert recipe.train.max_steps == 20
     assert recipe.train.learning_rate.vision_tower is None
-    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=3", "data.files=[a.json]"])
-    assert recipe.plan.enter == 3
+    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=1", "data.files=[a.json]"])
+    assert recipe.plan.enter == 1
     assert recipe.data.files == ["a.json"]
 
 
@@ -134,7 +163,7 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         (
             "model.stages.leave=4",
-            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select",
+            "model: stages.leave: unknown key, expected one of enter, exit, update, layers, keep, select, gradient",
         ),
         ("model.config=nowhere", "model.config: got 'nowhere', expected a folder with config.json"),
         ("train.max_steps", "got 'train.max_steps', expected dotted.key=value"),

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import FusedLlavaForConditionalGeneration
+from models import FusedAutoModel, FusedLlavaForConditionalGeneration
 from recipes.schema import LearningRates, Lora, RecipeError, load_recipe
+from tests.tiny_vlms import TINY
 from train.adapters import adapted_layers, add_adapters, merged
 from train.errors import TrainingError
 from train.groups import freeze, layer_of, trainable_counts
@@ -45,11 +46,22 @@ def test_only_adapters_of_the_decoder_learn_and_the_whole_projector(adapted):
         ({"modules": ["w_proj"]}, r"lora.modules: got 'w_proj', expected down_proj, gate_proj, k_proj, .*, v_proj"),
         ({"layers": [0, 6]}, "lora.layers: got 6, expected numbers from 0 to 5"),
         ({"layers": "window"}, r"got window with model.stages null"),
+        (
+            {"parts": ["projector", "language_model"], "modules": ["q_proj"]},
+            r"lora.modules: got none of projector, expected one of linear_1, linear_2",
+        ),
     ],
 )
 def test_adapters_that_have_no_place_are_refused(make_model, options, message):
     with pytest.raises(RecipeError, match=message):
         add_adapters(make_model("llama"), LORA.model_copy(update=options))
+
+
+def test_a_part_without_a_linear_layer_has_no_adapters_and_would_not_learn():
+    """Gemma 3's projector is one matrix of its own."""
+    model = FusedAutoModel.from_config(TINY["gemma3"].config())
+    with pytest.raises(RecipeError, match=r"lora.parts: got projector, which has no Linear layer in this model"):
+        add_adapters(model, LORA.model_copy(update={"parts": ["language_model", "projector"]}))
 
 
 def test_adapters_sit_where_the_recipe_says(make_model):
@@ -115,3 +127,12 @@ def test_qlora_keeps_the_decoder_alone_in_four_bits_and_merges_into_the_whole_we
     assert all(weight.grad is not None for name, weight in adapted.named_parameters() if "lora_" in name)
     whole = merged(learned, LORA, initial=initial, dtype=torch.bfloat16)
     assert not any(type(module).__name__ == "Linear4bit" for module in whole.modules())
+
+
+def test_qlora_finds_a_decoder_of_another_name(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is no dependency")
+    FusedAutoModel.from_config(TINY["idefics3"].config()).save_pretrained(tmp_path)
+    model = load_checkpoint(tmp_path, dtype=torch.bfloat16, bits=4)
+    quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert quantized == {name for name in linear if name.startswith("model.text_model.layers")} < linear

@@ -15,17 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from data.dataset import Collator
 from data.processor import save_processor
-from eval.cells import Loaded, prompt_costs
 from eval.checkpoint import Checkpoint
 from eval.compare import main as compare
+from eval.comparison.cells import Loaded, prompt_costs
+from eval.demo import respond
 from eval.live import live_visual
 from eval.prompts import Asked
+from eval.stage_analysis.recipe import starting_recipe
 from eval.stages import main as find_stages
-from eval.stages_recipe import starting_recipe
 from models import FusedAutoModel
 from recipes.schema import RecipeError, load_recipe
-from tests.tiny_processors import PROCESSORS
-from tests.tiny_vlms import TINY
+from tests.tiny_processors import PROCESSORS, require
+from tests.tiny_runs import ROWS, STAGES, write_checkpoint, write_recipe, write_rows
 from train.checks import check_run
 from train.groups import freeze, parameter_groups, part_of
 from train.initial import build_initial, load_checkpoint, read_processor
@@ -34,66 +35,6 @@ from train.samples import read_samples
 from train.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"enter": 1, "exit": 5}
-TINY_OF = {tiny.family: name for name, tiny in reversed(TINY.items())}
-ROWS = [
-    ("<image>\nwhat is it?\n<image>", ["a.png", "b.png"], "a dog, a cat."),
-    ("<image>\nand this?", ["b.png"], "a cat."),
-    ("what is two and two?", [], "it is 4."),
-]
-
-
-def write_rows(folder, chosen=ROWS):
-    """Writes the rows and their images, of two shapes."""
-    random = np.random.default_rng(0)
-    for name, (width, height) in {"a.png": (20, 10), "b.png": (12, 30)}.items():
-        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
-    rows = [
-        {
-            **({"image": images} if images else {}),
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-        }
-        for question, images, answer in chosen
-    ]
-    (folder / "rows.json").write_text(json.dumps(rows))
-
-
-def write_checkpoint(folder, family):
-    """Writes a tiny random checkpoint of Hugging Face's class, with its processor."""
-    tiny = TINY[TINY_OF[family]]
-    tiny.hugging_face().save_pretrained(folder)
-    save_processor(PROCESSORS[family](), folder)
-
-
-def write_recipe(folder, **overrides):
-    """Writes the recipe of a training from the checkpoint and the rows in a folder; returns its file."""
-    fields = {
-        "name": "tiny",
-        "output": str(folder / "run"),
-        "model": {"checkpoint": str(folder / "checkpoint"), "stages": STAGES},
-        "data": {
-            "files": [str(folder / "rows.json")],
-            "images": str(folder),
-            "format": "chat_template",
-            "image_aspect": "processor",
-            "group_by_length": False,
-            "workers": 0,
-        },
-        "train": {
-            "deepspeed": "recipes/deepspeed/zero2.json",
-            "learning_rate": {"projector": 1e-2, "vision_tower": None, "language_model": 1e-2},
-            "global_batch": 3,
-            "per_device_batch": 3,
-            "max_steps": 3,
-            "precision": "fp32",
-            "gradient_checkpointing": False,
-        },
-    }
-    for key, value in overrides.items():
-        section, name = key.split("__")
-        fields[section][name] = value
-    (folder / "recipe.yaml").write_text(json.dumps(fields))
-    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +43,7 @@ def prepared(tmp_path_factory):
     folders = {}
 
     def prepare(family):
-        if family == "smolvlm":
-            pytest.importorskip("num2words", reason="SmolVLM's processor asks for it")
-        if family == "mistral3":
-            pytest.importorskip("torchvision", reason="Mistral 3's processor asks for it")
+        require(family)
         if family not in folders:
             folders[family] = tmp_path_factory.mktemp(family)
             write_checkpoint(folders[family] / "checkpoint", family)
@@ -185,6 +123,8 @@ def answers_are_compared(checkpoint, image):
         costs = prompt_costs(loaded, schedule, asked)
         assert costs["prompts"] == 2
         assert (costs["visual_token_layers"] < costs["dense"]["visual_token_layers"]) is (name != "dense")
+    shown = respond(model, loaded.prompter, image, "what is it?", "trained", 2)
+    assert shown.dense_token_layers > shown.token_layers > 0
 
 
 def test_a_checkpoint_whose_flags_of_tied_embeddings_disagree_is_one_line_that_names_the_key(tmp_path):
@@ -238,8 +178,15 @@ def losses_of_one_process(folder, recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
-def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "choice"),
+    [
+        ("qwen3_vl", {}),
+        ("internvl", {"keep": {2: 0.5, 3: 0.25}, "gradient": "straight_through"}),
+        ("llava_onevision", {"keep": {1: 0.5, 3: 0.25}, "select": "learned"}),
+    ],
+)
+def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(tmp_path, family, choice):
     write_checkpoint(tmp_path / "checkpoint", family)
     write_rows(tmp_path, [ROWS[0], ROWS[2]])
     recipe = write_recipe(
@@ -250,6 +197,7 @@ def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(t
         train__scheduler="constant",
         train__warmup_ratio=0.0,
         train__learning_rate={"projector": 1e-3, "vision_tower": 1e-3, "language_model": 1e-3},
+        model__stages=STAGES | choice,
     )
     expected = losses_of_one_process(tmp_path, load_recipe(recipe))
     command(["train/run.py"], recipe, ranks=2)

@@ -6,9 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from models.schedules import Dense, Fused, StagePlan
-from recipes.schema import Distill, NamedPlan, RecipeError, load_recipe
+from recipes.schema import Distill, NamedPlan, Recipe, RecipeError, load_recipe
+from train.checks import check_run
 from train.plans import PlanDraw, divergence, predicting
 from train.preview import preview
 
@@ -73,6 +75,32 @@ def test_wrong_plans_are_one_line(stages, words):
         load_recipe("recipes/quickstart.yaml", [f"model.stages={stages}"])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scorer_learns_with_the_projector_and_a_resumed_run_draws_and_chooses_as_a_whole_one(tiny_recipe, train_here):
+    def run(name, stop_in=None):
+        lora = {"r": 4, "parts": ["projector", "language_model"]}
+        recipe = tiny_recipe(name, max_steps=4, log_steps=1, save_steps=2, lora=lora, warmup_ratio=0.0)
+        few = {"enter": 1, "exit": 3, "keep": {1: 0.25, 2: 2}, "select": "learned"}
+        recipe["model"]["stages"] = [{"name": "few", "plan": few}, {"name": "all", "plan": WINDOW}]
+        return train_here(recipe, stop_in=stop_in)
+
+    start, whole = (load_file(run("whole") / folder / "model.safetensors") for folder in ("init", "final"))
+    scorer = [name for name in whole if "token_scorer" in name]
+    assert len(scorer) == 4
+    assert not any(torch.equal(whole[name], start[name]) for name in scorer)  # in full, beside the projector's adapters
+    assert torch.equal(whole["multi_modal_projector.linear_1.bias"], start["multi_modal_projector.linear_1.bias"])
+    run("parts", stop_in=2)
+    resumed = load_file(run("parts") / "final/model.safetensors")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_a_new_scorer_that_nothing_trains_is_refused(tiny_recipe):
+    recipe = tiny_recipe("refused")
+    recipe["model"]["stages"] = {"enter": 1, "exit": 3, "keep": {1: 0.25}, "select": "learned"}
+    recipe["train"]["learning_rate"]["projector"] = None
+    with pytest.raises(RecipeError, match=r"learning_rate.projector: got null with select: learned, expected a number"):
+        check_run(Recipe.model_validate(recipe), 1)
 
 
 def test_a_teachers_pass_is_not_in_the_loss_of_a_source(tiny_recipe, train_here):

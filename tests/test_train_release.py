@@ -1,18 +1,12 @@
 """Releases of tiny runs: what is in them, that a stranger can use them, and that a wrong one never looks done."""
 
 import base64
-import io
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,6 +38,7 @@ from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePl
 from models.schedules import SCHEDULES
 from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
+from tests.serving import ask, serving, stranger
 from train.checkpoints import Progress, mark
 from train.release import hub as release_hub
 from train.release import proof as release_proof
@@ -262,12 +257,6 @@ def online(hub, monkeypatch):
     monkeypatch.setattr(Hub, "refused", False)
 
 
-def stranger(**more):
-    """Returns the environment of somebody who has the libraries, and not this repository."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return kept | {"OMP_NUM_THREADS": "1"} | more
-
-
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     return write_llava(tmp_path_factory.mktemp("runs") / "llava")
@@ -386,6 +375,9 @@ def test_plans_in_words():
     assert "never leave (layers count from 0): 6 of 8" in words
     assert "only lends keys and values" in words
     assert "From layer 4 on 10 visual tokens stay. From layer 6 on 0.25 of the visual tokens stay." in words
+    assert words.endswith("They are chosen by attention.")
+    learned = StagePlan(enter=2, exit=8, keep={2: 0.1}, select="learned")
+    assert plan_words(learned, 8).endswith("0.1 of the visual tokens stay. They are chosen by a learned scorer.")
     assert "layers 0, 3 (" in plan_words(StagePlan(layers=[0, 3], update="kv"), 4)
 
 
@@ -745,48 +737,12 @@ def test_a_transformers_that_is_too_old_is_named_with_the_one_that_is_needed(rel
     assert '"transformers[serving]>=5.22' in (ROOT / "pyproject.toml").read_text()
 
 
-@contextmanager
-def serving(folder, cache):
-    """Runs `transformers serve` on a free port; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--trust-remote-code"]
-    with (cache / "log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--port", str(port), "--device", "cpu"],
-            cwd=cache,
-            env=stranger(HF_MODULES_CACHE=str(cache / "modules"), PATH=os.environ["PATH"]),
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            for _ in range(960):
-                try:
-                    urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
-                    break
-                except urllib.error.URLError:
-                    assert server.poll() is None, (cache / "log").read_text()
-                    time.sleep(0.25)
-            yield f"http://localhost:{port}"
-        finally:
-            server.terminate()
-            server.wait(120)
-
-
 def test_a_fused_llava_answers_over_transformers_serve(released, llava, tmp_path):
     values = torch.randint(0, 256, (30, 50, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    image, stream = Image.fromarray(values.numpy()), io.BytesIO()
-    image.save(stream, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    body = {"model": str(released), "messages": [{"role": "user", "content": content}], "max_tokens": 6}
-    with serving(released, tmp_path) as address:
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        said = json.loads(urllib.request.urlopen(request, timeout=60).read())
-    assert said["choices"][0]["message"]["content"] == answer(llava, image, QUESTION)
+    image = Image.fromarray(values.numpy())
+    with serving(tmp_path, released) as address:
+        said = ask(address, released, image, QUESTION, tokens=6)
+    assert said == answer(llava, image, QUESTION)
 
 
 def test_the_repository_holds_what_the_folder_holds(released):
@@ -851,8 +807,8 @@ def test_the_proof_looks_at_everything(released, monkeypatch, tmp_path):
     }
 
     def prove(folder=released, **found):
-        monkeypatch.setattr(release_proof, "_fresh", lambda *_: expected | found)
-        release_proof.prove(folder, expected, image, plain=False)
+        monkeypatch.setattr(release_proof, "_fresh", lambda *_: [expected | found])
+        release_proof.prove(release_proof.Released(folder, expected, image, plain=False))
 
     prove()
     prove(logits=expected["logits"] + 1e-6)
@@ -876,7 +832,7 @@ def test_code_that_does_not_load_alone_is_refused(released, tmp_path):
     with (tmp_path / "copy/stage_plan.py").open("a") as file:
         file.write("import models.stage_plan\n")
     with pytest.raises(ReleaseError, match=r"does not work in a fresh process: .*models"):
-        release_proof.prove(tmp_path / "copy", {}, Image.new("RGB", (8, 8)), plain=False)
+        release_proof.prove(release_proof.Released(tmp_path / "copy", {}, Image.new("RGB", (8, 8)), plain=False))
 
 
 def test_only_a_release_is_replaced(released, llava, quickstart, tmp_path, capsys, monkeypatch):
@@ -932,7 +888,8 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
 def test_a_lora_run_is_released_whole(tmp_path, capsys):
     """A real run of two steps: final/ holds merged weights, and the release what final/ holds."""
     output = tmp_path / "lora"
-    options = ["align=null", "model.stages.enter=1", f"output={output}", "train.lora={r: 2, alpha: 64}"]
+    options = ["align=null", f"output={output}", "train.lora={r: 2, alpha: 64, parts: [language_model, projector]}"]
+    options += ["model.stages={enter: 1, exit: 3, keep: {1: 0.5}, select: learned}"]  # whose scorer has no adapters
     options += ["train.max_steps=2", "train.max_seconds=null", "train.precision=fp32"]
     turns = [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}] * 4))
@@ -953,5 +910,6 @@ def test_a_lora_run_is_released_whole(tmp_path, capsys):
     start, weights = load_file(output / "init/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert start.keys() == weights.keys()
     assert any("q_proj" in name and not torch.equal(weights[name], start[name]) for name in weights)
+    assert sum("token_scorer" in name for name in weights) == 4
     assert "LoRA, r 2, alpha 64; merged" in (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["train"]["lora"]["r"] == 2

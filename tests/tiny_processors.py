@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import transformers
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
@@ -14,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from data.processor import image_only
 from tests.tiny_vlms import END, IMAGE, PAD, START, VIDEO
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n?.,:0123456789"
@@ -74,11 +76,9 @@ def tokenizer(names: dict[int, str], template: str, **named: str) -> Any:
     return result
 
 
-def image_only(kind: str) -> Any:
-    """Returns a family's processor class without videos, which need torchvision."""
-    base = getattr(transformers, kind)
-    names = [name for name in base.get_attributes() if name != "video_processor"]
-    return type(kind, (base,), {"get_attributes": classmethod(lambda cls: names)})
+def without_videos(kind: str) -> Any:
+    """Returns a family's processor class without its part for videos, which needs torchvision."""
+    return image_only(getattr(transformers, kind))
 
 
 def _clip(side: int, **more: Any) -> Any:
@@ -111,7 +111,7 @@ def llava_onevision() -> Any:
     images = transformers.LlavaOnevisionImageProcessorPil(
         size={"height": 8, "width": 8}, image_grid_pinpoints=[[8, 16], [16, 8]], **MEAN
     )
-    return image_only("LlavaOnevisionProcessor")(
+    return without_videos("LlavaOnevisionProcessor")(
         images,
         tokenizer({IMAGE: "<image>", VIDEO: "<video>"}, IMAGES_FIRST),
         video_processor=None,
@@ -132,7 +132,7 @@ def internvl() -> Any:
         size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=2, **MEAN
     )
     chat = CHAT.replace("MARK", "<IMG_CONTEXT>\\n")
-    return image_only("InternVLProcessor")(
+    return without_videos("InternVLProcessor")(
         images, tokenizer(names, chat, **special), video_processor=None, image_seq_length=4, chat_template=chat
     )
 
@@ -143,7 +143,7 @@ def _qwen(kind: str, temporal: int = 2) -> Any:
         patch_size=4, merge_size=2, temporal_patch_size=temporal, min_pixels=64, max_pixels=512, **MEAN
     )
     chat = CHAT.replace("MARK", "<|vision_start|><|image_pad|><|vision_end|>")
-    return image_only(kind)(images, tokenizer(names, chat), video_processor=None, chat_template=chat)
+    return without_videos(kind)(images, tokenizer(names, chat), video_processor=None, chat_template=chat)
 
 
 def glm4v() -> Any:
@@ -152,7 +152,7 @@ def glm4v() -> Any:
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}, **MEAN
     )
     chat = CHAT.replace("MARK", "<|begin_of_image|><|image|><|end_of_image|>")
-    return image_only("Glm4vProcessor")(images, tokenizer(names, chat), video_processor=None, chat_template=chat)
+    return without_videos("Glm4vProcessor")(images, tokenizer(names, chat), video_processor=None, chat_template=chat)
 
 
 def _idefics(kind: str) -> Any:
@@ -162,10 +162,9 @@ def _idefics(kind: str) -> Any:
     images = getattr(transformers, f"{kind}ImageProcessorPil")(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, **MEAN
     )
+    base = without_videos("SmolVLMProcessor") if kind == "SmolVLM" else transformers.Idefics3Processor
     more = {"video_processor": None} if kind == "SmolVLM" else {}
-    return image_only(f"{kind}Processor")(
-        images, tokenizer(names, SPEAKERS), **more, image_seq_len=4, chat_template=SPEAKERS
-    )
+    return base(images, tokenizer(names, SPEAKERS), **more, image_seq_len=4, chat_template=SPEAKERS)
 
 
 def mistral3() -> Any:
@@ -175,6 +174,17 @@ def mistral3() -> Any:
     return transformers.PixtralProcessor(
         images, tokenizer(names, chat), patch_size=4, spatial_merge_size=2, chat_template=chat
     )
+
+
+def molmo2() -> Any:
+    names = {IMAGE: "<im_patch>", START: "<low_res_im_start>", END: "<im_end>", VIDEO: "<|video|>", 46: "<im_start>"}
+    names |= {47: "<im_col>", 48: "<im_low>", 49: "<|image|>", 54: "<frame_start>", 55: "<frame_end>"}
+    images = transformers.Molmo2ImageProcessor(
+        size={"height": 8, "width": 8}, patch_size=4, pooling_size=[1, 2], overlap_margins=[0, 0], max_crops=2, **MEAN
+    )
+    chat = CHAT.replace("MARK", "<|image|>")
+    videos = transformers.Molmo2VideoProcessor()  # whose place its class counts on
+    return transformers.Molmo2Processor(images, videos, tokenizer(names, chat), chat_template=chat)
 
 
 def gemma3() -> Any:
@@ -207,7 +217,16 @@ PROCESSORS = {
     "smolvlm": lambda: _idefics("SmolVLM"),
     "idefics3": lambda: _idefics("Idefics3"),
     "mistral3": mistral3,
+    "molmo2": molmo2,
     "gemma3": gemma3,
     "ovis2": ovis2,
     "mobilevlm": lambda: llava(16, 8),
 }
+
+_PACKAGES = {"smolvlm": "num2words", "mistral3": "torchvision", "molmo2": "torchvision"}
+
+
+def require(family: str) -> None:
+    """Skips a test where a package that the family's processor asks for is not installed."""
+    if family in _PACKAGES:
+        pytest.importorskip(_PACKAGES[family], reason=f"{family}'s processor asks for {_PACKAGES[family]}")

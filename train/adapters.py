@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from models.schedules import TRAINED, Fused
+from models.token_scorer import is_scorer
 from recipes.schema import Lora, RecipeError
 from train.errors import TrainingError
 from train.groups import layer_of, part_of
@@ -38,24 +39,35 @@ def adapted_layers(model: Any, lora: Lora) -> dict[str, nn.Linear]:
     """Returns the Linear layers that get adapters, by name.
 
     Raises:
-        RecipeError: `modules` or `layers` names one that the model does not have.
+        RecipeError: `modules` or `layers` names one that the model does not have, or a part gets no adapter: without
+            one it would not learn.
     """
     numbers = _numbers(model, lora)
     linear: dict[str, nn.Linear] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part_of(model, name) in lora.parts and module is not model.lm_head
+        if isinstance(module, nn.Linear)
+        and part_of(model, name) in lora.parts
+        and module is not model.lm_head
+        and not is_scorer(name)
     }
     known = sorted({name.rpartition(".")[2] for name in linear})
     for name in lora.modules or ():
         if name not in known:
             raise RecipeError(f"train.lora.modules: got '{name}', expected {', '.join(known)}")
-    return {
+    chosen = {
         name: module
         for name, module in linear.items()
         if (lora.modules is None or name.rpartition(".")[2] in lora.modules)
         and (part_of(model, name) != "language_model" or layer_of(name) in numbers)
     }
+    for part in lora.parts:
+        own = sorted({name.rpartition(".")[2] for name in linear if part_of(model, name) == part})
+        if not own:
+            raise RecipeError(f"train.lora.parts: got {part}, which has no Linear layer in this model, expected others")
+        if not any(part_of(model, name) == part for name in chosen):
+            raise RecipeError(f"train.lora.modules: got none of {part}, expected one of {', '.join(own)}")
+    return chosen
 
 
 def _numbers(model: Any, lora: Lora) -> Container[int | None]:

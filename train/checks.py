@@ -17,10 +17,11 @@ from transformers import LlavaConfig
 
 from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
 from models import run_decoder
-from models.auto import CONFIG_FAULTS
+from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.families import family_of
 from models.schedules import SCHEDULES, TRAINED, plan_schedule
 from models.stage_plan import StagePlan
+from models.token_scorer import needs_scorer
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
 from train.adapters import adapted_layers
 from train.arguments import check_batches
@@ -143,6 +144,7 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     decoder = model.model.get_decoder()
     _check_decoder(key, decoder, config)
     _check_deepstack(recipe, model)
+    _check_scorer(recipe, config)
     if visual is not None:
         _check_visual_tokens(recipe, config, visual)
     _check_processor(recipe, config, visual)
@@ -240,3 +242,16 @@ def _check_deepstack(recipe: Recipe, model: Any) -> None:
             model.check_training(schedule)
         except ValueError as error:
             raise RecipeError(f"model.{error}") from error
+
+
+def _check_scorer(recipe: Recipe, config: Any) -> None:
+    """Refuses a new scorer of visual tokens that no phase trains."""
+    model = recipe.model
+    if not needs_scorer(config) or any(phase.train.learning_rate.projector for phase in recipe.phases):
+        return
+    source = model.checkpoint or model.config or ""
+    if model.checkpoint is None or not needs_scorer(config_of(config_fields(model.config, model.checkpoint), source)):
+        raise RecipeError(
+            "train.learning_rate.projector: got null with select: learned, expected a number > 0: the scorer is new "
+            "and learns with the projector"
+        )

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from models.families import PARTS, family_of
+from models.token_scorer import is_scorer
 from recipes.schema import LearningRates, TrainSection
 
 _LAYER: Final = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|$)")
@@ -40,7 +41,7 @@ def tower_depth(model: Any) -> int:
 def freeze(model: nn.Module, train: TrainSection) -> None:
     """Lets exactly the parameters learn whose group has a rate and, where the recipe names some, whose layer it names.
 
-    Of a part with adapters only those learn.
+    Of a part with adapters only those learn; a scorer of visual tokens, which learns with the projector, has none.
     """
     adapted = train.lora.parts if train.lora is not None else ()
     depth = tower_depth(model)
@@ -52,7 +53,7 @@ def freeze(model: nn.Module, train: TrainSection) -> None:
         group = part_of(model, name)
         layers = chosen.get(group)
         learns = getattr(train.learning_rate, group) is not None and (layers is None or layer_of(name) in layers)
-        parameter.requires_grad_(learns and (group not in adapted or "lora_" in name))
+        parameter.requires_grad_(learns and (group not in adapted or "lora_" in name or is_scorer(name)))
 
 
 def trainable_counts(model: nn.Module) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from data.processor import ProcessorError, VisionProcessor, model_processor, save_processor
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration, UnsupportedModelError
 from models.auto import CONFIG_FAULTS, config_fields, config_of
-from models.families import family_of, is_original
+from models.families import Family, family_of, is_original
+from models.token_scorer import SCORER, is_scorer, needs_scorer
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.errors import one_line
 from train.precision import resolve_dtype
@@ -80,7 +82,7 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
     check_tokens(config, processor)
     set_seed(recipe.seed)
     if recipe.model.checkpoint is not None:
-        model = load_checkpoint(recipe.model.checkpoint, config=config, dtype=dtype)
+        model = load_checkpoint(recipe.model.checkpoint, config=config, dtype=dtype, may_add_scorer=True)
     elif recipe.model.language_model is None and recipe.model.vision_tower is None:
         model = family_of(config.model_type).model_class(config).to(dtype)
     else:
@@ -92,14 +94,23 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
     partial.rename(folder)
 
 
-def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtype, bits: int | None = None) -> Any:
+def load_checkpoint(
+    source: str | Path,
+    *,
+    config: Any = None,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    may_add_scorer: bool = False,
+) -> Any:
     """Loads a checkpoint of any family, all of it; under ZeRO-3 each rank keeps its share.
 
     Args:
         source: folder or hub id.
-        config: in place of the checkpoint's own.
+        config: in place of the checkpoint's own. Where it has no plan that reads the checkpoint's scorer of visual
+            tokens, that is left out.
         dtype: of the weights.
         bits: 4 or 8 keeps the language model's weights in so many, by bitsandbytes; None in `dtype`.
+        may_add_scorer: a scorer that the config asks for and the checkpoint lacks is made, with random weights.
 
     Raises:
         RecipeError: the checkpoint cannot be read, or names of weights are missing, unexpected or of another shape.
@@ -115,10 +126,14 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below, together with the other faults
-            **({} if bits is None else _quantized(bits, dtype)),
+            **({} if bits is None else _quantized(bits, dtype, family_of(config.model_type))),
         )
     except (OSError, SafetensorError, UnsupportedModelError) as error:
         raise RecipeError(f"model: checkpoint '{source}' cannot be read: {one_line(error)}") from error
+    if not needs_scorer(config):
+        report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not is_scorer(name)]
+    if may_add_scorer:
+        report["missing_keys"] = [name for name in report["missing_keys"] if not is_scorer(name)]
     text = config.get_text_config()
     if "lm_head.weight" in report["missing_keys"] and getattr(text, "tie_word_embeddings", False):
         raise RecipeError(
@@ -129,8 +144,9 @@ def load_checkpoint(source: str | Path, *, config: Any = None, dtype: torch.dtyp
     return model
 
 
-def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+def _quantized(bits: int, dtype: torch.dtype, family: Family) -> dict[str, Any]:
     """Returns what from_pretrained takes for QLoRA (arXiv 2305.14314): NF4 with double quantization, or 8 bits."""
+    others = "|".join(map(re.escape, (*family.tower, *family.projector)))
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
@@ -138,7 +154,7 @@ def _quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # so that ZeRO-3 can split it like any weight
-        llm_int8_skip_modules=[r"(?!model\.language_model\.).*"],  # all others, the head too
+        llm_int8_skip_modules=[rf"model\.({others})(\.|$)", rf".*\.{SCORER}", "lm_head"],  # what stays whole
     )
     if is_deepspeed_zero3_enabled():  # which places weights itself
         return {"quantization_config": config}
@@ -193,6 +209,9 @@ def _assemble(config: Any, parts: ModelSection, dtype: torch.dtype) -> Any:
     expected = {name: weight.shape for name, weight in model.state_dict().items()}
     projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     projector.apply(model._init_weights)
+    if needs_scorer(config):
+        scorer = model.model.language_model.get_submodule(SCORER).to_empty(device="cpu").to(dtype)
+        decoder.model.add_module(SCORER, scorer.apply(model._init_weights))
     model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
     model.model.vision_tower = _tower(model.model.vision_tower, config, parts.vision_tower, dtype)
     found = {name: weight.shape for name, weight in model.state_dict().items()}

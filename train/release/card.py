@@ -113,8 +113,9 @@ def write_card(
 def _packages(folder: Path) -> list[str]:
     """Returns what the release needs beside transformers and torch, by its processor."""
     fields = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    packages = ["torchvision"] if "video_processor" in fields else []
-    return [*packages, "num2words"] if fields.get("processor_class") == "SmolVLMProcessor" else packages
+    kind = fields.get("processor_class")
+    packages = ["torchvision"] if "video_processor" in fields or kind == "PixtralProcessor" else []
+    return [*packages, "num2words"] if kind == "SmolVLMProcessor" else packages
 
 
 def plan_words(plan: StagePlan | None, depth: int) -> str:
@@ -133,6 +134,8 @@ def plan_words(plan: StagePlan | None, depth: int) -> str:
     for layer, amount in plan.keep.items():
         some = f"{amount:.4g} of the" if isinstance(amount, float) else str(amount)
         words += f" From layer {layer} on {some} visual tokens stay."
+    if plan.keep:
+        words += f" They are chosen by {'a learned scorer' if plan.select == 'learned' else plan.select}."
     return words
 
 

@@ -1,4 +1,4 @@
-"""What a stranger does with a release: loads it where the repository is not, and asks it.
+"""What a stranger does with releases: loads them where the repository is not, and asks them.
 
 Run as a script in a fresh, isolated process by proof.py; imports nothing of the repository.
 """
@@ -54,12 +54,8 @@ def _inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     )
 
 
-def main() -> None:
-    """Writes what the release in a job makes of the job's conversation: ids, pixels, logits, new tokens."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(job["threads"])
-    if importlib.util.find_spec("models") is not None:
-        raise RuntimeError("a package named models can be imported here: this proves nothing")
+def _ask(job: dict[str, Any], shared: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns what the release of a job makes of the conversation: ids, pixels, logits, new tokens."""
     trust = {} if job["plain"] else {"trust_remote_code": True}
     model = AutoModelForImageTextToText.from_pretrained(job["release"], **trust).eval()
     processor = _processor(job["release"], trust)
@@ -67,24 +63,35 @@ def main() -> None:
     home = Path(transformers.__file__).parent if job["plain"] else Path(HF_MODULES_CACHE)
     if not code.is_relative_to(home.resolve()):
         raise RuntimeError(f"the model's code is {code}, expected a file below {home}")
-    with Image.open(job["image"]) as image:
-        for message in job["messages"]:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = image.convert("RGB")
-    inputs = _inputs(processor, job["messages"])
+    with Image.open(job["image"]) as opened:
+        image = opened.convert("RGB")
+    messages = [
+        {**message, "content": [{**part, "image": image} if part["type"] == "image" else part for part in content]}
+        for message, content in ((message, message["content"]) for message in shared["messages"])
+    ]
+    inputs = _inputs(processor, messages)
     pixels = inputs["pixel_values"]
     inputs = inputs.to(model.dtype)
     with torch.no_grad():
-        logits = model(**inputs, logits_to_keep=job["last"]).logits
-        answer = model.generate(**inputs, max_new_tokens=job["new_tokens"], do_sample=False)
-    found = {
+        logits = model(**inputs, logits_to_keep=shared["last"]).logits
+        answer = model.generate(**inputs, max_new_tokens=shared["new_tokens"], do_sample=False)
+    return {
         "input_ids": inputs["input_ids"],
         "pixel_values": pixels.float(),
         "logits": logits.float(),
         "tokens": answer[:, inputs["input_ids"].shape[1] :],
     }
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, job["found"])
+
+
+def main() -> None:
+    """Writes what each release makes of the conversation."""
+    shared = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(shared["threads"])
+    if importlib.util.find_spec("models") is not None:
+        raise RuntimeError("a package named models can be imported here: this proves nothing")
+    for job in shared["jobs"]:
+        found = _ask(job, shared)
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, job["found"])
 
 
 if __name__ == "__main__":

@@ -185,8 +185,9 @@ def released_ids(processor: Any) -> list[int]:
     begin = processor.tokenizer.bos_token
     # as the processor's apply_chat_template does with an image at hand
     has_begin = begin is not None and text.startswith(begin)
-    text = VisionProcessor(processor).text.bordered(text)
-    return processor.tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
+    written = VisionProcessor(processor).text
+    text = text if text.startswith(written.begin) else written.begin + text
+    return processor.tokenizer(written.bordered(text), add_special_tokens=not has_begin)["input_ids"]
 
 
 def _templates(chat_format: str, tokenizer: Any, image: ImageText) -> list[str]:

@@ -1,4 +1,4 @@
-"""The proof of a release: a fresh process, which cannot import this repository, must make of it what the run makes."""
+"""The proof of releases: a fresh process, which cannot import this repository, must make of each what its run makes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +30,23 @@ _SIDE: Final = 64  # pixels of the image that a processor without a crop is show
 _LAST: Final = 8  # positions whose logits are compared: the last ones, which are text
 _TOLERANCE: Final = 1e-4  # of logits, relative to the largest; the same code on the same machine gives 0
 _PIXEL_TOLERANCE: Final = 1e-5
+
+
+@dataclass(frozen=True)
+class Released:
+    """A written release, and what it has to give.
+
+    Attributes:
+        folder: of the release.
+        expected: what `expect` returned for the run's model.
+        image: that `expect` was given.
+        plain: it has to load without `trust_remote_code`, into a class of transformers.
+    """
+
+    folder: Path
+    expected: dict[str, Tensor]
+    image: Image.Image
+    plain: bool
 
 
 def expect(model: Any, processor: Any, data: DataConfig, image: Image.Image) -> dict[str, Tensor]:
@@ -68,29 +87,24 @@ def picture(image_processor: Any) -> Image.Image:
     return Image.fromarray(values.numpy())
 
 
-def prove(release: Path, expected: dict[str, Tensor], image: Image.Image, *, plain: bool) -> None:
-    """Loads a release in a fresh process and compares what it makes of CONVERSATION; then checks its checksums.
-
-    Args:
-        release: the folder.
-        expected: what `expect` returned for the run's model.
-        image: that `expect` was given.
-        plain: it has to load without `trust_remote_code`, into a class of transformers.
+def prove(*releases: Released) -> None:
+    """Loads releases in one fresh process and compares what they make of CONVERSATION; then checks their checksums.
 
     Raises:
-        ReleaseError: it does not load there, or gives something else, or a file is not what was written.
+        ReleaseError: one does not load there, or gives something else, or a file is not what was written.
     """
     with tempfile.TemporaryDirectory() as name:
-        found = _fresh(release.resolve(), image, Path(name), plain)
+        results = _fresh(releases, Path(name))
     limits = {"input_ids": 0.0, "pixel_values": _PIXEL_TOLERANCE, "logits": _TOLERANCE, "tokens": 0.0}
-    for part, limit in limits.items():  # causes before what follows from them
-        error = _error(found[part], expected[part])
-        if not error <= limit:
-            raise ReleaseError(
-                f"the release in a fresh process: {part} differ from the run's by {error:.1e} of the largest, "
-                f"expected {limit:.0e}"
-            )
-    check_sums(release)
+    for release, found in zip(releases, results, strict=True):
+        for part, limit in limits.items():  # causes before what follows from them
+            error = _error(found[part], release.expected[part])
+            if not error <= limit:
+                raise ReleaseError(
+                    f"the release in a fresh process: {part} differ from the run's by {error:.1e} of the largest, "
+                    f"expected {limit:.0e}"
+                )
+        check_sums(release.folder)
 
 
 def write_sums(folder: Path) -> None:
@@ -109,25 +123,21 @@ def check_sums(folder: Path) -> None:
             raise ReleaseError(f"{folder / name}: is not what {SUMS} says")
 
 
-def _fresh(release: Path, image: Image.Image, folder: Path, plain: bool) -> dict[str, Tensor]:
-    """Returns what a process that knows the release alone makes of the conversation."""
-    image.save(folder / "image.png")
-    job = {
-        "release": str(release),
-        "plain": plain,
-        "messages": CONVERSATION,
-        "image": str(folder / "image.png"),
-        "found": str(folder / "found.safetensors"),
-        "threads": torch.get_num_threads(),
-        "last": _LAST,
-        "new_tokens": _NEW_TOKENS,
-    }
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+def _fresh(releases: Sequence[Released], folder: Path) -> list[dict[str, Tensor]]:
+    """Returns what a process that knows the releases alone makes of the conversation."""
+    jobs = []
+    for number, release in enumerate(releases):
+        image, found = folder / f"{number}.png", folder / f"{number}.safetensors"
+        release.image.save(image)
+        job = {"release": str(release.folder.resolve()), "plain": release.plain, "image": str(image)}
+        jobs.append({**job, "found": str(found)})
+    shared = {"messages": CONVERSATION, "threads": torch.get_num_threads(), "last": _LAST, "new_tokens": _NEW_TOKENS}
+    (folder / "jobs.json").write_text(json.dumps({**shared, "jobs": jobs}), encoding="utf-8")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    # an empty cache: no code of an earlier release; offline: nothing but the folder; no GPU: as the run's model here
+    # an empty cache: no code of an earlier release; offline: nothing but the folders; no GPU: as the run's model here
     own = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-I", str(_PROBE), str(folder / "job.json")],
+        [sys.executable, "-I", str(_PROBE), str(folder / "jobs.json")],
         cwd=folder,
         env=inherited | own,
         capture_output=True,
@@ -137,7 +147,7 @@ def _fresh(release: Path, image: Image.Image, folder: Path, plain: bool) -> dict
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ReleaseError(f"the release does not work in a fresh process: {reason}")
-    return load_file(folder / "found.safetensors")
+    return [load_file(job["found"]) for job in jobs]
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

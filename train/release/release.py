@@ -26,7 +26,7 @@ from train.release.card import TABLE, Comparison, read_comparison, write_card
 from train.release.errors import InputError, ReleaseError
 from train.release.hub import check_target, push
 from train.release.processor import read_processor, released_processor, save_released
-from train.release.proof import SUMS, expect, picture, prove, write_sums
+from train.release.proof import SUMS, Released, expect, picture, prove, write_sums
 from train.release.run import Run, find_run
 from train.release.sources import licence_file, licences
 from train.release.weights import is_plain, load, parse_schedule, write_model
@@ -124,7 +124,7 @@ def _write(
     write_sums(partial)
     del model  # a second copy is loaded now
     print(f"{options.out}: loading it in a fresh process")
-    prove(partial, expected, image, plain=plain)
+    prove(Released(partial, expected, image, plain))
 
 
 def _check_out(out: Path, run: Run, *, force: bool) -> None:

@@ -127,7 +127,7 @@ def _base(model: Any) -> Any:
 def _plain(model: Any) -> Any:
     """Returns Hugging Face's model of the family with the very weights of a dense fused one."""
     fields = model.config.to_dict()
-    for name in ("model_type", "stages", "schedule", "architectures", "auto_map"):
+    for name in ("model_type", "stages", "plans", "schedule", "architectures", "auto_map"):
         fields.pop(name, None)
     config = type(model.config).__bases__[-1](**fields)
     with torch.device("meta"):

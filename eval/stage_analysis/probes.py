@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.probe_samples import Batch
+from eval.stage_analysis.samples import Batch
 from models.live_tokens import NO_VISUAL, Selection
 from models.schedules import Schedule, View, Within, Wrapper, plan_schedule, published
 from models.stage_plan import StagePlan
@@ -98,7 +98,8 @@ def knocked_out(plan: StagePlan | None, layers: Sequence[int]) -> Schedule:
 def narrowed(plan: StagePlan | None, enter: int, leave: int) -> StagePlan | None:
     """Returns a checkpoint's plan (None: dense) inside layers [enter, leave); None where it shows no vision there.
 
-    Counts of `keep` stay where a layer before them still sees vision.
+    Counts of `keep` that attention chooses stay where a layer before them still sees vision; others as of the layer at
+    which vision now enters.
     """
     if plan is None:
         return StagePlan(enter, leave)
@@ -108,7 +109,13 @@ def narrowed(plan: StagePlan | None, enter: int, leave: int) -> StagePlan | None
         layers = [layer for layer in plan.layers if enter <= layer < leave]
     if not layers:
         return None
-    keep = {layer: amount for layer, amount in plan.keep.items() if layer in layers[1:]}
+    if plan.select == "attention":
+        keep = {layer: amount for layer, amount in plan.keep.items() if layer in layers[1:]}
+    else:
+        moved = {max(layer, layers[0]): amount for layer, amount in plan.keep.items()}
+        keep = {layer: amount for layer, amount in moved.items() if layer in layers}
+    if not keep:  # there is nothing left to choose
+        plan = replace(plan, keep=keep, select="attention", gradient=None)
     if plan.layers is None:
         return replace(plan, enter=layers[0], exit=layers[-1] + 1, keep=keep)
     return replace(plan, layers=layers, keep=keep)

@@ -10,8 +10,8 @@ from itertools import takewhile
 from typing import Any
 
 from eval.checkpoint import Checkpoint
+from eval.comparison.rows import Record, Row
 from eval.paired import Difference, difference, over_seeds, standard_error
-from eval.rows import Record, Row
 
 _LABELS = ("seed", "name", "output")  # keys of a recipe that say which run it is, not how it was trained
 _COSTS = ("visual_token_layers", "token_layers", "flops", "vision_attention", "dense_flops")

@@ -15,7 +15,7 @@ import transformers
 
 from data import easy_vqa, scenes
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.scenes import SPLITS
+from eval.tasks.scenes import SPLITS
 from models.cost import plan_cost, search_cost, spread_flops, training_flops
 from models.families import family_of
 from models.schedules import TRAINED
@@ -75,7 +75,13 @@ def lacking(record: Record, tasks: Sequence[str], schedules: Sequence[str]) -> l
 
 
 def record_of(
-    arm: str, seed: int, recipe: Recipe, checkpoint: Checkpoint, cells: Mapping[str, Mapping[str, Record]]
+    arm: str,
+    seed: int,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    cells: Mapping[str, Mapping[str, Record]],
+    *,
+    limit: int | None = None,
 ) -> Record:
     """Returns the record of a trained run.
 
@@ -84,7 +90,8 @@ def record_of(
         seed: its seed.
         recipe: what it was trained with.
         checkpoint: its folder's.
-        cells: by task and schedule, what `eval.cells.run_cell` returned.
+        cells: by task and schedule, what `eval.comparison.cells.run_cell` returned.
+        limit: how many questions of each task were asked; None: all.
 
     Raises:
         CheckpointError: what its training wrote cannot be read.
@@ -94,6 +101,7 @@ def record_of(
         "arm": arm,
         "seed": seed,
         "recipe": fingerprint(recipe),
+        "limit": limit,
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from data.scenes import VERSION, Question, questions, words_only
-from eval.built_in_task import BuiltInTask, is_right
+from eval.tasks.built_in import BuiltInTask, is_right
 
 SPLITS: Final = {"scenes": "test", "scenes_compositional": "compositional"}  # task: its set
 

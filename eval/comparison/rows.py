@@ -13,9 +13,9 @@ from typing import Any
 from data import easy_vqa as easy_vqa_data
 from data import scenes as scenes_data
 from data.scene_questions import FAMILIES
-from eval import easy_vqa, scenes
-from eval.easy_vqa import mean as mean_of
 from eval.paired import standard_error
+from eval.tasks import easy_vqa, scenes
+from eval.tasks.easy_vqa import mean as mean_of
 from models.schedules import Fused, Schedule, Within
 
 Record = dict[str, Any]
@@ -37,7 +37,7 @@ def cell_row(
         task: lmms-eval's name.
         cell: the cell's record.
         schedule: what the label means on this checkpoint.
-        speed: what `eval.speed` measured; None where that is not done.
+        speed: what `eval.comparison.speed` measured; None where that is not done.
     """
     row: Row = {"run": run, "schedule": label, "settings": settings_text(schedule), "task": task}
     row["status"] = cell["status"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from eval.paired import RESAMPLES, Numbers, standard_error
-from eval.probe_samples import Batch
-from eval.probes import answered, knocked_out, narrowed
+from eval.stage_analysis.probes import answered, knocked_out, narrowed
+from eval.stage_analysis.samples import Batch
 from models.schedules import Schedule, plan_schedule
 from models.stage_plan import StagePlan
 
@@ -114,13 +114,14 @@ class Trials:
         whole, right = (np.asarray(self.right[one], dtype=np.float64) for one in (self.whole, trial))
         return 100.0 * (whole - right)
 
-    def result(self, trial: Trial) -> Result:
-        """Returns the score of a trial that was run over all samples."""
-        right = 100.0 * np.asarray(self.right[trial], dtype=np.float64)
-        lost = self.lost(trial)
+    def result(self, trial: Trial, places: Sequence[int] | None = None) -> Result:
+        """Returns the score of a trial that was run over all samples; with `places`, over these of them."""
+        places = range(len(self.groups)) if places is None else places
+        right = 100.0 * np.asarray(self.right[trial], dtype=np.float64)[places]
+        lost, groups = self.lost(trial)[places], [self.groups[place] for place in places]
         least = 100.0 / len(right)
-        score_error = standard_error(right.tolist(), self.groups) or 0.0
-        loss_error = standard_error(lost.tolist(), self.groups) or 0.0
+        score_error = standard_error(right.tolist(), groups) or 0.0
+        loss_error = standard_error(lost.tolist(), groups) or 0.0
         return Result(float(right.mean()), score_error, float(lost.mean()), max(loss_error, least))
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from eval import measure
+from eval.comparison.speed import decode, prefill, times
 from eval.live import live_visual, run_costs
 from eval.measure import Shape
-from eval.speed import decode, prefill, times
 from models import StagePlan
 from models.live_tokens import NO_VISUAL, Selection
 from models.schedules import Dense, Fused, Schedule, View, VisiPruner, published

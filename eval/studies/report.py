@@ -15,10 +15,10 @@ matplotlib.use("agg")  # before pyplot: there may be no display
 import matplotlib.pyplot as plt
 import numpy as np
 
+from eval.comparison.plots import smooth
+from eval.comparison.rows import markdown
 from eval.paired import difference, standard_error
-from eval.plots import smooth
-from eval.rows import markdown
-from eval.study_record import Record, questions_of
+from eval.studies.record import Record, questions_of
 from models.schedules import TRAINED
 
 
@@ -164,7 +164,7 @@ def write_report(folder: Path, name: str, reference: str, arms: Sequence[str], r
     tasks = list(records[0]["scores"])
     for task in tasks:
         cells = cells_of(task, arms, records)
-        images = [question.image.name for question in questions_of(task)]
+        images = [question.image.name for question in questions_of(task)[: cells[0].right.shape[1]]]
         parts += [f"## {task}", markdown(score_table(cells, reference, images)).rstrip()]
     parts += [_notes(arms, records), _made(records)]
     text = "\n\n".join(parts) + "\n"
@@ -175,14 +175,15 @@ def write_report(folder: Path, name: str, reference: str, arms: Sequence[str], r
 
 
 def _notes(arms: Sequence[str], records: Sequence[Record]) -> str:
+    asked = f"Asked: the first {records[0]['limit']:,} questions. " if records[0]["limit"] else ""
     steps = {sum(phase["steps"] for phase in record["phases"]) for record in records}
     equal = f"All runs took {steps.pop():,} optimizer steps. " if len(steps) == 1 else ""
     missing = [arm for arm in arms if not any(record["arm"] == arm for record in records)]
     rest = f" Not run yet: {', '.join(missing)}." if missing else ""
     return (
-        f'{equal}Accuracy is the mean over seeds ± its standard error; "one seed" is the standard error over a seed\'s '
-        "images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval when "
-        "images are resampled. Training and prompt count the decoder's FLOPs." + rest
+        f'{equal}{asked}Accuracy is the mean over seeds ± its standard error; "one seed" is the standard error over a '
+        "seed's images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval "
+        "when images are resampled. Training and prompt count the decoder's FLOPs." + rest
     )
 
 

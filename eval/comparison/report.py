@@ -12,10 +12,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from eval import rows as tables
 from eval.checkpoint import Checkpoint
+from eval.comparison import rows as tables
+from eval.comparison.plots import Point, draw_learning_curves, draw_live_grid, draw_scores
 from eval.overlay import draw_overlay
-from eval.plots import Point, draw_learning_curves, draw_live_grid, draw_scores
 
 TEMPLATE = "report.html.jinja"
 Cells = Mapping[tuple[str, str, str], tables.Record]

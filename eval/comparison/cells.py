@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import BENCHMARKS, Benchmark, value_of
 from eval.checkpoint import Checkpoint
+from eval.comparison.speed import speeds
 from eval.live import costs_of, live_visual, text_tokens
 from eval.lmms import FusedLlava, Harness, Outcome
 from eval.overlay import live_runs
 from eval.prompts import Asked, Prompter
-from eval.speed import speeds
+from eval.tasks.benchmarks import BENCHMARKS, Benchmark, value_of
 from eval.text_tower import TextTower
 from models.cost import Cost
 from models.schedules import Dense, Schedule

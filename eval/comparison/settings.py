@@ -65,7 +65,7 @@ def settings_of(
         "image_aspect": first.aspect,
         "attention": attention,
         **({} if text_tower is None else {"text_tower": text_tower}),
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -77,7 +77,7 @@ _DECIDING = (
     *(f"data/{name}.py" for name in ("chat", "dataset", "images", "processor", "rows")),
     *(f"eval/{name}.py" for name in ("lmms", "prompts", "text_tower")),
 )
-_ROOT: Final = Path(__file__).parents[1]
+_ROOT: Final = Path(__file__).parents[2]
 
 
 def code(root: Path = _ROOT) -> str:

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
-from eval.probes import SINKS, narrowed
-from eval.stages_analysis import Analysis
-from eval.stages_search import Proposal, Trial, side_intervals
+from eval.stage_analysis.analysis import Analysis
+from eval.stage_analysis.probes import SINKS, narrowed
+from eval.stage_analysis.search import Proposal, Trial, side_intervals
 from models.cost import plan_cost
 
 Record = dict[str, Any]
@@ -49,6 +49,7 @@ def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Name
         "masked_window": results(windows.__getitem__, len(windows)),
         "removed_before": results(lambda layer: trials.removed_outside(layer, depth), depth + 1),
         "by_layer": analysis.insight.means(),
+        "by_family": _families(analysis),
         "visipruner": _firings(analysis),
     }
     record["proposal"], record["verdict"] = _proposal(analysis, proposal, args.tolerance)
@@ -57,6 +58,32 @@ def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Name
         for place, sample in enumerate(analysis.samples)
     }
     return record
+
+
+def _families(analysis: Analysis) -> dict[str, Record]:
+    """Returns, for each kind of question where there are several, its samples and what the knock-outs cost it."""
+    trials, depth = analysis.trials, analysis.trials.depth
+    members: dict[str, list[int]] = {}
+    for place, sample in enumerate(analysis.samples):
+        members.setdefault(sample.family, []).append(place)
+    if len(members) < 2:
+        return {}
+    return {
+        family: {
+            "samples": len(places),
+            "score": asdict(trials.result(trials.whole, places)),
+            "without_vision": asdict(trials.result(trials.nothing, places)),
+            "masked_before": [
+                {"layer": layer, **asdict(trials.result(trials.masked_outside(layer, depth), places))}
+                for layer in range(depth + 1)
+            ],
+            "masked_from": [
+                {"layer": layer, **asdict(trials.result(trials.masked_outside(0, layer), places))}
+                for layer in range(depth + 1)
+            ],
+        }
+        for family, places in sorted(members.items())
+    }
 
 
 def _firings(analysis: Analysis) -> Record:
@@ -159,6 +186,7 @@ def report_of(record: Record) -> str:
         f"loss and one standard error together are at most {points}.",
         "## Vision masked or removed",
         _knockouts(record),
+        *_by_family(record),
         "## What each layer shows",
         _layers(record),
         "## Where VisiPruner's tests fire",
@@ -181,6 +209,25 @@ def _knockouts(record: Record) -> str:
         "l, as a stage plan would have it (removing them from l on is the same as masking them there). Each cell: "
         "score and (loss).\n\n" + _table(heads, rows)
     )
+
+
+def _by_family(record: Record) -> list[str]:
+    """Returns the section on kinds of questions; nothing where there is one kind."""
+    families = record["by_family"]
+    if not families:
+        return []
+    heads = ["l", *(f"{name} ({found['samples']})" for name, found in families.items())]
+    parts = [
+        "## By kind of question",
+        "How many samples in brackets. Each cell: points lost, plus or minus one standard error.",
+    ]
+    for key, words in (("masked_before", "masked in [0, l)"), ("masked_from", "masked in [l, L)")):
+        rows = [
+            [str(layer), *(_loss(found[key][layer]) for found in families.values())]
+            for layer in range(record["layers"] + 1)
+        ]
+        parts.append(f"Vision {words}:\n\n" + _table(heads, rows))
+    return parts
 
 
 def _layers(record: Record) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from data.easy_vqa import VERSION, Question, answers_by_words, questions
-from eval.built_in_task import BuiltInTask, is_right
+from eval.tasks.built_in import BuiltInTask, is_right
 
 KINDS = {"yes/no": "yes_no", "shape": "shape", "colour": "colour"}  # kind of question: metric
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.probe_samples import Asker, Sample
-from eval.probes import Firing, Insight, firings
-from eval.stages_search import Trial, Trials
+from eval.stage_analysis.probes import Firing, Insight, firings
+from eval.stage_analysis.samples import Asker, Sample
+from eval.stage_analysis.search import Trial, Trials
 from models.stage_plan import StagePlan
 
 

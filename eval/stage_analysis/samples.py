@@ -37,12 +37,14 @@ class Sample:
         asked: the question.
         answer: as the model was trained to write it.
         group: what it is about: samples of one group (questions about one image) are not independent.
+        family: kind of question, where the task has kinds.
     """
 
     id: str
     asked: Asked
     answer: str
     group: str
+    family: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +183,8 @@ def scenes_samples(limit: int) -> list[Sample]:
 def _question_samples(asked: Sequence[Any], limit: int) -> list[Sample]:
     chosen = [(number, asked[number]) for number in spaced(len(asked), limit)]
     return [
-        Sample(str(number), Asked(one.text, [_rgb(one.image)]), one.answer, one.image.stem) for number, one in chosen
+        Sample(str(number), Asked(one.text, [_rgb(one.image)]), one.answer, one.image.stem, one.kind)
+        for number, one in chosen
     ]
 
 

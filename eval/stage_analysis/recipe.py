@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.checkpoint import Checkpoint
-from eval.stages_report import evidence_lines
+from eval.stage_analysis.report import evidence_lines
 from recipes.resolved import dump_recipe
 from recipes.schema import Recipe, RecipeError, load_recipe
 
-_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FOREIGN = _RECIPES / "llava_fused.yaml"
 READY = _RECIPES / "qwen3_vl_4b_fused.yaml"  # tunes a ready VLM; nothing else of it is Qwen's but `data.processor`
 

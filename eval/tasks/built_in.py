@@ -1,4 +1,4 @@
-"""A built-in set as an lmms-eval task: what eval/easy_vqa.py and eval/scenes.py share."""
+"""A built-in set as an lmms-eval task: what easy_vqa.py and scenes.py share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage analysis as one picture: eight panels over the decoder's layers."""
+"""The stage analysis as one picture: eight panels over the decoder's layers, two more for kinds of question."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 _COLOURS = ("C0", "C3", "C2", "C1")
+_MASKED = {"masked_before": "masked in [0, l)", "masked_from": "masked in [l, L)"}
 
 
 def draw_stages(record: Mapping[str, Any], file: Path) -> None:
@@ -23,17 +24,18 @@ def draw_stages(record: Mapping[str, Any], file: Path) -> None:
         record: as in stages.json.
         file: PNG to write.
     """
-    figure, grid = plt.subplots(4, 2, figsize=(11, 14), layout="constrained")
-    knocked, sliding, lens, rank, entropy, shares, norms, fired = grid.flat
-    _scores(knocked, record, {
-        "masked_before": "masked in [0, l)",
-        "masked_from": "masked in [l, L)",
-        "removed_before": "removed before l",
-    })  # fmt: skip
+    families = record["by_family"]
+    rows = 5 if families else 4
+    figure, grid = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), layout="constrained")
+    knocked, sliding, *others = grid.flat
+    lens, rank, entropy, shares, norms, fired = others[-6:]
+    _scores(knocked, record, {**_MASKED, "removed_before": "removed before l"})
     knocked.set(title="Vision masked or removed", xlabel="l")
     width = record["window"]
     _scores(sliding, record, {"masked_window": f"masked in [l, l + {width})"})
     sliding.set(title=f"Vision masked in {width} layer{'s' if width > 1 else ''}", xlabel="l")
+    for axes, key in zip(others[:-6], _MASKED, strict=False):
+        _losses(axes, record, key)
     shown = record["by_layer"]
     _curves(lens, shown, {"lens_probability": ""})
     lens.set(title="Logit lens: probability of the answer", ylabel="probability", ylim=(0, 1.02))
@@ -100,6 +102,26 @@ def _scores(axes: Any, record: Mapping[str, Any], names: Mapping[str, str]) -> N
     axes.axhline(record["without_vision"]["score"], color="0.4", linewidth=1, linestyle=":", label="no vision at all")
     axes.set(ylabel="answered right (%)", xlim=(-0.5, record["layers"] + 0.5))
     axes.legend(fontsize=8)
+
+
+def _losses(axes: Any, record: Mapping[str, Any], key: str) -> None:
+    """Draws what one series of knock-outs costs each kind of question."""
+    for number, (name, found) in enumerate(record["by_family"].items()):
+        results = found[key]
+        axes.errorbar(
+            [result["layer"] for result in results],
+            [result["loss"] for result in results],
+            yerr=[result["loss_error"] for result in results],
+            color=f"C{number}",
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=f"{name} ({found['samples']})",
+        )
+    axes.set(title=f"By kind of question: {_MASKED[key]}", xlabel="l", ylabel="points lost")
+    axes.set_xlim(-0.5, record["layers"] + 0.5)
+    axes.legend(fontsize=8)
+    _shade(axes, record, between=False)
 
 
 def _curves(axes: Any, shown: Mapping[str, Sequence[float | None]], names: Mapping[str, str]) -> None:

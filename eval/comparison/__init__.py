@@ -1,0 +1,1 @@
+"""What eval.compare does: cells, tables, pictures, the report."""

@@ -1,0 +1,1 @@
+"""What eval.stages does: knock-outs, what layers show, the search for the window."""

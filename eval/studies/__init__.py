@@ -1,0 +1,1 @@
+"""What eval.study keeps of a run, and its tables."""

@@ -1,0 +1,1 @@
+"""Benchmarks: lmms-eval's and the built-in ones."""
