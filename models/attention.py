@@ -392,10 +392,15 @@ class AttentionRow:
         return (whole - along) / (rest * whole).sqrt().clamp(min=1e-8), squared
 
     def spread(self, per_key: Tensor, size: int, fill: float) -> Tensor:
-        """Returns (B, size): a value per key (B, K) at the places of the keys, `fill` where no key stands."""
+        """Returns (B, size): a value per key (B, K) at the places of the keys, `fill` where no key stands.
+
+        Or (B, Q, size) of (B, Q, K).
+        """
         # keys without a place go to an extra column, cut off again
-        full = per_key.new_full((len(per_key), size + 1), fill)
-        return full.scatter(1, self.places.where(self.places >= 0, size), per_key)[:, :size]
+        full = per_key.new_full((*per_key.shape[:-1], size + 1), fill)
+        index = self.places.where(self.places >= 0, size)
+        index = index if per_key.ndim == 2 else index[:, None].expand_as(per_key)
+        return full.scatter(-1, index, per_key)[..., :size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,12 +408,13 @@ class ProbedLayer:
     """A layer whose attention is asked for."""
 
     layer: int
-    hidden: Tensor  # (B, L, D), its input
+    hidden: Tensor  # (B, L, D), its input, with its graph
     tokens: LayerTokens
     keys: Tensor  # (B, G, K, d) of all tokens, those of its cache first
     values: Tensor  # likewise
     slots: Tensor  # (B, K) of the keys, -1 on padding
     positions: Tensor  # (B, S) or (3, B, S) position ids
+    visual_kv: VisualKV | None  # of its `kv` visual tokens
 
 
 class AttentionProbe:
@@ -511,6 +517,22 @@ class AttentionProbe:
         if queries.padded:  # a sample without text pays nothing
             weights = weights.masked_fill(~queries.valid[:, :1, None, None], 0.0)
         return self._row(self.last, weights[:, :, 0])
+
+    def attention_rows(self) -> Tensor:
+        """Returns (B, Q, S), with gradient: see View.attention_rows.
+
+        Makes the keys anew, because those of the layer's run are kept without their graph unless a schedule asks.
+        """
+        past, layer = self.last, self.decoder.layers[self.last.layer]
+        at = self._rotary_at(past.layer, past.tokens.rows, past.hidden, past.positions)
+        keys = _rotated(layer.self_attn, "k", _attention_input(layer, past.hidden), at)
+        if past.visual_kv is not None:
+            keys = torch.cat([past.visual_kv()[0], keys], dim=2)
+        if keys.shape[2] != past.slots.shape[1]:
+            raise ValueError("attention_rows: got a filled cache, expected none: they are for training")
+        weights = self._weights(replace(past, keys=keys))
+        mean = weights.mean(dim=1).masked_fill(~self.queries.valid[..., None], 0.0)
+        return self._row(past, weights[:, :, 0]).spread(mean, self.state.size, 0.0)
 
     def _weights(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, H, Q, K) float32: the softmax of the instruction tokens' rows."""

@@ -47,6 +47,24 @@ def _scorer_flops(width: int, tokens: int) -> int:
     return 2 * tokens * (width * (SCORER_WIDTH + 2) + SCORER_WIDTH) + 2 * width * SCORER_WIDTH
 
 
+def search_cost(text_config: Any, update: str, *, visual: int, text: int) -> Cost:
+    """Returns the cost of a sample under gates (see Gated): each layer with all visual tokens, and with text alone."""
+    depth = text_config.num_hidden_layers
+    seeing = live_cost(text_config, [visual] * depth, text=text, kv=[update == "kv"] * depth)
+    blind = live_cost(text_config, [0] * depth, text=text, kv=[False] * depth)
+    return replace(
+        seeing, token_layers=seeing.token_layers + blind.token_layers, flops=seeing.flops + blind.flops, cache_bytes=0
+    )
+
+
+def spread_flops(text_config: Any, plan: StagePlan | None, *, visual: int, text: int) -> int:
+    """Returns what measuring AttentionSpread adds to a forward pass: the keys of layers with vision, once more."""
+    depth, width = text_config.num_hidden_layers, text_config.hidden_size
+    counts = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
+    head = getattr(text_config, "head_dim", None) or width // text_config.num_attention_heads
+    return 2 * sum(count + text for count in counts if count) * width * text_config.num_key_value_heads * head
+
+
 def training_flops(
     flops: Mapping[str, float], weights: Mapping[str, float], teachers: Mapping[str, str], *, passes: float
 ) -> float:

@@ -133,6 +133,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
             f"packed: got True with {what}, expected a forward without a cache under a schedule that trains"
         )
     cached = (use_cache or past_key_values is not None) and not checkpointing
+    if cached and schedule.gate_at(0) is not None:
+        raise ValueError("use_cache: got a cache under gates, expected none: they are for training")
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
     state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts, packed)
     probe = AttentionProbe(
@@ -197,6 +199,7 @@ class _Run:
         hidden = self._gathered(embeds, tokens.rows)
         for number in range(self.depth):
             hidden = self._layer(number, hidden, tokens, remap=None, is_probed=False)
+            self.layers.append(tokens)
         return hidden
 
     def all_layers(
@@ -233,9 +236,9 @@ class _Run:
                 hidden = self._replace(hidden, tokens.rows, states)
             remap = schedule.value_remap(view) if sees_vision else None
             bound = None if remap is None else self._bound(remap, tokens, live)
-            hidden = self._layer(number, hidden, tokens, bound, is_probed=sees_vision and schedule.reads_attention)
-            if due and sees_vision:
-                hidden = self._add_deepstack(hidden, due.pop(0), kv_only)
+            hidden = self._gated_layer(number, hidden, tokens, bound, sees_vision and schedule.reads_attention)
+            for features in self._due(number, deepstack, due) if due and sees_vision else ():
+                hidden = self._add_deepstack(hidden, features, kv_only)
         schedule.on_end(view_at(self.depth, live, hidden))
         return hidden
 
@@ -251,6 +254,30 @@ class _Run:
     def _embeddings(self, merged: Callable[[], Tensor], rows: LiveTokens) -> Tensor:
         """Returns (B, S, D): see View.input_embeddings."""
         return self.state.by_sample(rows.put(merged(), self.state.size))
+
+    def _gated_layer(
+        self, number: int, hidden: Tensor, tokens: LayerTokens, remap: BoundValueRemap | None, is_probed: bool
+    ) -> Tensor:
+        """Returns the output of one layer for hidden states (B, L, D) of its rows, through its gate where it has one.
+
+        Behind a closed gate text runs through the layer alone, and visual tokens stay as they are.
+        """
+        gate, rows, size = self.schedule.gate_at(number), tokens.rows, self.state.size
+        self.layers.append(tokens)
+        if gate is None:
+            return self._layer(number, hidden, tokens, remap, is_probed)
+        text = self.state.tokens_of(NO_VISUAL, kv_only=False)
+        closed = self._layer(number, move(hidden, rows, text.rows, None, size), text, remap=None, is_probed=False)
+        closed = move(closed, text.rows, rows, None, size)
+        closed = torch.where(rows.take(self.state.visual)[..., None], hidden, closed)
+        return torch.lerp(closed, self._layer(number, hidden, tokens, remap, is_probed), gate.to(hidden.dtype))
+
+    def _due(self, number: int, deepstack: Sequence[Tensor], due: list[Tensor]) -> list[Tensor]:
+        """Returns the DeepStack features that are added after a layer that saw vision; `due` are those still left."""
+        shares = self.schedule.deepstack_shares(number, len(deepstack))
+        if shares is None:
+            return [due.pop(0)]
+        return [features * share.to(features.dtype) for features, share in zip(deepstack, shares, strict=True)]
 
     def _set_aside(self, hidden: Tensor) -> None:
         """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""
@@ -282,6 +309,7 @@ class _Run:
             attention=self.probe.attention,
             next_layer_attention=partial(self._next_layer_attention, number, hidden),
             last_query_attention=self.probe.last_query_attention,
+            attention_rows=self.probe.attention_rows,
             scores=partial(self._scores, embeds),
             hidden_states=partial(self._states, hidden),
         )
@@ -327,9 +355,8 @@ class _Run:
         if shim is not None:
             keys, values = shim.taken()
             if is_probed:
-                keys = keys if self.probe.differentiable else keys.detach()
-                self.probe.probed = ProbedLayer(number, hidden, tokens, keys, values.detach(), slots, positions)
-        self.layers.append(tokens)
+                keys, values = keys if self.probe.differentiable else keys.detach(), values.detach()
+                self.probe.probed = ProbedLayer(number, hidden, tokens, keys, values, slots, positions, visual_kv)
         return output
 
     def _visual_kv(self, number: int, tokens: LayerTokens, positions: Tensor) -> VisualKV | None:

@@ -42,14 +42,16 @@ class View:
         next_layer_attention: the same for the layer that is about to run, with its norm and projections on the hidden
             states as they are now. Only after a layer ran on visual tokens.
         last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
+        attention_rows: returns (B, Q, S) with gradient, in training: what each instruction token pays each position in
+            layer `last_visual_layer`, mean over heads, 0 on dead positions and for padding queries.
         scores: returns (B, S), how highly the checkpoint's learned scorer values each visual token for the
             instruction, which is the text of `prompt`, or of a row with labels all that no label supervises. Needs
             `reads_scores`.
         hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0); of visual
             tokens that did not run through it what they were before.
 
-    `last_visual_layer`, `prompt` and the three that read attention need `reads_attention`. Each of the three costs O(S)
-    per token that asks.
+    `last_visual_layer`, `prompt` and the four that read attention need `reads_attention`. Each of the four costs O(S)
+    per token that asks; `attention_rows` makes the layer's keys once more.
     """
 
     num_layers: int
@@ -65,6 +67,7 @@ class View:
     attention: Callable[..., Tensor]
     next_layer_attention: Callable[[], Tensor]
     last_query_attention: Callable[[], AttentionRow]
+    attention_rows: Callable[[], Tensor]
     scores: Callable[[], Tensor]
     hidden_states: Callable[[], Tensor]
 
@@ -146,6 +149,17 @@ class Schedule:
         """Returns (B, S, D), what live visual tokens are from `view.layer` on; None: they stay what they are.
 
         Called after `live`, at layers with live visual tokens. For schedules that merge tokens.
+        """
+        return None
+
+    def gate_at(self, layer: int) -> Tensor | None:
+        """Returns a layer's gate, a number from 0 (text sees no vision) to 1; None: it has none. See Gated."""
+        return None
+
+    def deepstack_shares(self, layer: int, levels: int) -> Sequence[Tensor] | None:
+        """Returns which share of each of `levels` DeepStack features is added after a layer that sees vision.
+
+        None: the whole next one, after each such layer.
         """
         return None
 
@@ -236,6 +250,60 @@ class Fused(Schedule):
         elif state.scores is None:
             state.scores = diversity_order(view.embeddings, view.visual_mask, max(counts), view.visual.counts)
         return state.scores
+
+
+@dataclass(frozen=True)
+class Wrapper(Schedule):
+    """Another schedule, and nothing else: for subclasses that look on while it runs."""
+
+    inner: Schedule
+
+    def __post_init__(self) -> None:
+        inner = self.inner
+        self.derive(update=inner.update, renumbers=inner.renumbers, trainable=inner.trainable)
+        self.derive(reads_attention=inner.reads_attention, reads_tower=inner.reads_tower)
+        self.derive(reads_relevance=inner.reads_relevance, reads_scores=inner.reads_scores)
+        self.derive(differentiable=inner.differentiable)
+
+    def check(self, num_layers: int) -> None:
+        """Raises what the inner schedule raises."""
+        self.inner.check(num_layers)
+
+    def new_state(self) -> Any:
+        """Returns the state of the inner schedule."""
+        return self.inner.new_state()
+
+    def live(self, view: View) -> Selection:
+        """Returns what the inner schedule selects."""
+        return self.inner.live(view)
+
+    def value_remap(self, view: View) -> ValueRemap | None:
+        """Returns what the inner schedule wants."""
+        return self.inner.value_remap(view)
+
+    def update_at(self, layer: int) -> str:
+        """Returns what the inner schedule wants."""
+        return self.inner.update_at(layer)
+
+    def visual_states(self, view: View) -> Tensor | None:
+        """Returns what the inner schedule wants."""
+        return self.inner.visual_states(view)
+
+    def gate_at(self, layer: int) -> Tensor | None:
+        """Returns the inner schedule's gate."""
+        return self.inner.gate_at(layer)
+
+    def deepstack_shares(self, layer: int, levels: int) -> Sequence[Tensor] | None:
+        """Returns what the inner schedule wants."""
+        return self.inner.deepstack_shares(layer, levels)
+
+    def token_gates(self, view: View) -> Tensor | None:
+        """Returns the inner schedule's."""
+        return self.inner.token_gates(view)
+
+    def on_end(self, view: View) -> None:
+        """Calls the inner schedule."""
+        self.inner.on_end(view)
 
 
 @dataclass

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .attention_spread import AttentionSpread
 from .cdpruner import CDPruner
 from .divprune import DivPrune
 from .fastv import FastV
+from .gated import Gated, window_gates
 from .pyramiddrop import PyramidDrop
 from .random_tokens import Random
-from .schedule_base import Dense, Fused, Schedule, ScheduleError, ScorePruner, View, Within
+from .schedule_base import Dense, Fused, Schedule, ScheduleError, ScorePruner, View, Within, Wrapper
 from .shortv import ShortV
 from .sparsevlm import SparseVLM
 from .stage_plan import StagePlan
@@ -121,11 +123,13 @@ __all__ = [
     "SCHEDULES",
     "TRAINED",
     "VTW",
+    "AttentionSpread",
     "CDPruner",
     "Dense",
     "DivPrune",
     "FastV",
     "Fused",
+    "Gated",
     "PyramidDrop",
     "Random",
     "Schedule",
@@ -137,7 +141,9 @@ __all__ = [
     "VisiPruner",
     "VisionZip",
     "Within",
+    "Wrapper",
     "plan_schedule",
     "published",
     "resolve_schedule",
+    "window_gates",
 ]

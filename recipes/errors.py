@@ -11,7 +11,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-ONE, SEVERAL = "<one>", "<several>"  # tags of a key that takes one thing or a list, which are no keys
+# Tags of a key that takes one thing, a list, or a section of another kind; they are no keys.
+ONE, SEVERAL, LEARNED = "<one>", "<several>", "<learned>"
+_TAGS: Final = (ONE, SEVERAL, LEARNED)
 _UNKNOWN: Final = ("extra_forbidden", "invalid_key")  # kinds of faults whose location ends with the unknown key
 _LIMITS: Final = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _WORDS: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -26,10 +28,10 @@ def first_fault(error: ValidationError, schema: type[BaseModel], source: str | P
     fault = error.errors()[0]
     kind, found = fault["type"], fault["input"]
     location = _location(schema, fault["loc"], is_unknown=kind in _UNKNOWN)
-    where = f"{source}: {'.'.join(location) or 'recipe'}"
+    where = f"{source}: {'.'.join(part for part in location if part not in _TAGS) or 'recipe'}"
     if kind in _UNKNOWN:
         location = [part for part in location if part != "[key]"]
-        where = f"{source}: {'.'.join(location)}"
+        where = f"{source}: {'.'.join(part for part in location if part not in _TAGS)}"
         known = _fields(schema, location[:-1])
         return RecipeError(f"{where}: unknown key; {suggestion(location[-1], known)}")
     accepted = _accepted(schema, location)
@@ -42,19 +44,30 @@ def first_fault(error: ValidationError, schema: type[BaseModel], source: str | P
 
 
 def _location(schema: type[BaseModel], parts: Sequence[int | str], *, is_unknown: bool) -> list[str]:
-    """Returns the keys and places of a fault, without the names that pydantic gives the members of a union."""
+    """Returns the keys and places of a fault, and the tags, without other names that pydantic gives to members."""
     section: Any = schema
+    annotation: Any = None
     location, is_mapping = [], False
     for part in parts:
         if section is not None and part in section.model_fields:
             annotation = section.model_fields[part].annotation
             section, is_mapping = _section(annotation), _takes_names(annotation)
-        elif part in (ONE, SEVERAL) or not (isinstance(part, int) or is_mapping or is_unknown):
+        elif part in _TAGS:
+            section, is_mapping = _section(_member(annotation, part)) or section, part == ONE and is_mapping
+        elif not (isinstance(part, int) or is_mapping or is_unknown):
             continue
         else:
             is_mapping = False
         location.append(str(part))
     return location
+
+
+def _member(annotation: Any, tag: int | str) -> Any:
+    """Returns the member of a union with this tag."""
+    if any(getattr(mark, "tag", None) == tag for mark in getattr(annotation, "__metadata__", ())):
+        return annotation
+    members = (_member(part, tag) for part in typing.get_args(annotation))
+    return next((found for found in members if found is not None), None)
 
 
 def _takes_names(annotation: Any) -> bool:
@@ -97,9 +110,13 @@ def _float_hint(found: Any) -> str:
 def _fields(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Returns the keys that the section at `location` accepts."""
     section: Any = schema
+    annotation: Any = None
     for part in location:
-        if part in section.model_fields:  # else the name or number of one of several sections
-            section = _section(section.model_fields[part].annotation)
+        if part in _TAGS:
+            section = _section(_member(annotation, part)) or section
+        elif part in section.model_fields:  # else the name or number of one of several sections
+            annotation = section.model_fields[part].annotation
+            section = _section(annotation)
     return list(section.model_fields)
 
 
@@ -113,14 +130,19 @@ def _section(annotation: Any) -> Any:
 def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
     """Returns in words what the field at `location` accepts, with its limits."""
     section: Any = schema
+    annotation: Any = None
     words = "a mapping of keys"
     for part in location:
         if part.isdecimal():  # a place in a list
             continue
+        if part in _TAGS:
+            section = _section(_member(annotation, part)) or section
+            continue
         if section is None or part not in section.model_fields:
             break
         field = section.model_fields[part]
-        words = _annotation_words(field.annotation)
+        annotation = field.annotation
+        words = _annotation_words(annotation)
         limits = [
             f"{sign} {getattr(mark, name)}"
             for mark in field.metadata
@@ -133,7 +155,7 @@ def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
             words = (
                 words.replace("text", "text that is not empty") if words.startswith("text") else f"{words}, not empty"
             )
-        section = _section(field.annotation)
+        section = _section(annotation)
     return words
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from data.config import DataConfig, Files
 from models.stage_plan import StagePlan
-from recipes.errors import ONE, SEVERAL, RecipeError, first_fault, shortened
+from recipes.errors import LEARNED, ONE, SEVERAL, RecipeError, first_fault, shortened
 
 __all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
@@ -79,12 +79,39 @@ class NamedPlan(_Section):
         return None if self.plan is None else StagePlan.from_dict(self.plan)
 
 
+class Learn(_Section):
+    """A window of layers that the first steps of the last phase find.
+
+    Attributes:
+        budget: token-layers of vision, as a share of the dense model's: the window is the widest within it.
+        steps: optimizer steps of the search; the run goes on under the window.
+        update: as in StagePlan.
+    """
+
+    budget: float = Field(gt=0, lt=1)
+    steps: int = Field(gt=0, le=_MOST_STEPS)
+    update: Literal["full", "kv"] = "full"
+
+    def width(self, num_layers: int) -> int:
+        """Returns the layers of the window; 0 where the budget does not reach for one."""
+        return min(int(self.budget * num_layers + 1e-9), num_layers - 1)
+
+
+class LearnedStages(_Section):
+    """A stage plan that training finds."""
+
+    learn: Learn
+
+
 def _kind_of_stages(stages: Any) -> str:
-    return SEVERAL if isinstance(stages, list) else ONE
+    if isinstance(stages, list):
+        return SEVERAL
+    return LEARNED if isinstance(stages, LearnedStages) or (isinstance(stages, dict) and "learn" in stages) else ONE
 
 
 _OnePlan = Annotated[dict[str, Any], Tag(ONE)]
 _SeveralPlans = Annotated[list[NamedPlan], Tag(SEVERAL)]
+_LearnedPlan = Annotated[LearnedStages, Tag(LEARNED)]
 
 
 class ModelSection(_Section):
@@ -98,14 +125,15 @@ class ModelSection(_Section):
         language_model: pretrained decoder, a folder or a hub id; null is random weights.
         vision_tower: pretrained vision tower, a folder or a hub id; null is random weights.
         stages: fields of StagePlan; null is dense. Or a list of several named plans, of which each step draws one; the
-            first is what the checkpoint runs where nothing else is said.
+            first is what the checkpoint runs where nothing else is said. Or `{learn: ...}`: the last phase finds the
+            window; before that, the model is dense.
     """
 
     config: str | None = Field(default=None, min_length=1)
     checkpoint: str | None = Field(default=None, min_length=1)
     language_model: str | None = Field(default=None, min_length=1)
     vision_tower: str | None = Field(default=None, min_length=1)
-    stages: Annotated[_OnePlan | _SeveralPlans, Discriminator(_kind_of_stages)] | None = None
+    stages: Annotated[_OnePlan | _SeveralPlans | _LearnedPlan, Discriminator(_kind_of_stages)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
@@ -135,14 +163,20 @@ class ModelSection(_Section):
         """What a model's config says of this: `stages`, the first plan's fields, and `plans`, None of a single one."""
         if isinstance(self.stages, list):
             return {"stages": self.stages[0].plan, "plans": {one.name: one.plan for one in self.stages}}
-        return {"stages": self.stages, "plans": None}
+        return {"stages": self.plans["trained"].plan, "plans": None}
+
+    @property
+    def learn(self) -> Learn | None:
+        """The search for the plan, where training finds it."""
+        return self.stages.learn if isinstance(self.stages, LearnedStages) else None
 
     @property
     def plans(self) -> dict[str, NamedPlan]:
-        """The plans by name; a single one is `trained`."""
+        """The plans by name; a single one is `trained`: dense before it is found, where training finds it."""
         if isinstance(self.stages, list):
             return {one.name: one for one in self.stages}
-        return {"trained": NamedPlan(name="trained", plan=self.stages)}
+        plan = None if isinstance(self.stages, LearnedStages) else self.stages
+        return {"trained": NamedPlan(name="trained", plan=plan)}
 
 
 class LearningRates(_Section):
@@ -201,6 +235,17 @@ class Profile(_Section):
         return self
 
 
+class SparseAttention(_Section):
+    """A penalty on instruction tokens that spread their attention over many visual tokens.
+
+    Attributes:
+        weight: of the spread, which is 1 for equal attention on all visual tokens and 0 on one alone, the mean over
+            samples with an image and layers, beside the loss; 0 only writes the spread into the log.
+    """
+
+    weight: float = Field(ge=0)
+
+
 class TrainSection(_Section):
     """How one phase trains.
 
@@ -219,6 +264,7 @@ class TrainSection(_Section):
         optimizer: AdamW, Muon or what else Trainer has by this name.
         max_grad_norm: gradients are clipped to this norm; null does not clip.
         neftune: NEFTune's alpha, the noise on embedded text; null for none.
+        sparse_attention: a penalty that makes the instruction attend to few visual tokens; null for none.
         precision: bf16, fp32, fp16 with loss scaling, or auto: bf16 where the hardware multiplies it, else fp32.
         tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere.
         profile: steps to write a trace of; null for none.
@@ -232,6 +278,7 @@ class TrainSection(_Section):
     tower_layers: int | None = Field(default=None, gt=0)
     optimizer: Optimizer = "adamw_torch_fused"
     neftune: float | None = Field(default=None, gt=0)
+    sparse_attention: SparseAttention | None = None
     global_batch: int = Field(gt=0, le=_MOST_SAMPLES)
     per_device_batch: int = Field(gt=0, le=_MOST_SAMPLES)
     tokens_per_step: int | None = Field(default=None, gt=0, le=_MOST_STEPS)
@@ -262,6 +309,10 @@ class TrainSection(_Section):
             if getattr(self.learning_rate, part) is None:
                 raise ValueError(f"got lora with learning_rate.{part} null, expected a number > 0, the adapters' rate")
         self._check_layers()
+        if self.sparse_attention is not None and self.tokens_per_step is not None:
+            raise ValueError(
+                "got sparse_attention with tokens_per_step, expected null: it is a mean over `global_batch`"
+            )
         if self.optimizer == "muon" and self.max_grad_norm is not None:
             raise ValueError(
                 f"got max_grad_norm {self.max_grad_norm:g} with muon, expected null: DeepSpeed clips after Muon made "
@@ -315,11 +366,15 @@ class Align(_Section):
 
 
 class Phase(_Section):
-    """One training of a recipe: `align` and then `tune`, or `train` where there is one alone."""
+    """One training of a recipe: `align` and then `tune`, or `train` where there is one alone.
+
+    `learn` is the search for the stage plan, in the last phase alone.
+    """
 
     name: Literal["align", "tune", "train"]
     folder: Path
     plans: dict[str, NamedPlan]
+    learn: Learn | None = None
     data: DataConfig
     train: TrainSection
     eval: EvalSection | None = None
@@ -352,7 +407,21 @@ class Recipe(_Section):
                 raise ValueError("got data.streaming, expected train.max_steps or train.max_seconds beside it")
             if section and section.data.streaming and section.eval and section.eval.files is None:
                 raise ValueError("got eval.share of a stream, expected eval.files: a stream is not read beforehand")
+        if self.model.learn is not None:
+            self._check_learn(self.model.learn)
         return self
+
+    def _check_learn(self, learn: Learn) -> None:
+        train = self.train
+        for key, found, expected in (
+            ("max_seconds", train.max_seconds, "null: a run that the clock ends may end before the window is found"),
+            ("precision", "fp16" if train.precision == "fp16" else None, "bf16 or fp32: its scaled loss scales gates"),
+        ):
+            if found is not None:
+                raise ValueError(f"train.{key}: got {found} with model.stages.learn, expected {expected}")
+        for section in (self.train, self.align.train if self.align else None):
+            if section and section.lora and section.lora.layers == "window":
+                raise ValueError("got lora.layers window with model.stages.learn, expected all or numbers of layers")
 
     @property
     def phases(self) -> list[Phase]:
@@ -360,7 +429,8 @@ class Recipe(_Section):
         folder = Path(self.output)
         last: Literal["train", "tune"] = "train" if self.align is None else "tune"
         plans = self.model.plans
-        phases = [Phase(name=last, folder=folder, plans=plans, data=self.data, train=self.train, eval=self.eval)]
+        mine: dict[str, Any] = {"learn": self.model.learn, "data": self.data, "train": self.train, "eval": self.eval}
+        phases = [Phase(name=last, folder=folder, plans=plans, **mine)]
         if self.align is not None:
             align = self.align
             more: dict[str, Any] = {"data": align.data, "train": align.train, "eval": align.eval}

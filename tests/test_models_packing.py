@@ -9,7 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from models.auto import FusedAutoModel
 from models.batch_facts import BatchFacts
-from tests.conftest import IMAGE, VISUAL
+from models.schedules import Gated
+from tests.conftest import IMAGE, LAYERS, VISUAL
 from tests.test_models_batch_facts import PLANS, NoWaiting, step
 from tests.test_models_families import answers as family_answers
 from tests.test_models_fused import answers
@@ -188,3 +189,11 @@ def test_packing_is_for_training(make_model, make_batch):
         ValueError, match="cu_seq_lens_q: got a value, expected None: attention is causal, and packed=True"
     ):
         model(**batch, cu_seq_lens_q=torch.tensor([0, VISUAL]))
+
+
+@pytest.mark.parametrize("update", ["full", "kv"])
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_packed"])
+def test_layers_behind_gates_are_packed_too(make_model, make_batch, attention, update):
+    gated = Gated(torch.linspace(0.2, 0.8, LAYERS), torch.eye(LAYERS)[0], update)
+    model, batch = make_model("llama", None, attention).train(), labelled(make_batch, *LAYOUTS)
+    assert_same(step(model, batch, packed=True, schedule=gated), step(model, batch, schedule=gated))

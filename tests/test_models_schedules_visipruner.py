@@ -199,6 +199,7 @@ def live_counts(rule, loud_layers, num_layers=9):
             attention=None,
             next_layer_attention=None,
             last_query_attention=lambda layer=before: row_of([layer in loud for loud in loud_layers], layer),
+            attention_rows=None,
             scores=None,
             hidden_states=None,
         )

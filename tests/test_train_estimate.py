@@ -8,9 +8,21 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+from models.cost import plan_cost, search_cost, spread_flops
+from models.schedules import AttentionSpread, Dense, Fused, Gated
 from recipes.errors import RecipeError
-from recipes.schema import Distill, LearningRates, Lora, NamedPlan, Optimizer, Recipe, load_recipe
+from recipes.schema import (
+    Distill,
+    Learn,
+    LearningRates,
+    Lora,
+    NamedPlan,
+    Optimizer,
+    Recipe,
+    SparseAttention,
+    load_recipe,
+)
 from train.adapters import add_adapters
 from train.cards import Card, parse_card, peak_here
 from train.deepspeed_config import read_deepspeed
@@ -92,6 +104,51 @@ def test_activations_are_within_15_per_cent_of_the_measured_peak(stages, learns,
     estimate = estimate_of(config, train)
     expected = estimate.activations(Batch(SAMPLES, VISUAL, TEXT), checkpointing=checkpointing) + 4 * estimate.trained
     assert expected == pytest.approx(peak(two_passes), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("what", ["search", "kv_search", "spread"])
+def test_activations_of_a_search_and_of_a_measure_too(what, checkpointing):
+    learn = None if what == "spread" else Learn(budget=0.34, steps=1, update="kv" if what == "kv_search" else "full")
+    config = small(WINDOW if learn is None else None)
+    train = trained(sparse_attention=SparseAttention(weight=1.0) if learn is None else None)
+    torch.manual_seed(0)
+    model, given = FusedLlavaForConditionalGeneration(config), inputs(config)
+    freeze(model, train)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def two_passes():
+        for _ in range(2):
+            measure = AttentionSpread(model.schedule)
+            gates = (
+                None if learn is None else Gated(torch.full((6,), 0.5).requires_grad_(), torch.ones(6), learn.update)
+            )
+            loss = model.train()(**given, schedule=gates or measure).loss
+            (loss if gates else loss + measure.mean()[0].sum()).backward()
+
+    estimate = Estimate(config, train, {"trained": NamedPlan(name="trained", plan=config.stages)}, learn, 2)
+    expected = estimate.activations(Batch(SAMPLES, VISUAL, TEXT), checkpointing=checkpointing) + 4 * estimate.trained
+    assert expected == pytest.approx(peak(two_passes), rel=0.15)
+
+
+def test_the_flops_of_a_search_and_of_a_measure_are_those_that_torch_counts():
+    config, size = small(WINDOW), {"visual": VISUAL, "text": TEXT}
+    model, given = FusedLlavaForConditionalGeneration(config), inputs(config)
+    model.set_attn_implementation("eager")
+
+    def count(schedule):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**given, schedule=schedule)
+        return counter.get_total_flops() / SAMPLES
+
+    plan = StagePlan.from_dict(WINDOW)
+    more = count(AttentionSpread(Fused(plan))) - count(Fused(plan))
+    assert spread_flops(config.text_config, plan, **size) == pytest.approx(more, rel=0.1)
+    for update in ("full", "kv"):
+        found = count(Gated(torch.ones(6), torch.ones(6), update)) - count(Dense())
+        dense = plan_cost(config.text_config, None, **size).flops
+        assert search_cost(config.text_config, update, **size).flops - dense == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize(("learns", "lora", "passes"), [(True, None, 3), (False, None, 2), (True, ADAPTERS, 2)])

@@ -233,6 +233,26 @@ def test_two_ranks_give_the_losses_and_weights_of_one(run_once, whole, zero):
 
 
 @pytest.mark.slow
+def test_two_ranks_find_the_window_of_one_and_measure_the_same_attention(folder, recipe):
+    options = ["model.stages={learn: {budget: 0.5, steps: 4}}", "train.sparse_attention={weight: 1.0}"]
+    outputs = [folder / "searched", folder / "searched-2"]
+    for output, zero, ranks in zip(outputs, (2, 3), (None, 2), strict=True):
+        zeros = f"train.deepspeed=recipes/deepspeed/zero{zero}.json"
+        done = run(recipe, f"output={output}", zeros, *options, ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = map(log, outputs)
+    for name in ("loss", "attention_spread", "grad_norm"):
+        assert [line.get(name) for line in two] == pytest.approx([line.get(name) for line in one], rel=1e-3)
+    for layer in range(4):
+        gates = [[line[f"gate_{layer}"] for line in lines if "gate_0" in line] for lines in (one, two)]
+        assert gates[1] == pytest.approx(gates[0], abs=2e-3)
+        assert len(gates[0]) == 4
+    plans = [(output / "stages.json").read_text() for output in outputs]
+    assert plans[0] == plans[1]
+    assert FusedAutoModel.from_pretrained(outputs[1] / "final").plan == StagePlan.from_dict(json.loads(plans[0]))
+
+
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_resumes_with_the_same_log_lines(folder, recipe, whole):
     output, options = folder / "killed", ["train.save_steps=2", "train.log_steps=3"]
     path = with_site(folder / "killer", KILLER)

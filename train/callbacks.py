@@ -14,11 +14,14 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from models.schedules import TRAINED
 from recipes.schema import Profile
 from train import distributed
 from train.checkpoints import Progress, keep_newest, mark
+from train.estimate import SEARCH, Estimate
 from train.health import Health
 from train.trainer import FusedTrainer
+from train.window_search import PICTURE, PLAN, WindowSearch, draw_gates, give_plan
 
 _PLAIN_SECONDS: Final = 10  # between two lines where the output is no terminal
 
@@ -107,6 +110,7 @@ class RunCallback(TrainerCallback):
                 window=trainer.metrics.window(),
                 fingerprints=trainer.fingerprints,
                 faults=faults,
+                search={} if trainer.search is None else trainer.search.state(),
             )
             mark(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
             best = state.best_global_step if trainer.keeps_best else None
@@ -182,6 +186,50 @@ class LogCallback(TrainerCallback):
         kept = [line for line in lines if 0 <= _step_of_line(line) <= step]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+class SearchCallback(TrainerCallback):
+    """Takes the gates' gradient of each step of a search, and gives the model the window that was found.
+
+    Comes after LogCallback, whose lines it draws. `estimate` is told what a step costs; None on ranks without a log.
+    """
+
+    def __init__(self, trainer: FusedTrainer, search: WindowSearch, estimate: Estimate | None) -> None:
+        self._trainer, self._search, self._estimate = trainer, search, estimate
+        if search.plan is not None:  # a run that goes on
+            give_plan(trainer.model, search.plan)
+        self._count()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ends the search after its last step: from here on the model and its checkpoints have the plan."""
+        if self._search.plan is None:
+            plan = self._search.end_step(state.global_step)
+            if plan is not None:
+                give_plan(self._trainer.model, plan)
+                control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Writes the plan and the picture of the gates after the last log line of the search."""
+        if not state.is_world_process_zero or "window_weight" not in (logs or {}):
+            return
+        self._count()
+        folder = self._trainer.phase.folder
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        draw_gates([json.loads(line) for line in lines], folder / PICTURE)
+        (folder / PLAN).write_text(json.dumps(self._search.found.to_dict()) + "\n", encoding="utf-8")
+        tqdm.write(f"step {state.global_step}: {self._search.words()}; {folder / PLAN}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def _count(self) -> None:
+        if self._estimate is not None:
+            self._estimate.count_only(SEARCH if self._search.plan is None else TRAINED)
 
 
 class ProfileCallback(TrainerCallback):

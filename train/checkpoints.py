@@ -60,6 +60,7 @@ class Progress:
         window: sums of the steps since the last log line, and the seconds at that line.
         fingerprints: digests of the data, the DeepSpeed configuration and the schedule of learning rates.
         faults: rows that all ranks passed over.
+        search: the state of the search for the stage plan; empty without one.
     """
 
     step: int = 0
@@ -71,6 +72,7 @@ class Progress:
     window: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     faults: Sequence[Fault] = ()
+    search: Mapping[str, Any] = field(default_factory=dict)
 
 
 def mark(folder: Path, progress: Progress) -> None:

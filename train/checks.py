@@ -19,7 +19,8 @@ from data.processor import ProcessorError, VisionProcessor, processor_sources, w
 from models import run_decoder
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.families import family_of
-from models.schedules import SCHEDULES, TRAINED
+from models.schedules import SCHEDULES, TRAINED, plan_schedule
+from models.stage_plan import StagePlan
 from models.token_scorer import needs_scorer
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
 from train.adapters import adapted_layers
@@ -29,6 +30,7 @@ from train.errors import one_line
 from train.groups import tower_depth
 from train.initial import check_tokens, read_config, read_processor
 from train.tracking import check_tracking
+from train.window_search import check_search
 
 _WORKERS_A_CORE = 16
 _BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these from there
@@ -54,6 +56,9 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
             _check_libraries(phase.train)
     _check_plan_names(recipe.model)
     config = read_config(recipe.model)
+    if recipe.model.learn is not None:
+        depth = config.text_config.num_hidden_layers
+        check_search(recipe.model.learn, num_layers=depth, steps=recipe.train.max_steps)
     _check_model(recipe, config)
     check_same_run(recipe, Path(recipe.output))
     return config
@@ -245,9 +250,13 @@ def processor_is_here(model: ModelSection) -> bool:
 
 def _check_deepstack(recipe: Recipe, model: Any) -> None:
     """Refuses a plan that leaves no layer to read the last DeepStack feature, as the first step of training would."""
-    for name in recipe.model.plans:
+    schedules = [model.resolve(name) for name in recipe.model.plans]
+    if recipe.model.learn is not None:
+        width = recipe.model.learn.width(model.config.text_config.num_hidden_layers)
+        schedules.append(plan_schedule(StagePlan(0, width)))
+    for schedule in schedules:
         try:
-            model.check_training(model.resolve(name))
+            model.check_training(schedule)
         except ValueError as error:
             raise RecipeError(f"model.{error}") from error
 

@@ -6,7 +6,7 @@ DeepSpeed's estimators take every weight as trained by Adam in 16 bits; adapters
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LlavaConfig
 
 from models.attention import CacheShim, project_visual_kv, rotary, rotary_kind, run_layer, uses_mrope
-from models.cost import Cost, plan_cost, training_flops
+from models.cost import Cost, plan_cost, search_cost, spread_flops, training_flops
 from models.families import family_of
-from recipes.schema import NamedPlan, TrainSection
+from models.schedules import TRAINED
+from recipes.schema import Learn, NamedPlan, TrainSection
 from train.adapters import add_adapters
 from train.groups import freeze, muon_matrices, trainable_counts
 from train.precision import resolve_dtype
@@ -41,6 +42,7 @@ _STATES: Final[dict[str, int]] = {  # bytes of a learned number's states: Adam k
     "muon": 8,  # of what it leaves to Adam; a matrix has a momentum alone
 }
 _MOMENTUM: Final = 4
+SEARCH: Final = "search"
 _PARTS: Final = ("optimizer", "param")
 _ATTENTION: Final = {  # torch leaves it out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -81,15 +83,26 @@ class Estimate:
         config: of the model.
         train: the phase's.
         plans: the stage plans of which each step draws one, by name.
+        learn: the search that finds the stage plan, in the place of `plans`; then there are two: `search`, of its
+            steps, and `trained`, of the others.
+        steps: of the run, where `learn` is given; None: not known, and the search's share of it neither.
 
     Attributes:
         weights: parameters; `trained`: those that learn; `counts`: these by part of the model.
         ratios: each stage plan's share of the steps.
     """
 
-    def __init__(self, config: Any, train: TrainSection, plans: Mapping[str, NamedPlan]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        train: TrainSection,
+        plans: Mapping[str, NamedPlan],
+        learn: Learn | None = None,
+        steps: int | None = None,
+    ) -> None:
         self.config, self.train, self.dtype = config, train, resolve_dtype(train)
-        self._plans = plans
+        self.learn = learn
+        self._plans = plans if learn is None else _search_plans(learn, config.text_config.num_hidden_layers, steps)
         weights = sum(plan.weight for plan in self._plans.values())
         self.ratios = {name: plan.weight / weights for name, plan in self._plans.items()}
         with torch.device("meta"):
@@ -110,7 +123,7 @@ class Estimate:
             matrices = sum(one.numel() for one in muon_matrices(model))
             self._state_bytes -= (_STATES["muon"] - _MOMENTUM) * matrices
         self._learns = {part: count > 0 for part, count in self.counts.items()}
-        self._known: dict[tuple[int, int, int, bool], float] = {}  # bytes kept by a layer
+        self._known: dict[tuple[Any, ...], float] = {}  # bytes kept by a part of a layer
 
     def states(self, deepspeed: Mapping[str, Any], *, stage: int, ranks: int) -> Memory:
         """Returns the memory of weights, gradients and optimizer under a ZeRO stage on so many ranks.
@@ -135,11 +148,12 @@ class Estimate:
         """
         layers, text, size = self._layers(batch), self.config.text_config, self.dtype.itemsize
         logits = batch.samples * batch.text * text.vocab_size * (size + 8)  # float32 ones and their gradient too
-        kept, largest = sum(saved for saved, _ in layers), 0.0
+        kept, largest = sum(saved for saved, _, _ in layers), 0.0
         if checkpointing:
-            kept = sum(batch.samples * rows * text.hidden_size * size for saved, rows in layers if saved)
-            largest = max(saved for saved, _ in layers)
-        gradients = 3 * batch.samples * max(rows for _, rows in layers) * text.intermediate_size * size  # of an MLP
+            kept = sum(batch.samples * rows * text.hidden_size * size for saved, rows, _ in layers if saved)
+            largest = max(saved for saved, _, _ in layers)
+        kept += sum(beside for saved, _, beside in layers if saved)
+        gradients = 3 * batch.samples * max(rows for _, rows, _ in layers) * text.intermediate_size * size  # of an MLP
         return self._image[0] * self._images(batch) + kept + max(logits, largest + gradients)
 
     def step_flops(self, batch: Batch, *, labels: float | None = None) -> float:
@@ -162,9 +176,20 @@ class Estimate:
         return 3 if self._learns["language_model"] and self.train.lora is None else 2
 
     def costs(self, *, visual: int, text: int) -> dict[str, Cost]:
-        """Returns the cost of a sample's forward pass under each stage plan."""
+        """Returns the cost of a sample's forward pass under each stage plan, measures for a penalty included."""
         config = self.config.text_config
-        return {name: plan_cost(config, plan.stages, visual=visual, text=text) for name, plan in self._plans.items()}
+        costs = {name: plan_cost(config, plan.stages, visual=visual, text=text) for name, plan in self._plans.items()}
+        if self.learn is not None:
+            costs[SEARCH] = search_cost(config, self.learn.update, visual=visual, text=text)
+        if self.train.sparse_attention is not None:
+            for name, plan in self._plans.items():
+                more = spread_flops(config, plan.stages, visual=visual, text=text)
+                costs[name] = replace(costs[name], flops=costs[name].flops + more)
+        return costs
+
+    def count_only(self, name: str) -> None:
+        """Makes all steps count as steps under one plan, from here on."""
+        self.ratios = {other: float(other == name) for other in self._plans}
 
     def decoder_flops(self, costs: Mapping[str, Cost]) -> float:
         """Returns the decoder's FLOPs of training on a sample, the mean over the plans, teachers' passes included."""
@@ -208,42 +233,62 @@ class Estimate:
         )
         return (self.weights - frozen) * self.dtype.itemsize + frozen * bits / 8
 
-    def _layers(self, batch: Batch) -> list[tuple[float, int]]:
-        """Returns of each decoder layer the bytes that it keeps, 0 without a graph, and its rows of a sample."""
+    def _layers(self, batch: Batch) -> list[tuple[float, int, float]]:
+        """Returns of each decoder layer the bytes that it keeps, 0 without a graph, and its rows of a sample.
+
+        And the bytes that are kept beside its call, whatever checkpointing does: by gates and measures.
+        """
         depth, costs = self.config.text_config.num_hidden_layers, self.costs(visual=batch.visual, text=batch.text)
-        plan = self._plans[max(costs, key=lambda name: costs[name].flops)].stages  # memory is that of the dearest
+        dearest = max(costs, key=lambda name: costs[name].flops)  # memory is that of the dearest
+        plan, is_gated = self._plans[dearest].stages, self.learn is not None and dearest == SEARCH
         counts = [batch.visual] * depth if plan is None else plan.visual_counts(batch.visual, depth)
         is_kv = plan is not None and plan.update == "kv"
-        found, known = [], self._known
+        samples, found = batch.samples, []
         has_graph = self._learns["language_model"] and self.train.lora is None and self.train.layers is None
         for number, visual in enumerate(counts):
             learns = any(one.requires_grad for one in self._model.model.get_decoder().layers[number].parameters())
             has_graph = has_graph or visual > 0 or learns
             rows, kv = batch.text + (0 if is_kv else visual), visual if is_kv else 0
-            key = batch.samples, rows, kv, learns
-            if has_graph and key not in known:
-                known[key] = self._saved(partial(self._layer, number, batch.samples, rows, kv))
-            found.append((known[key] if has_graph else 0.0, rows))
+            kept = partial(self._kept, number, learns)
+            saved, beside = kept(self._layer, samples, rows, kv) if has_graph else 0.0, 0.0
+            if is_gated and has_graph:  # the layer on text alone, and what the gate lies between
+                saved += kept(self._layer, samples, batch.text, 0)
+                width = self.config.text_config.hidden_size
+                beside += samples * (2 * rows + batch.text) * width * self.dtype.itemsize
+            if visual and has_graph and self.train.sparse_attention is not None:
+                beside += kept(self._keys, samples, batch.text + visual)
+            found.append((saved, rows, beside))
         return found
+
+    def _kept(self, number: int, learns: bool, run: Callable[..., Tensor], *shape: int) -> float:
+        """Returns the bytes that a part of a layer keeps, the same for all layers that learn, or do not."""
+        key = learns, run.__name__, *shape
+        if key not in self._known:
+            self._known[key] = self._saved(partial(run, number, *shape))
+        return self._known[key]
+
+    def _tokens(self, number: int, samples: int, count: int) -> tuple[Tensor, Tensor, Any]:
+        """Returns hidden states, positions and rotary embeddings of so many tokens at a layer."""
+        decoder = self._model.model.get_decoder()
+        hidden = torch.empty(samples, count, self.config.text_config.hidden_size, dtype=self.dtype).requires_grad_()
+        positions = torch.arange(count).expand(samples, count)
+        at = positions.expand(3, samples, count) if uses_mrope(decoder) else positions
+        try:
+            return hidden, positions, rotary(decoder, rotary_kind(decoder, number), hidden, at)
+        except DataDependentOutputException:  # dynamic scaling looks at positions, which have no values here
+            size = 2 * decoder.rotary_emb.inv_freq.numel()
+            return hidden, positions, (torch.empty(samples, count, size, dtype=self.dtype),) * 2
+
+    def _keys(self, number: int, samples: int, count: int) -> Tensor:
+        hidden, _, at = self._tokens(number, samples, count)
+        return project_visual_kv(self._model.model.get_decoder().layers[number], hidden, at)[0].float()
 
     def _layer(self, number: int, samples: int, rows: int, kv: int) -> Tensor:
         decoder = self._model.model.get_decoder()
-        width = self.config.text_config.hidden_size
-
-        def tokens(count: int) -> tuple[Tensor, Tensor, Any]:
-            hidden = torch.empty(samples, count, width, dtype=self.dtype).requires_grad_()
-            positions = torch.arange(count).expand(samples, count)
-            at = positions.expand(3, samples, count) if uses_mrope(decoder) else positions
-            try:
-                return hidden, positions, rotary(decoder, rotary_kind(decoder, number), hidden, at)
-            except DataDependentOutputException:  # dynamic scaling looks at positions, which have no values here
-                size = 2 * decoder.rotary_emb.inv_freq.numel()
-                return hidden, positions, (torch.empty(samples, count, size, dtype=self.dtype),) * 2
-
-        hidden, positions, at = tokens(rows)
+        hidden, positions, at = self._tokens(number, samples, rows)
         layer, mask, shim = decoder.layers[number], None, None
         if kv:
-            visual, _, of_visual = tokens(kv)
+            visual, _, of_visual = self._tokens(number, samples, kv)
             shim = CacheShim(None, partial(project_visual_kv, layer, visual, of_visual), None)
             mask = torch.ones(samples, 1, rows, kv + rows, dtype=torch.bool)
         return run_layer(layer, hidden, mask, None if uses_mrope(decoder) else positions, shim, at)
@@ -262,6 +307,16 @@ class Estimate:
         found = sum(one.untyped_storage().nbytes() for key, one in kept.items() if key not in weights)
         del output
         return float(found)
+
+
+def _search_plans(learn: Learn, num_layers: int, steps: int | None) -> dict[str, NamedPlan]:
+    """Returns what the steps of a search and those after it run under, by their share of the run."""
+    every = [{"enter": 0, "exit": end, "update": learn.update} for end in (num_layers, learn.width(num_layers))]
+    after = learn.steps if steps is None else steps - learn.steps
+    return {
+        SEARCH: NamedPlan(name=SEARCH, weight=learn.steps, plan=every[0]),
+        TRAINED: NamedPlan(name=TRAINED, weight=after, plan=every[1]),
+    }
 
 
 def _fill(model: nn.Module) -> None:

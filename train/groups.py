@@ -16,6 +16,11 @@ from recipes.schema import LearningRates, TrainSection
 _LAYER: Final = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|$)")
 
 
+def base_of(model: Any) -> Any:
+    """Returns the model inside adapters, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def part_of(model: Any, name: str) -> str:
     """Returns the part of a parameter: projector, vision_tower or language_model (with its head)."""
     return family_of(model.config.model_type).part_of(name)

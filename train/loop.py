@@ -21,7 +21,7 @@ from train import distributed
 from train.adapters import add_adapters
 from train.arguments import is_timed, total_steps, training_arguments
 from train.batches import TrainCollator
-from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback
+from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback, SearchCallback
 from train.cards import peak_here
 from train.checkpoints import (
     RECIPE,
@@ -50,6 +50,7 @@ from train.stop import StopRequest
 from train.tracking import start_tracking, stop_tracking
 from train.trainer import FusedTrainer
 from train.watch import DataWatch
+from train.window_search import WindowSearch, check_search
 
 
 def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
@@ -155,7 +156,8 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     }
     if resumed is not None:
         _check_resumed(phase, resumed, progress, fingerprints, total)
-    metrics = _metrics(recipe, phase, progress)  # before DeepSpeed's configuration takes hold of every new model
+    # before DeepSpeed's configuration takes hold of every new model
+    search, estimate, metrics = _measures(recipe, phase, progress, total)
     source, is_resharded = _loadable(resumed, progress)
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
@@ -169,6 +171,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         clock=Clock(before=progress.seconds),
         metrics=metrics,
         watch=DataWatch(phase.data, len(dataset.skipped), progress.faults),
+        search=search,
         validation=validation,
         stop=stop,
         fingerprints=fingerprints,
@@ -183,16 +186,14 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         processing_class=processor,
         callbacks=_profilers(phase),
     )
-    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
     is_trained = _is_trained(phase, progress, total)
     health = Health(
         vocabulary=vocabulary,
         warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
         needs_images=phase.train.learning_rate.language_model is None,
     )
-    trainer.add_callback(RunCallback(trainer, health, is_trained=is_trained, is_resharded=is_resharded))
-    trainer.add_callback(
-        LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
+    _add_callbacks(
+        trainer, RunCallback(trainer, health, is_trained=is_trained, is_resharded=is_resharded), progress, estimate
     )
     with stop.deferred(), _one_line_errors(trainer):
         if not is_trained:
@@ -220,18 +221,37 @@ def _profilers(phase: Phase) -> list[TrainerCallback]:
     return [ProfileCallback(phase.train.profile, phase.folder / "profile")]
 
 
-def _metrics(recipe: Recipe, phase: Phase, progress: Progress) -> TrainMetrics:
-    """Returns the sums of a run so far; rank 0, which logs, also knows what the model computes."""
-    config, peak = read_config(recipe.model), peak_here()
-    return TrainMetrics(
+def _add_callbacks(trainer: FusedTrainer, run: RunCallback, progress: Progress, estimate: Estimate | None) -> None:
+    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
+    trainer.add_callback(run)
+    phase = trainer.phase
+    trainer.add_callback(
+        LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
+    )
+    if trainer.search is not None:
+        trainer.add_callback(SearchCallback(trainer, trainer.search, estimate))
+
+
+def _measures(
+    recipe: Recipe, phase: Phase, progress: Progress, total: int | None
+) -> tuple[WindowSearch | None, Estimate | None, TrainMetrics]:
+    """Returns the search for the stage plan and the sums of a run so far, and on rank 0, which logs, its costs."""
+    config, peak, search = read_config(recipe.model), peak_here(), None
+    if phase.learn is not None:
+        depth = config.text_config.num_hidden_layers
+        check_search(phase.learn, num_layers=depth, steps=total)
+        search = WindowSearch(phase.learn, depth, progress.search)
+    estimate = Estimate(config, phase.train, phase.plans, phase.learn, total) if distributed.rank() == 0 else None
+    metrics = TrainMetrics(
         samples=progress.samples,
         tokens=progress.tokens,
         visual=progress.visual,
         window=progress.window,
         image_token=config.image_token_id,
-        flops=Estimate(config, phase.train, phase.plans).window_flops if distributed.rank() == 0 else None,
+        flops=None if estimate is None else estimate.window_flops,
         peak=None if peak is None else peak * distributed.count(),
     )
+    return search, estimate, metrics
 
 
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:

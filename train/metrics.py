@@ -11,7 +11,18 @@ from torch import Tensor
 
 from data.chat import IGNORE_INDEX
 
-_SUMS: Final = ("samples", "tokens", "loss", "image_loss", "image_labels", "text_loss", "text_labels", "visual")
+_SUMS: Final = (
+    "samples",
+    "tokens",
+    "loss",
+    "image_loss",
+    "image_labels",
+    "text_loss",
+    "text_labels",
+    "visual",
+    "spread",
+    "spread_samples",
+)
 
 
 class TrainMetrics:
@@ -44,13 +55,21 @@ class TrainMetrics:
         self._logged_seconds = float(window.get("seconds", 0.0))
         self._step: Tensor | None = None
 
-    def add(self, batch: Mapping[str, Tensor], loss: Tensor, *, items: Tensor | int) -> None:
+    def add(
+        self,
+        batch: Mapping[str, Tensor],
+        loss: Tensor,
+        *,
+        items: Tensor | int,
+        spread: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Adds one forward pass of this rank to the current step.
 
         Args:
             batch: input_ids (B, S), attention_mask (B, S), labels (B, S), pixel_values where it has images.
             loss: this pass' part of the mean loss of the global batch.
             items: labelled tokens of the global batch.
+            spread: of attention over vision, (B,), and which samples have one, (B,); see AttentionSpread.
         """
         labelled = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         part = loss.detach().float()
@@ -59,11 +78,12 @@ class TrainMetrics:
         of_kind = [summed, labelled, zero, zero] if "pixel_values" in batch else [zero, zero, summed, labelled]
         samples, tokens = zero + len(batch["labels"]), batch["attention_mask"].sum()
         visual = zero if self._image_token is None else (batch["input_ids"] == self._image_token).sum()
-        row = torch.stack([value.double() for value in (samples, tokens, part, *of_kind, visual)])
+        spreads = [zero, zero] if spread is None else [value.detach().sum() for value in spread]
+        row = torch.stack([value.double() for value in (samples, tokens, part, *of_kind, visual, *spreads)])
         self._step = row if self._step is None else self._step + row
 
     def take_step(self) -> Tensor:
-        """Returns this rank's sums of the current step, float64 (8,), and starts the next step."""
+        """Returns this rank's sums of the current step, float64 (10,), and starts the next step."""
         sums, self._step = self._step, None
         return torch.zeros(len(_SUMS), dtype=torch.float64) if sums is None else sums
 
@@ -84,8 +104,8 @@ class TrainMetrics:
 
         Returns:
             loss, the mean of the steps' losses; loss_image and loss_text, each the mean over labelled tokens, where
-            there were any; tokens_per_second; model_flops_per_second and mfu, where they are known; samples and tokens
-            of the whole run.
+            there were any; attention_spread, the mean over samples, where it was measured; tokens_per_second;
+            model_flops_per_second and mfu, where they are known; samples and tokens of the whole run.
         """
         columns = zip(*self._rows, strict=True) if self._rows else [[]] * len(_SUMS)
         sums = {name: math.fsum(column) for name, column in zip(_SUMS, columns, strict=True)}
@@ -94,6 +114,8 @@ class TrainMetrics:
         for kind in ("image", "text"):
             if sums[f"{kind}_labels"]:
                 report[f"loss_{kind}"] = sums[f"{kind}_loss"] / sums[f"{kind}_labels"]
+        if sums["spread_samples"]:
+            report["attention_spread"] = sums["spread"] / sums["spread_samples"]
         report["tokens_per_second"] = round(sums["tokens"] / passed, 1)
         if self._flops is not None and sums["samples"]:
             report["model_flops_per_second"] = rate = self._flops(sums) / passed

@@ -27,6 +27,7 @@ from train.release.processor import save_processor
 from train.samples import Samples
 from train.trainer import FusedTrainer
 from train.weights import save_model
+from train.window_search import give_plan
 
 FINAL: Final = "final"
 RUN: Final = "run.json"
@@ -91,6 +92,8 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
         dtype = resolve_dtype(phase.train)
         model = merged(weights, phase.train.lora, initial=initial, dtype=dtype)
         weights = model.state_dict()
+        if trainer.search is not None:
+            give_plan(model, trainer.search.found)
     unset_hf_deepspeed_config()
     stop_at(model, dataset.encoder.stop_ids)
     save_model(model, partial, weights=weights)

@@ -21,6 +21,7 @@ from train.deepspeed_config import read_deepspeed
 from train.estimate import Batch, Estimate
 from train.initial import read_processor
 from train.samples import hold_out, read_samples
+from train.window_search import check_search
 
 _KEPT_BACK: Final = 0.08  # share of a card's memory
 _TYPICAL: Final = 640, 480  # width and height of a photo, as COCO's are
@@ -47,13 +48,17 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
             yield f"note: model.{part}: {place} is no folder here; the run needs it, as a folder or from the hub"
     for phase in recipe.phases:
         rows, visual, text, note = _measure(recipe, phase, config)
-        estimate = Estimate(config, phase.train, phase.plans)
+        length = None if text is None or visual is None else visual + text
+        steps = _steps(phase, rows, length)
+        if phase.learn is not None:
+            check_search(phase.learn, num_layers=config.text_config.num_hidden_layers, steps=steps)
+        estimate = Estimate(config, phase.train, phase.plans, phase.learn, steps)
         yield f"{phase.name}:"
         yield from _preview_phase(phase, estimate, (rows, visual, text, note))
         if text is not None and visual is not None:
             batch = Batch(_samples(phase.train, visual + text), visual, text)
             yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
-            yield from _hours(estimate, batch, steps=_steps(phase, rows, visual + text), card=card, mfu=mfu)
+            yield from _hours(estimate, batch, steps=steps, card=card, mfu=mfu)
 
 
 def _preview_phase(
@@ -80,9 +85,14 @@ def _preview_phase(
         return
     costs = estimate.costs(visual=visual, text=text)
     dense = plan_cost(config.text_config, None, visual=visual, text=text)
+    if phase.learn is not None:
+        depth = config.text_config.num_hidden_layers
+        width = phase.learn.width(depth)
+        yield f"  stages: the first {phase.learn.steps:,} steps find the window, {width} of {depth} layers"
     yield f"  a sample: {visual} visual + {text} text tokens"
     for name, cost in costs.items():
-        of_steps = f", {estimate.ratios[name]:.0%} of the steps" if len(costs) > 1 else ""
+        is_known = len(costs) > 1 and (phase.learn is None or steps is not None)
+        of_steps = f", {estimate.ratios[name]:.0%} of the steps" if is_known else ""
         yield (
             f"  {name}{of_steps}: {cost.visual_token_layers:,} visual token-layers (dense "
             f"{dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs "

@@ -14,19 +14,21 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from data.token_batches import TokenBatches
-from recipes.schema import Phase
+from models.schedules import AttentionSpread, Gated, Schedule
+from recipes.schema import Distill, Phase
 from train.arguments import is_timed
 from train.checkpoints import whole_checkpoints
 from train.clock import Clock, rate_factor
 from train.errors import TrainingError
 from train.extensions import build_cpu_adam
-from train.groups import muon_groups, parameter_groups
+from train.groups import base_of, muon_groups, parameter_groups
 from train.metrics import TrainMetrics
 from train.order import WholeBatches
 from train.plans import PlanDraw, divergence, predicting
 from train.stop import StopRequest, ignore_signals
 from train.validation import Validation
 from train.watch import DataWatch
+from train.window_search import WindowSearch
 
 
 class FusedTrainer(Trainer):
@@ -38,6 +40,7 @@ class FusedTrainer(Trainer):
         clock: training time, agreed between the ranks once a step.
         metrics: sums of the run.
         plans: which stage plan each step runs under; None: the model's.
+        search: the search for the stage plan; None without one.
         watch: the rows that were passed over, and the loss of each source.
         validation: the held-out samples; None without.
         stop: the stop request of this process.
@@ -52,7 +55,7 @@ class FusedTrainer(Trainer):
     lr_scheduler: Any
     control: Any
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the parts of a run
         self,
         *,
         phase: Phase,
@@ -60,6 +63,7 @@ class FusedTrainer(Trainer):
         clock: Clock,
         metrics: TrainMetrics,
         watch: DataWatch,
+        search: WindowSearch | None,
         validation: Validation | None,
         stop: StopRequest,
         fingerprints: Mapping[str, str],
@@ -67,7 +71,7 @@ class FusedTrainer(Trainer):
     ) -> None:
         super().__init__(eval_dataset=None if validation is None else validation.samples, **kwargs)
         self.phase, self.order, self.clock, self.metrics, self.watch = phase, order, clock, metrics, watch
-        self.validation, self.stop, self.fingerprints = validation, stop, fingerprints
+        self.search, self.validation, self.stop, self.fingerprints = search, validation, stop, fingerprints
         self.plans = PlanDraw(phase.plans, self.args.seed) if len(phase.plans) > 1 else None
         self.last_step: dict[str, float] = {}
         watch.watch_loss(self.model)
@@ -100,7 +104,8 @@ class FusedTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds a held-out batch to the sums of the evaluation."""
-        self._validation.add(model, self._prepare_inputs(inputs))
+        inputs, gates = self._prepare_inputs(inputs), self._gates()
+        self._validation.add(model, inputs if gates is None else {**inputs, "schedule": gates})
         return None, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -171,17 +176,26 @@ class FusedTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Returns the loss of one forward pass; at the last one of a step the ranks start to agree."""
         self.watch.take(inputs)
-        loss, distilled = self._losses(model, inputs, num_items_in_batch)
+        schedule, teacher = self._schedules()
+        measure = None
+        if self.phase.train.sparse_attention is not None:
+            schedule = measure = AttentionSpread(schedule or base_of(self.model).schedule)
+        if schedule is not None:
+            inputs = {**inputs, "schedule": schedule}
+        loss, distilled = self._losses(model, inputs, num_items_in_batch, teacher)
         part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
-        self.metrics.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch)
+        spread = None if measure is None else measure.mean()
+        self.metrics.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch, spread=spread)
         if self.accelerator.sync_gradients:
             self._start_sync()
+        if spread is not None:
+            loss = loss + self._penalty(spread[0])
         return loss if distilled is None else loss + distilled
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -196,23 +210,38 @@ class FusedTrainer(Trainer):
             self._shared = None
         return loss
 
+    def _schedules(self) -> tuple[Schedule | None, Distill | None]:
+        """Returns what the current step runs under, None: the model's; and what it learns from another plan."""
+        if self.plans is None:
+            return self._gates(), None
+        plan = self.plans.of_step(self.state.global_step)
+        return self.plans.schedule(plan.name), plan.distill
+
     def _losses(
-        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
+        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None, distill: Distill | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the loss on the labels, and what is added where the step's plan learns from another one."""
-        if self.plans is None:
+        if distill is None or self.plans is None:
             return super().compute_loss(model, inputs, num_items_in_batch=items), None
-        plan = self.plans.of_step(self.state.global_step)
-        inputs = {**inputs, "schedule": self.plans.schedule(plan.name)}
-        if plan.distill is None:
-            return super().compute_loss(model, inputs, num_items_in_batch=items), None
-        inputs["logits_to_keep"] = predicting(inputs["labels"])
+        inputs = {**inputs, "logits_to_keep": predicting(inputs["labels"])}
         # first, so that what DeepSpeed knows of the last forward is the one with a backward
         with torch.no_grad(), self.watch.paused():
-            teacher = model(**{**inputs, "schedule": self.plans.schedule(plan.distill.teacher)}).logits
+            teacher = model(**{**inputs, "schedule": self.plans.schedule(distill.teacher)}).logits
         loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         scale = self.accelerator.num_processes / (len(teacher) if items is None else items)
-        return loss, scale * divergence(output.logits, teacher, plan.distill)
+        return loss, scale * divergence(output.logits, teacher, distill)
+
+    def _penalty(self, spread: Tensor) -> Tensor:
+        """Returns this pass' part of the penalty on the spread of attention (B,), the mean over the global batch."""
+        train = self.phase.train
+        weight = 0.0 if train.sparse_attention is None else train.sparse_attention.weight
+        return self.accelerator.num_processes * weight / train.global_batch * spread.sum()
+
+    def _gates(self) -> Gated | None:
+        """Returns the gates of the current step while the search for the stage plan goes on."""
+        if self.search is None or self.search.plan is not None:
+            return None
+        return self.search.schedule(self.state.global_step, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""
@@ -220,6 +249,8 @@ class FusedTrainer(Trainer):
             logs["seconds"] = round(self.clock.agreed, 3)
             logs.update(self.metrics.report(self.clock.agreed))
             logs.update(self.watch.report())
+            if self.search is not None and self.state.global_step <= self.search.learn.steps:
+                logs.update(self.search.report(self.state.global_step))
             rates = self.phase.train.learning_rate.model_dump()
             factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
             logs.update({f"learning_rate_{name}": rate * factor for name, rate in rates.items() if rate})
@@ -229,8 +260,10 @@ class FusedTrainer(Trainer):
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the run ends because its evaluations no longer get better."""
-        return self.validation is not None and self.validation.is_stalled(self.state.log_history)
+        """Whether the run ends because its evaluations no longer get better; those of a search do not count."""
+        first = 0 if self.search is None else self.search.learn.steps
+        history = [line for line in self.state.log_history if line["step"] >= first]
+        return self.validation is not None and self.validation.is_stalled(history)
 
     def failure(self, what: str, *, step: int) -> TrainingError:
         """Returns the error of a run that cannot go on, with the checkpoint to go back to."""
@@ -239,6 +272,8 @@ class FusedTrainer(Trainer):
         return TrainingError(f"step {step}: {what}; {last}")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self._gates() is not None:  # not of the model that is trained
+            return False
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self._validation.section.final == "best":
             self.control.should_save = True

@@ -14,6 +14,7 @@ from data.chat import IGNORE_INDEX
 from data.config import DataConfig
 from data.rows import Fault
 from train import distributed as peers
+from train.groups import base_of
 
 
 class DataWatch:
@@ -69,8 +70,7 @@ class DataWatch:
         """Makes a model's loss also add up for each source; the loss itself stays the same sum."""
         if len(self.names) < 2:
             return
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.loss_function = self._loss
+        base_of(model).loss_function = self._loss
 
     def report(self) -> dict[str, float]:
         """Returns `loss_<source>` over all ranks since the last report, of the sources that were seen.

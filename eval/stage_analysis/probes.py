@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.stage_analysis.samples import Batch
 from models.live_tokens import NO_VISUAL, Selection
-from models.schedules import Schedule, View, Within, plan_schedule, published
+from models.schedules import Schedule, View, Within, Wrapper, plan_schedule, published
 from models.stage_plan import StagePlan
 from models.value_remap import ValueRemap
 
@@ -60,35 +60,22 @@ class Knockout(Schedule):
 
 
 @dataclass(frozen=True)
-class RecordingSchedule(Schedule):
+class RecordingSchedule(Wrapper):
     """Another schedule, with a callback that gets the view before each layer and after the last.
 
     The callback may ask for the attention of many tokens; the inner schedule still chooses by the last one's alone.
     """
 
-    inner: Schedule
     callback: Callable[[View], None]
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        self.derive(update=inner.update, reads_attention=True, renumbers=inner.renumbers, trainable=inner.trainable)
-
-    def check(self, num_layers: int) -> None:
-        """Raises what the inner schedule raises."""
-        self.inner.check(num_layers)
-
-    def new_state(self) -> Any:
-        """Returns the state of the inner schedule."""
-        return self.inner.new_state()
+        super().__post_init__()
+        self.derive(reads_attention=True)
 
     def live(self, view: View) -> Selection:
         """Calls back, then returns what the inner schedule selects."""
         self.callback(view)
         return self.inner.live(replace(view, attention=lambda: _last_attention(view)))
-
-    def value_remap(self, view: View) -> ValueRemap | None:
-        """Returns what the inner schedule wants."""
-        return self.inner.value_remap(view)
 
     def on_end(self, view: View) -> None:
         """Calls back once more: with what the last layer did."""

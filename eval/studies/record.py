@@ -16,8 +16,10 @@ import transformers
 from data import easy_vqa, scenes
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.tasks.scenes import SPLITS
-from models.cost import plan_cost, training_flops
+from models.cost import plan_cost, search_cost, spread_flops, training_flops
 from models.families import family_of
+from models.schedules import TRAINED
+from models.stage_plan import StagePlan
 from recipes.schema import Phase, Recipe
 
 Record = dict[str, Any]
@@ -117,12 +119,20 @@ def _phase_record(phase: Phase, recipe: Recipe, checkpoint: Checkpoint) -> Recor
     text = round(run["tokens"] / run["samples"]) - visual
     # forward, and backward twice as much where the decoder's weights learn
     passes = 3 if phase.train.learning_rate.language_model is not None and phase.train.lora is None else 2
-    plans = recipe.model.plans
-    costs = {name: plan_cost(config.text_config, one.stages, visual=visual, text=text) for name, one in plans.items()}
-    dense = plan_cost(config.text_config, None, visual=visual, text=text)
+    plans, decoder, size = recipe.model.plans, config.text_config, {"visual": visual, "text": text}
+    shown = {name: one.stages for name, one in plans.items()}
     weights = {name: one.weight for name, one in plans.items()}
+    if phase.learn is not None:  # the config has the plan that was found
+        shown = {"search": None, TRAINED: StagePlan.from_dict(config.stages)}
+        weights = {"search": phase.learn.steps, TRAINED: run["steps"] - phase.learn.steps}
+    forward = {name: float(plan_cost(decoder, plan, **size).flops) for name, plan in shown.items()}
+    dense = plan_cost(decoder, None, **size)
+    if phase.learn is not None:
+        forward["search"] = search_cost(decoder, phase.learn.update, **size).flops
+    if phase.train.sparse_attention is not None:
+        forward = {name: found + spread_flops(decoder, shown[name], **size) for name, found in forward.items()}
     teachers = {name: one.distill.teacher for name, one in plans.items() if one.distill is not None}
-    flops = training_flops({name: cost.flops for name, cost in costs.items()}, weights, teachers, passes=passes)
+    flops = training_flops(forward, weights, teachers, passes=passes)
     return {
         "phase": phase.name,
         **run,
@@ -148,7 +158,7 @@ def _training_of(phase: Phase) -> Record:
 
 
 def _curve(log: Sequence[Mapping[str, Any]], phases: Sequence[Record]) -> list[list[float]]:
-    """Returns [decoder FLOPs so far, loss] of log lines over the whole run."""
+    """Returns [decoder FLOPs so far, loss] of log lines over the whole run, each step at the mean of its phase."""
     points, steps, flops = [], 0, 0.0
     ends = []
     for phase in phases:
