@@ -135,8 +135,8 @@ def test_overrides_are_yaml_on_dotted_keys():
     assert recipe.model.stages is None
     assert recipe.train.max_steps == 20
     assert recipe.train.learning_rate.vision_tower is None
-    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=3", "data.files=[a.json]"])
-    assert recipe.plan.enter == 3
+    recipe = load_recipe("recipes/quickstart.yaml", ["model.stages.enter=1", "data.files=[a.json]"])
+    assert recipe.plan.enter == 1
     assert recipe.data.files == ["a.json"]
 
 
@@ -155,7 +155,7 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.warmup_ratio=1.5", "train.warmup_ratio: got 1.5 (float), expected number >= 0 and < 1"),
         ("train.scheduler=cosin", "train.scheduler: got 'cosin' (str), expected cosine, linear, constant"),
         ("train.deepspeed=null", "train.deepspeed: got None (NoneType), expected text that is not empty"),
-        ("model.stages.exit=2", "model: stages.exit: got 2, expected a layer after enter (2)"),
+        ("model.stages.exit=0", "model: stages.exit: got 0, expected a layer after enter (0)"),
         ("model.stages.exit=9", "model.stages.exit: got 9, beyond the decoder's 8 layers (expected at most 8)"),
         (
             "model.stages.leave=4",

@@ -194,7 +194,7 @@ def test_a_config_that_is_no_mapping_is_refused(tmp_path, text):
 
 def test_sizes_that_cannot_be_meant_are_refused():
     assert "r: got 100, expected at most 64" in refused("train.lora={r: 100}")
-    assert "model.stages.keep.3: got 100, expected at most 64" in refused("model.stages.keep={3: 100}")
+    assert "model.stages.keep.2: got 100, expected at most 64" in refused("model.stages.keep={2: 100}")
     assert "workers: got 100000, expected at most" in refused("data.workers=100000")
     assert "got 32 on 3 ranks" in refused(ranks=3)
 
