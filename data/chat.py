@@ -145,6 +145,8 @@ class ChatFormat:
             rendered.text,
             add_special_tokens=self._template is None,  # a template writes them itself
             return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
             verbose=False,
         )
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]

@@ -25,7 +25,7 @@ from data.dataset import Encoder
 from data.processor import ProcessorError, model_processor, with_settings
 from data.rows import NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
-from data.table import check_rows, record_of, sizes_of
+from data.table import check_rows, record_of, rows_of, sizes_of
 
 _BATCH: Final = 500  # rows whose texts are in memory together
 _SHOWN_KEYS: Final = 12
@@ -128,8 +128,7 @@ class _Summary:
 
 def _each(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
     for batch in rows.iter(batch_size=_BATCH):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+        yield from rows_of(batch)
 
 
 def _faults(rows: Iterable[dict[str, Any]], encoder: Encoder | None, summaries: Sequence[_Summary]) -> Iterator[Fault]:

@@ -33,6 +33,7 @@ from data.table import (
     images_of,
     processes,
     record_of,
+    rows_of,
     sizes_of,
     source_stamp,
     usable_cache,
@@ -465,13 +466,14 @@ def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> 
     with usable_cache():
         return rows.map(
             _tokenise,
+            batched=True,
             fn_kwargs={"encoder": encoder},
             num_proc=processes(config, rows),
             desc="tokenising rows",
             new_fingerprint=fingerprint(
                 "tokens",
                 code_stamp("rows", "chat"),
-                source_stamp(Encoder, Sample, _tokenise),
+                source_stamp(Encoder, Sample, _tokenise, _tokens_of),
                 rows._fingerprint,  # of the rows without a fault
                 [source.format for source in config.sources],
                 encoder.max_length,
@@ -487,7 +489,12 @@ def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> 
         )
 
 
-def _tokenise(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
+def _tokenise(batch: dict[str, list[Any]], encoder: Encoder) -> dict[str, list[Any]]:
+    samples = [_tokens_of(row, encoder) for row in rows_of(batch)]
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def _tokens_of(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
     try:
         return {"fault": "", **vars(encoder.encode(record_of(row), sizes_of(row), row["source"]))}
     except RowError as error:

@@ -85,6 +85,12 @@ def faults_of(rows: datasets.Dataset) -> list[Fault]:
     return [Fault(row["file"], row["row"], row["fault"]) for row in chosen]
 
 
+def rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a batch of columns."""
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
 def record_of(row: dict[str, Any]) -> Record:
     """Returns the record of a row of the table; embedded images stand in it as EMBEDDED."""
     untrained = set(row["untrained"])

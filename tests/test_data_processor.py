@@ -1,5 +1,7 @@
 """Texts and images through every family's own processor, and the settings that a recipe hands to it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,17 @@ def test_formats_of_our_own_write_the_family_s_mark(name):
     vision = VisionProcessor(PROCESSORS["qwen3_vl"]())
     text = ChatFormat(name, vision.tokenizer, vision.text).render([Turn("user", "<image>\nhm"), Turn("assistant", "b")])
     assert "<|vision_start|><|image_pad|><|vision_end|>\n" in text.text
+
+
+def test_what_the_processor_writes_before_a_text_begins_a_sample_once_and_has_no_label():
+    vision = VisionProcessor(llava())
+
+    def encoded(begin):
+        return ChatFormat("chat_template", vision.tokenizer, replace(vision.text, begin=begin)).encode(TURNS[:2])
+
+    ids, labels = encoded("")
+    assert encoded("<s>") == ([vision.tokenizer.bos_token_id, *ids], [IGNORE_INDEX, *labels])
+    assert encoded("<|im_start|>") == (ids, labels)
 
 
 def test_a_siglip_tower_without_a_crop_has_every_patch_as_a_token():

@@ -165,7 +165,7 @@ def test_every_release_loads_where_this_repository_is_not(released):
 @pytest.mark.slow
 def test_releases_answer_over_transformers_serve(runs, released, tmp_path):
     """One server, asked for each release in turn; a processor with a part for videos loads where torchvision is."""
-    given = {name: folder for name, folder in released[0].items() if _is_servable(folder)}
+    given = {name: folder for name, folder in released[0].items() if name in PROCESSORS and _is_servable(folder)}
     image = Image.new("RGB", (20, 10), "red")
     with serving(tmp_path) as address:
         said = {name: ask(address, folder, image, "what is it?", tokens=4) for name, folder in given.items()}
@@ -174,7 +174,7 @@ def test_releases_answer_over_transformers_serve(runs, released, tmp_path):
         model, processor = checkpoint.load()
         response = respond(model, checkpoint.prompter(processor), image, "what is it?", "trained", 4)
         assert text.strip() == response.answer.strip(), name
-    assert {"llava", "idefics3", "gemma3-dense"} <= said.keys()
+    assert {"llava", "idefics3", "gemma3", "mobilevlm"} <= said.keys()
 
 
 def _is_servable(folder):
