@@ -311,7 +311,7 @@ class TrainSection(_Section):
         self._check_layers()
         if self.sparse_attention is not None and self.tokens_per_step is not None:
             raise ValueError(
-                "got sparse_attention with tokens_per_step, expected null: it is a mean over `global_batch`"
+                "got sparse_attention with tokens_per_step, expected null: it is a mean over global_batch"
             )
         if self.optimizer == "muon" and self.max_grad_norm is not None:
             raise ValueError(
