@@ -417,8 +417,7 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_a_held_one_waited_for(tm
 def test_auto_is_bf16_where_the_cpu_multiplies_it(monkeypatch, abilities, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
-    train = load_recipe("recipes/quickstart.yaml").train
-    assert train.precision == "auto"
+    train = load_recipe("recipes/quickstart.yaml", ["train.precision=auto"]).train
     assert resolve_precision(train) == expected
     assert resolve_precision(train.model_copy(update={"precision": "fp32"})) == "fp32"
 
