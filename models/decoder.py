@@ -129,7 +129,8 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         )
     cached = (use_cache or past_key_values is not None) and not checkpointing
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
-    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts, packed)
+    known = facts if cache is None else None  # of this batch alone, not of what a cache holds
+    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, known, packed)
     run = _Run(decoder, schedule, cache, state, query_mask, tower, relevance)
     if state.offset > 0 and state.stride == state.offset + 1:  # a decode step
         hidden = run.text_alone(inputs_embeds)

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from eval import bench_prefill, bench_train, measure
+from eval import bench_packing, bench_prefill, bench_train, measure
 from eval.live import live_visual
 from eval.measure import Shape
+from models import StagePlan
+from models.attention import SDPA_PACKED
 
 SHAPE = Shape(4, 64, 16, 24)
 DEEP = Shape(8, 64, 64, 24)
@@ -53,6 +55,32 @@ def test_the_training_table_has_a_row_for_each_variant(monkeypatch):
     assert list(rows) == [row.name for row in bench_train.variants(SHAPE)]
     assert rows["dense"][2] == "1.00"
     assert rows["dense"][-1] == f"{4 * (16 + 24)}"
+
+
+def test_each_way_to_batch_takes_every_row_of_the_published_mix_once():
+    rows = bench_packing.draw_rows(SHAPE)
+    assert sum(row.visual == 0 for row in rows) / len(rows) == pytest.approx(40_688 / 665_298, abs=0.02)
+    assert {row.visual for row in rows} == {0, SHAPE.visual}
+    for passes in bench_packing.ways(rows).values():
+        assert sorted(number for one in passes for number in one) == list(range(len(rows)))
+
+
+def test_packed_rows_give_the_loss_of_padded_ones():
+    rows = bench_packing.draw_rows(SHAPE, 6)
+    model, batch = measure.build(SHAPE, plan=StagePlan(1, 2)), bench_packing.make_batch(SHAPE, rows)
+    model.set_attn_implementation({"text_config": SDPA_PACKED})
+    assert model(**batch, packed=True).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+def test_the_packing_table_compares_with_rows_grouped_by_length(monkeypatch):
+    monkeypatch.setattr(bench_packing, "TIMED", 1)
+    found = cells(bench_packing.table(SHAPE, repeats=2).splitlines())
+    ways = ("padded", "grouped by length", "packed")
+    assert list(found) == [f"{plan}, {way}" for plan in ("dense", "fused full") for way in ways]
+    assert found["dense, grouped by length"][2] == found["fused full, grouped by length"][2] == "1.00"
+    assert found["dense, packed"][3] == "0%"
+    largest = [int(found[f"dense, {way}"][-1].replace(",", "")) for way in ways]
+    assert largest[2] < min(largest[:2])
 
 
 def test_memory_is_measured_in_a_fresh_process():
