@@ -60,13 +60,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def setting() -> str:
-    """Returns where and how the figures of this process are measured, in words."""
+def setting(rows: str = "batch 1, sdpa, ") -> str:
+    """Returns where and how the figures of this process are measured, in words; `rows` say on what."""
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     else:
         machine = f"{torch.get_num_threads()} threads, {platform.machine()}"
-    return f"batch 1, sdpa, {machine}, torch {torch.__version__}"
+    return f"{rows}{machine}, torch {torch.__version__}"
 
 
 def text_config(shape: Shape) -> LlamaConfig:

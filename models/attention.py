@@ -149,10 +149,7 @@ def attention_mask(
     backend, switch = decoder.config._attn_implementation, "model.set_attn_implementation('sdpa') switches"
     if "flash" in backend:
         for refused, what in (
-            (
-                hidden is not None,
-                "keys hidden from text alone, as VisiPruner's shallow mode asks for",
-            ),
+            (hidden is not None, "keys hidden from text alone, as VisiPruner's shallow mode asks for"),
             (blocks is not None, "image blocks that attend in both directions"),
             (window is not None and not queries.whole, "a sliding window over live tokens"),
             (

@@ -136,12 +136,13 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     if cached and schedule.gate_at(0) is not None:
         raise ValueError("use_cache: got a cache under gates, expected none: they are for training")
     cache = staged_cache(past_key_values, len(decoder.layers)) if cached else None
-    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, facts, packed)
+    known = facts if cache is None else None  # of this batch alone, not of what a cache holds
+    state = SequenceState(visual, attention_mask, position_ids, cache, blocks, known, packed)
     probe = AttentionProbe(
         decoder,
         query_mask,
         state,
-        counts=None if facts is None else facts.queries,
+        counts=None if known is None else known.queries,
         answers=answers,
         differentiable=schedule.differentiable and torch.is_grad_enabled(),
     )

@@ -310,9 +310,7 @@ class TrainSection(_Section):
                 raise ValueError(f"got lora with learning_rate.{part} null, expected a number > 0, the adapters' rate")
         self._check_layers()
         if self.sparse_attention is not None and self.tokens_per_step is not None:
-            raise ValueError(
-                "got sparse_attention with tokens_per_step, expected null: it is a mean over global_batch"
-            )
+            raise ValueError("got sparse_attention with tokens_per_step, expected null: it is a mean over global_batch")
         if self.optimizer == "muon" and self.max_grad_norm is not None:
             raise ValueError(
                 f"got max_grad_norm {self.max_grad_norm:g} with muon, expected null: DeepSpeed clips after Muon made "
