@@ -21,6 +21,8 @@ from eval.paired import difference, standard_error
 from eval.studies.record import Record, questions_of
 from models.schedules import TRAINED
 
+_COLOURS = plt.get_cmap("tab20")  # an arm's in every picture
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -169,7 +171,7 @@ def write_report(folder: Path, name: str, reference: str, arms: Sequence[str], r
     parts += [_notes(arms, records), _made(records)]
     text = "\n\n".join(parts) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    draw_accuracy(cells_of(tasks[0], arms, records), tasks[0], folder / "accuracy.png")
+    draw_accuracy(arms, cells_of(tasks[0], arms, records), tasks[0], folder / "accuracy.png")
     draw_curves(arms, records, folder / "curves.png")
     return text
 
@@ -197,14 +199,14 @@ def _made(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{days}; {', '.join(devices)}; {', '.join(precisions)}; {'; '.join(versions)}."
 
 
-def draw_accuracy(cells: Sequence[Cell], task: str, file: Path) -> None:
+def draw_accuracy(arms: Sequence[str], cells: Sequence[Cell], task: str, file: Path) -> None:
     """Draws accuracy over the FLOPs of the training, a point an arm with its error over seeds, each seed pale."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for number, cell in enumerate(cell for cell in cells if cell.schedule == TRAINED):
-        cost = cell.training[0] / 1e12
-        axes.plot([cost] * len(cell.scores), [100 * score for score in cell.scores], "o", color=f"C{number}", alpha=0.3)
+    for cell in (cell for cell in cells if cell.schedule == TRAINED):
+        cost, colour = cell.training[0] / 1e12, _COLOURS(arms.index(cell.arm))
+        axes.plot([cost] * len(cell.scores), [100 * score for score in cell.scores], "o", color=colour, alpha=0.3)
         error = None if cell.seed_error is None else 100 * cell.seed_error
-        axes.errorbar([cost], [100 * cell.score], yerr=error, fmt="D", color=f"C{number}", capsize=4, label=cell.name)
+        axes.errorbar([cost], [100 * cell.score], yerr=error, fmt="D", color=colour, capsize=4, label=cell.name)
     axes.set(xlabel="decoder TFLOP of the training", ylabel=f"accuracy on {task} (%)", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -219,7 +221,7 @@ def draw_curves(arms: Sequence[str], records: Sequence[Record], file: Path) -> N
         members = sorted((record for record in records if record["arm"] == arm), key=lambda record: record["seed"])
         if members:
             flops, losses = zip(*members[0]["curve"], strict=True)
-            axes.plot(np.array(flops) / 1e12, smooth(losses), color=f"C{number}", label=arm)
+            axes.plot(np.array(flops) / 1e12, smooth(losses), color=_COLOURS(number), label=arm)
     axes.set(xlabel="decoder TFLOP of the training", ylabel="loss on answer tokens", yscale="log", xlim=(0, None))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
