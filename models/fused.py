@@ -239,8 +239,8 @@ class FusedMixin:
         text = self.model.get_decoder()
         text.__class__ = fused_text_class(type(text))  # type: ignore[arg-type]  # mypy: a class is no Hashable
         if needs_scorer(config):
-            scorer = TokenScorer(config.text_config.hidden_size)
-            text.add_module(SCORER, scorer.apply(self._init_weights))  # type: ignore[attr-defined]  # PreTrainedModel's
+            text.add_module(SCORER, TokenScorer(config.text_config.hidden_size))
+            text.get_submodule(SCORER).apply(self._init_weights)  # type: ignore[attr-defined]  # PreTrainedModel's
 
     @property
     def schedule(self) -> Schedule:
