@@ -82,10 +82,12 @@ def write_run(folder, stages):
 
 @pytest.fixture(autouse=True)
 def ranks_are_forgotten():
-    """A test that trains in this process fills in what launchers set; the next test starts without it."""
+    """A test that trains in this process fills in what launchers and Trainer set; the next test starts without it."""
     yield
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +96,7 @@ def quickstart_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "fused", {"enter": 2, "exit": 5})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_recipe(tmp_path_factory):
     """Returns a function that makes a recipe: a 4-layer LLaVA of width 32, two files of 12 rows, half with an image."""
     folder = tmp_path_factory.mktemp("tiny")
@@ -134,6 +136,8 @@ def train_here(monkeypatch):
 
     `stop_in` is the step in which SIGTERM seems to come.
     """
+    from deepspeed.utils import groups
+
     from train import distributed
     from train.loop import run_phase
     from train.stop import StopRequest
@@ -156,7 +160,8 @@ def train_here(monkeypatch):
             return super().is_requested()
 
     def train(recipe, *, stop_in=None):
-        distributed.setup_env()  # the process group stays: DeepSpeed knows no second one
+        distributed.setup_env()
+        groups._WORLD_GROUP = None  # DeepSpeed would go on with that of an earlier run, which a test may have left
         run_phase(Recipe.model_validate(recipe), 0, StopLater(stop_in))
         return Path(recipe["output"])
 
