@@ -447,8 +447,7 @@ class AttentionProbe:
     @cached_property
     def asking(self) -> Tensor:
         """(B, S) bool, the instruction tokens."""
-        text = self.state.by_sample(self.state.text)
-        places = torch.arange(text.shape[1], device=text.device)
+        text, places = self._text()
         last = places == places.where(text, -1).amax(dim=1, keepdim=True)
         if self.query_mask is None:
             return last
@@ -464,8 +463,7 @@ class AttentionProbe:
 
     def prompt(self) -> Tensor:
         """Returns (B, S) bool: see View.prompt."""
-        text = self.state.by_sample(self.state.text)
-        places = torch.arange(text.shape[1], device=text.device)
+        text, places = self._text()
         first = places.where(self.asking, text.shape[1]).amin(dim=1, keepdim=True)
         return text & (places <= first)
 
@@ -473,8 +471,7 @@ class AttentionProbe:
         """Returns (B, S) bool, the text that a learned scorer reads: see run_decoder's `answers`."""
         if self.answers is None:
             return self.prompt()
-        text = self.state.by_sample(self.state.text)
-        places = torch.arange(text.shape[1], device=text.device)
+        text, places = self._text()
         last = places.where(self.asking, -1).amax(dim=1, keepdim=True)
         return text & ~self.answers & (places <= last)
 
@@ -530,6 +527,11 @@ class AttentionProbe:
         weights = self._weights(replace(past, keys=keys))
         mean = weights.mean(dim=1).masked_fill(~self.queries.valid[..., None], 0.0)
         return self._row(past, weights[:, :, 0]).spread(mean, self.state.size, 0.0)
+
+    def _text(self) -> tuple[Tensor, Tensor]:
+        """Returns the text (B, S) bool, and the places of the input (S,)."""
+        text = self.state.by_sample(self.state.text)
+        return text, torch.arange(text.shape[1], device=text.device)
 
     def _weights(self, probed: ProbedLayer) -> Tensor:
         """Returns (B, H, Q, K) float32: the softmax of the instruction tokens' rows."""

@@ -19,7 +19,7 @@ class BatchFacts:
     Attributes:
         lengths: tokens of each sample, without padding.
         visual: visual tokens among them.
-        queries: instruction tokens of each sample, at least 1: see `instruction_ends`; None where others are asked for.
+        queries: instruction tokens of each sample, at least 1: see `instruction_ends`; None: others.
         labelled: (N,) int64, the flat places (sample * S + place) whose next token is labelled, ascending.
         after_visual: number of the first sample with a label directly after a visual token; None: there is none.
     """

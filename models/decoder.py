@@ -105,7 +105,7 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         tower: what the vision tower made of the images, for a schedule with `reads_tower`.
         relevance: (B, S), how relevant each visual token is to the question, for CDPruner.
         facts: what is known of a training batch without a cache, so that nothing waits for the device. None: it is
-            asked.
+            read from the device.
         packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
             Without a cache, under a schedule that trains. The output is the same.
 

@@ -45,8 +45,8 @@ class TokenScorer(nn.Module):
         normed = _normed(embeddings)
         weights = self.word(normed)[..., 0].float().masked_fill(~words, torch.finfo(torch.float32).min).softmax(dim=-1)
         mean = weights.masked_fill(~words, 0.0).to(normed.dtype)[:, None] @ normed  # (B, 1, D)
-        asked, features = self.instruction(_normed(mean)), self.feature(normed)
-        return (features.float() @ asked.float().transpose(1, 2))[..., 0] / math.sqrt(SCORER_WIDTH)
+        query, features = self.instruction(_normed(mean)), self.feature(normed)
+        return (features.float() @ query.float().transpose(1, 2))[..., 0] / math.sqrt(SCORER_WIDTH)
 
 
 def needs_scorer(config: Any) -> bool:

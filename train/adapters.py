@@ -14,7 +14,7 @@ from models.schedules import TRAINED, Fused
 from models.token_scorer import is_scorer
 from recipes.schema import Lora, RecipeError
 from train.errors import TrainingError
-from train.groups import layer_of, part_of
+from train.groups import base_of, layer_of, part_of
 from train.initial import load_checkpoint
 
 _TOLERANCE: Final = 1e-3  # float32, relative to the largest logit
@@ -125,7 +125,7 @@ def merged(weights: Mapping[str, Tensor], lora: Lora, *, initial: Path, dtype: t
 
 def _outputs(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Returns the logits of a text and the features of an image."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_of(model)
     image = type(inner).family_blank(inner.config)
     torch.manual_seed(0)
     image = {name: torch.rand_like(one) if one.is_floating_point() else one for name, one in image.items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from data.chat import IGNORE_INDEX
+from models.batch_facts import IGNORE_INDEX, next_labels
 from models.schedules import Schedule, plan_schedule
 from recipes.schema import Distill, NamedPlan
 
@@ -35,11 +35,6 @@ class PlanDraw:
     def schedule(self, name: str) -> Schedule:
         """Returns a plan as a schedule."""
         return plan_schedule(self.plans[name].stages)
-
-
-def next_labels(labels: Tensor) -> Tensor:
-    """Returns (B, S), the label that each position predicts: the next token's, IGNORE_INDEX at the last one."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def predicting(labels: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
             check_search(phase.learn, num_layers=config.text_config.num_hidden_layers, steps=steps)
         estimate = Estimate(config, phase.train, phase.plans, phase.learn, steps)
         yield f"{phase.name}:"
-        yield from _preview_phase(phase, estimate, (rows, visual, text, note))
+        yield from _preview_phase(phase, estimate, steps, (visual, text, note))
         if text is not None and visual is not None:
             batch = Batch(_samples(phase.train, visual + text), visual, text)
             yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
@@ -62,15 +62,14 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
 
 
 def _preview_phase(
-    phase: Phase, estimate: Estimate, measured: tuple[int | None, int | None, int | None, str]
+    phase: Phase, estimate: Estimate, steps: int | None, measured: tuple[int | None, int | None, str]
 ) -> Iterator[str]:
-    config, (rows, visual, text, note) = estimate.config, measured
+    config, (visual, text, note) = estimate.config, measured
     counts = [f"{group} {count:,}" for group, count in estimate.counts.items() if count]
     yield f"  trainable parameters: {', '.join(counts)}"
     if note:
         yield f"  note: {note}"
-    length = None if text is None or visual is None else visual + text
-    steps, tokens = _steps(phase, rows, length), phase.train.tokens_per_step
+    tokens = phase.train.tokens_per_step
     size = f"{phase.train.global_batch} samples" if tokens is None else f"{tokens:,} tokens"
     if is_timed(phase.train):
         yield f"  steps: as many of {size} as {phase.train.max_seconds:g} s allow"

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from data.chat import IGNORE_INDEX
 from data.dataset import ConversationDataset
 from data.rows import DataError
+from models.batch_facts import next_labels
 from recipes.schema import EvalSection, RecipeError
 from train import distributed as peers
-from train.plans import next_labels
 from train.stop import ignore_signals
 
 SHORT_ANSWER: Final = 10  # tokens, end mark included, of an answer that counts for accuracy

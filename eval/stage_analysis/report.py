@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.probes import SINKS, narrowed
-from eval.stage_analysis.search import Proposal, Trial, side_intervals
+from eval.stage_analysis.search import Proposal, Trial, Trials, side_intervals
 from models.cost import plan_cost
 
 Record = dict[str, Any]
@@ -28,10 +28,6 @@ def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Name
         name: the checkpoint's.
     """
     trials, depth, width = analysis.trials, analysis.trials.depth, analysis.window
-
-    def results(trial_of: Callable[[int], Trial], count: int) -> list[Record]:
-        return [{"layer": layer, **asdict(trials.result(trial_of(layer)))} for layer in range(count)]
-
     windows = dict(trials.windows(width))
     record: Record = {
         "command": args.command,
@@ -44,10 +40,9 @@ def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Name
         "window": width,
         "score": asdict(trials.result(trials.whole)),
         "without_vision": asdict(trials.result(trials.nothing)),
-        "masked_before": results(lambda layer: trials.masked_outside(layer, depth), depth + 1),
-        "masked_from": results(lambda layer: trials.masked_outside(0, layer), depth + 1),
-        "masked_window": results(windows.__getitem__, len(windows)),
-        "removed_before": results(lambda layer: trials.removed_outside(layer, depth), depth + 1),
+        **_masked(trials),
+        "masked_window": _results(trials, windows.__getitem__, len(windows)),
+        "removed_before": _results(trials, lambda layer: trials.removed_outside(layer, depth), depth + 1),
         "by_layer": analysis.insight.means(),
         "by_family": _families(analysis),
         "visipruner": _firings(analysis),
@@ -60,9 +55,24 @@ def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Name
     return record
 
 
+def _masked(trials: Trials, places: Sequence[int] | None = None) -> dict[str, list[Record]]:
+    """Returns what masking before each layer, and from it on, costs; with `places`, over these samples alone."""
+    depth = trials.depth
+    return {
+        "masked_before": _results(trials, lambda layer: trials.masked_outside(layer, depth), depth + 1, places),
+        "masked_from": _results(trials, lambda layer: trials.masked_outside(0, layer), depth + 1, places),
+    }
+
+
+def _results(
+    trials: Trials, trial_of: Callable[[int], Trial], count: int, places: Sequence[int] | None = None
+) -> list[Record]:
+    return [{"layer": layer, **asdict(trials.result(trial_of(layer), places))} for layer in range(count)]
+
+
 def _families(analysis: Analysis) -> dict[str, Record]:
     """Returns, for each kind of question where there are several, its samples and what the knock-outs cost it."""
-    trials, depth = analysis.trials, analysis.trials.depth
+    trials = analysis.trials
     members: dict[str, list[int]] = {}
     for place, sample in enumerate(analysis.samples):
         members.setdefault(sample.family, []).append(place)
@@ -73,14 +83,7 @@ def _families(analysis: Analysis) -> dict[str, Record]:
             "samples": len(places),
             "score": asdict(trials.result(trials.whole, places)),
             "without_vision": asdict(trials.result(trials.nothing, places)),
-            "masked_before": [
-                {"layer": layer, **asdict(trials.result(trials.masked_outside(layer, depth), places))}
-                for layer in range(depth + 1)
-            ],
-            "masked_from": [
-                {"layer": layer, **asdict(trials.result(trials.masked_outside(0, layer), places))}
-                for layer in range(depth + 1)
-            ],
+            **_masked(trials, places),
         }
         for family, places in sorted(members.items())
     }

@@ -91,7 +91,7 @@ def record_of(
         recipe: what it was trained with.
         checkpoint: its folder's.
         cells: by task and schedule, what `eval.comparison.cells.run_cell` returned.
-        limit: how many questions of each task were asked; None: all.
+        limit: the first so many questions of each task; None: all.
 
     Raises:
         CheckpointError: what its training wrote cannot be read.
