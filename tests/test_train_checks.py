@@ -116,6 +116,7 @@ def test_a_deepspeed_file_that_is_no_json_is_refused(tmp_path, text):
 def test_a_deepspeed_configuration_that_trains_is_taken(tmp_path, config):
     (tmp_path / "zero.json").write_text(json.dumps(config))
     options = ["align=null", "train.precision=fp32", f"train.deepspeed={tmp_path / 'zero.json'}"]
+    options.append(f"output={tmp_path / 'run'}")
     check_run(load_recipe("recipes/quickstart.yaml", options), 1)
 
 

@@ -44,11 +44,10 @@ def test_positions_that_predict_a_label():
     assert predicting(labels).tolist() == [[True, True, False, False], [False, False, True, False]]
 
 
-def test_a_recipe_with_several_plans():
+def test_a_recipe_with_several_plans(tmp_path):
     stages = "model.stages=[{name: fused, weight: 3.0, plan: {enter: 1, exit: 3}}, {name: dense, plan: null}]"
-    recipe = load_recipe(
-        "recipes/quickstart.yaml", [stages, "align=null", "train.max_seconds=null", "train.max_steps=9"]
-    )
+    options = [stages, "align=null", "train.max_seconds=null", "train.max_steps=9", f"output={tmp_path}"]
+    recipe = load_recipe("recipes/quickstart.yaml", options)
     assert recipe.model.plan_fields == {"stages": WINDOW, "plans": {"fused": WINDOW, "dense": None}}
     assert recipe.plan == StagePlan(1, 3)
     text = "\n".join(preview(recipe))

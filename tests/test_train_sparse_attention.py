@@ -44,10 +44,11 @@ def test_the_penalty_lowers_the_spread_and_does_not_depend_on_accumulation(tiny_
     assert column(penalised[0], "attention_spread")[-1] < column(measured, "attention_spread")[-1]
 
 
-def test_a_check_counts_the_measure_and_a_wrong_weight_is_one_line():
+def test_a_check_counts_the_measure_and_a_wrong_weight_is_one_line(tmp_path):
     texts = []
     for more in ("null", "{weight: 0.1}"):
-        recipe = load_recipe("recipes/quickstart.yaml", ["align=null", f"train.sparse_attention={more}"])
+        options = ["align=null", f"train.sparse_attention={more}", f"output={tmp_path}"]
+        recipe = load_recipe("recipes/quickstart.yaml", options)
         texts.append("\n".join(preview(recipe)))
     shares = [int(text.partition("FLOPs (")[2].partition("%")[0]) for text in texts]
     assert shares[0] + 1 <= shares[1] <= shares[0] + 4

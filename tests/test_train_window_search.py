@@ -140,9 +140,9 @@ def test_a_search_has_a_layer_at_least_and_ends_before_the_run():
         list(preview(recipe))
 
 
-def test_a_check_counts_the_search_and_the_window():
+def test_a_check_counts_the_search_and_the_window(tmp_path):
     stages = "model.stages={learn: {budget: 0.4, steps: 30}}"
-    recipe = load_recipe("recipes/quickstart.yaml", [*ON_STEPS, stages])
+    recipe = load_recipe("recipes/quickstart.yaml", [*ON_STEPS, stages, f"output={tmp_path}"])
     assert recipe.model.plan_fields == {"stages": None, "plans": None}
     text = "\n".join(preview(recipe))
     assert "stages: the first 30 steps find the window, 3 of 8 layers" in text
