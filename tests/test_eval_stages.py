@@ -17,14 +17,16 @@ from eval.paired import RESAMPLES
 from eval.prompts import Asked, Prompter
 from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.plot import draw_stages
+from eval.stage_analysis.prefix import Prefix
 from eval.stage_analysis.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
 from eval.stage_analysis.report import record_of, report_of
 from eval.stage_analysis.samples import Asker, Batch, Sample, spaced
 from eval.stage_analysis.search import Trials, needs_vision, propose, side_intervals
-from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
 from recipes.schema import load_recipe
 from tests.conftest import IMAGE, LAYERS, QUICKSTART, merged_inputs
+from tests.tiny_vlms import TINY
 
 LAYOUTS = ("tttItttt", "ItIttttt", "tIttt")  # one image, two, short; each ends with an answer of two tokens
 RANGES = {"first": range(1), "shallow": range(3), "deep": range(3, 6), "middle": range(2, 4), "odd": (1, 3, 5)}
@@ -124,6 +126,49 @@ def test_inside_a_plan_masking_the_deep_part_is_removing_it_and_of_kv_any_part(m
     torch.testing.assert_close(ends(knocked_out(plan, (0, 5))), ends(Fused(plan)))
 
 
+@pytest.mark.parametrize("plan", [None, {"enter": 1, "exit": 5}, {"layers": [1, 2, 4], "update": "kv"}])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_knockouts_that_share_a_prefix_are_those_that_run_whole(make_model, make_batch, family, plan, side):
+    model, plan = make_model(family), None if plan is None else StagePlan.from_dict(plan)
+    rows = make_batch("tttItttt", "tItttt", "ttIIttttt", side=side)
+    labels = torch.full_like(rows["input_ids"], IGNORE_INDEX)
+    for number, length in enumerate(rows["attention_mask"].sum(dim=1).tolist()):
+        end = labels.shape[1] if side == "left" else length
+        labels[number, end - 2 : end] = rows["input_ids"][number, end - 2 : end]
+    batch = Batch.of(model, rows, labels)
+    assert Prefix.can_share(model, batch, plan)
+    prefix = Prefix(model, batch, plan)
+    for layers in [(), *RANGES.values(), range(LAYERS)]:  # later ones must not see what earlier ones left
+        expected = batch.predicting(model, knocked_out(plan, layers))
+        torch.testing.assert_close(prefix.predicting(layers), expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_shares_a_prefix_or_runs_whole(name):
+    model = FusedAutoModel.from_config(TINY[name].config())
+    model.load_state_dict(TINY[name].hugging_face().state_dict())
+    rows = TINY[name].batch("tttItttt", "tIttt", side="left")
+    labels = torch.full_like(rows["input_ids"], IGNORE_INDEX)
+    labels[:, -2:] = rows["input_ids"][:, -2:]
+    batch = Batch.of(model.eval(), rows, labels)
+    if not Prefix.can_share(model, batch, None):
+        assert name.startswith(("molmo2", "ovis2"))  # see MARK_IS_IMAGE
+        return
+    prefix = Prefix(model, batch, None)
+    for layers in (range(2), range(2, 6)):
+        expected = batch.predicting(model, knocked_out(None, layers))
+        torch.testing.assert_close(prefix.predicting(layers), expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_prefix_is_not_shared_where_text_in_it_would_differ(make_model, make_batch):
+    model = make_model()
+    one, two = (probed(model, make_batch(layout, side="left")) for layout in ("tItttt", "tItItttt"))
+    assert Prefix.can_share(model, one, None)
+    assert not Prefix.can_share(model, two, None)  # the text between two images sees the first
+    assert not Prefix.can_share(model, one, StagePlan(1, 5, keep={2: 2}))  # its tokens are chosen by the text behind
+    assert Prefix.can_share(model, one, StagePlan(1, 5))
+
+
 def test_an_answer_is_right_when_greedy_decoding_would_write_it(make_model, make_batch):
     model, right = make_model(), []
     rows = make_batch(*LAYOUTS, side="left")
@@ -139,7 +184,8 @@ def test_an_answer_is_right_when_greedy_decoding_would_write_it(make_model, make
         answers = rows["input_ids"].clone()
         answers[:, -2:] = written
         answers[0, -1] = (written[0, -1] + 1) % 40
-        right.append(answered(model, probed(model, {**rows, "input_ids": answers}), schedule))
+        batch = probed(model, {**rows, "input_ids": answers})
+        right.append(answered(model, batch, batch.predicting(model, schedule)))
     assert right == [[False, True, True]] * 2
     assert whole.ends.sum(dim=1).tolist() == [1, 1, 1]
     assert whole.text_tokens == [7, 6, 4]

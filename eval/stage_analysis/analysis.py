@@ -53,9 +53,7 @@ class Analysis:
         total = math.ceil(len(self.samples) / self.batch) * (len(sweep) + 2)
         with tqdm(total=total, unit="pass", desc="layers") as bar:
             for _, batch in self.asker.batches(self.samples, self.batch):
-                for trial in sweep:
-                    self.trials.run(self.model, batch, [trial])
-                    bar.update()
+                self.trials.run(self.model, batch, sweep, bar.update)
                 self.insight.add(batch)
                 self.firings += firings(self.model, batch, self.plan)
                 self.text_tokens += batch.text_tokens
@@ -68,8 +66,7 @@ class Analysis:
         missing = [trial for trial in further if trial not in self.trials.right]
         if not missing:
             return
-        total = math.ceil(len(self.samples) / self.batch)
-        for _, batch in tqdm(
-            self.asker.batches(self.samples, self.batch), total=total, unit="batch", desc="window", leave=False
-        ):
-            self.trials.run(self.model, batch, missing)
+        total = math.ceil(len(self.samples) / self.batch) * len(missing)
+        with tqdm(total=total, unit="pass", desc="window", leave=False) as bar:
+            for _, batch in self.asker.batches(self.samples, self.batch):
+                self.trials.run(self.model, batch, missing, bar.update)

@@ -121,12 +121,12 @@ def narrowed(plan: StagePlan | None, enter: int, leave: int) -> StagePlan | None
     return replace(plan, layers=layers, keep=keep)
 
 
-def answered(model: Any, batch: Batch, schedule: Schedule) -> list[bool]:
+def answered(model: Any, batch: Batch, hidden: Tensor) -> list[bool]:
     """Returns, for each sample, whether every token of its answer is the most likely one after those before it.
 
-    That is: whether greedy decoding under the schedule would write exactly this answer and end there.
+    That is: whether greedy decoding would write exactly this answer and end there. `hidden` (R, D) are the last hidden
+    states of the batch's tokens that predict an answer.
     """
-    hidden = batch.run(model, schedule).last_hidden_state[batch.predicts]
     wrong = torch.zeros_like(batch.predicts)
     wrong[batch.predicts] = model.lm_head(hidden).argmax(dim=-1) != batch.ids.roll(-1, dims=1)[batch.predicts]
     return (~wrong.any(dim=1)).tolist()

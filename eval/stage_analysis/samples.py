@@ -106,6 +106,10 @@ class Batch:
         output = model(**self.inputs, schedule=schedule, query_mask=query_mask, use_cache=False, logits_to_keep=1)
         return output.decoder
 
+    def predicting(self, model: Any, schedule: Schedule) -> Tensor:
+        """Returns (R, D): the last hidden states, under a schedule, of the tokens that predict an answer."""
+        return self.run(model, schedule).last_hidden_state[self.predicts]
+
     @property
     def first_answers(self) -> Tensor:
         """(B,) int64: the first token of each answer."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eval.paired import RESAMPLES, Numbers, standard_error
+from eval.stage_analysis.prefix import Prefix
 from eval.stage_analysis.probes import answered, knocked_out, narrowed
 from eval.stage_analysis.samples import Batch
 from models.schedules import Schedule, plan_schedule
@@ -104,10 +105,18 @@ class Trials:
         plan = narrowed(self.plan, *trial[1:])
         return plan_schedule(plan)
 
-    def run(self, model: Any, batch: Batch, trials: Iterable[Trial]) -> None:
-        """Notes what each trial answers right in one more batch."""
+    def run(self, model: Any, batch: Batch, trials: Sequence[Trial], on_trial: Callable[[], object]) -> None:
+        """Notes what each trial answers right in one more batch; calls `on_trial` after each."""
+        masked = [trial for trial in trials if trial[0] == MASKED]
+        is_shared = len(masked) > 2 and Prefix.can_share(model, batch, self.plan)  # a prefix costs about two trials
+        prefix = Prefix(model, batch, self.plan) if is_shared else None
         for trial in trials:
-            self.right.setdefault(trial, []).extend(answered(model, batch, self.schedule(trial)))
+            if prefix is not None and trial[0] == MASKED:
+                hidden = prefix.predicting(range(self.depth) if trial == self.nothing else trial[1:])
+            else:
+                hidden = batch.predicting(model, self.schedule(trial))
+            self.right.setdefault(trial, []).extend(answered(model, batch, hidden))
+            on_trial()
 
     def lost(self, trial: Trial) -> Numbers:
         """Returns (samples,), the points that each sample loses in a trial that was run over all of them."""
