@@ -67,7 +67,7 @@ has_gpu() {
   nvidia-smi -L >/dev/null 2>&1 || [[ -e /dev/kfd ]]
 }
 
-# Runs a launcher in a session of its own, so that Ctrl-C reaches this script alone. SIGTERM and the first Ctrl-C go to
+# Runs a launcher in a new session, so that Ctrl-C reaches this script alone. SIGTERM and the first Ctrl-C go to
 # the ranks alone: they save and leave with 0, and the launcher follows them. The launcher itself would kill them half
 # a minute after it got the signal. A second Ctrl-C ends everything at once.
 launch() {
@@ -189,7 +189,7 @@ main() {
   [[ $# -gt 0 ]] && shift
   case $command in
     setup | test | train | quickstart) ;;
-    *) die "unknown command '$command'; accepted: setup, test, train, or nothing for the quickstart" ;;
+    *) die "got command '$command', expected setup, test, train, or nothing for the quickstart" ;;
   esac
   setup
   case $command in

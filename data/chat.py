@@ -1,8 +1,8 @@
 """Chat formats: turns -> one text -> one tokenisation -> token ids and labels.
 
-The supervised text is known as character spans of the one rendered text, and the one tokenisation reports each
-token's characters, so there are no two token counts that could differ. (LLaVA's code compares two, and drops
-a sample's labels in silence where they do.)
+A conversation is rendered once and tokenised once. Its answers are character spans of the text, and the tokenizer
+reports the characters of each token: labels follow from the two. (LLaVA's code compares two tokenisations, and silently
+drops a sample's labels where they differ.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 FROZEN_DAY: Final = datetime(2024, 7, 26)  # the day that Llama 3's template falls back to
-_EXPECTED = "expected one that writes turns one after the other and alike (or data.format vicuna_v1)"
+_EXPECTED = "expected one that writes all turns in the same way (or data.format vicuna_v1)"
 _NOW: Final = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 Parts = list[str | None]  # of a message: texts, and None for an image
 Span = tuple[int, int]  # characters [start, end) of a rendered text
@@ -41,12 +41,12 @@ class ImageText:
     """How a text holds an image, before the processor replaces its token.
 
     Attributes:
-        token: the token that the processor replaces, one an image.
+        token: the token that the processor replaces, one for each image.
         mark: what `vicuna_v1` and `plain` write for an image: the token, and what the family writes around it.
         template: the chat template; None is the tokenizer's.
-        has_parts: the template takes content in parts; else content is text and holds the token.
+        has_parts: the template takes content in parts; otherwise content is text that holds the token.
         before: ordinary text that the processor puts in front of the tokens of an image (Gemma 3: two newlines).
-        after: likewise, behind them.
+        after: the same, after them.
         begin: what the processor writes before every text that does not begin with it (Molmo2).
     """
 
@@ -70,17 +70,17 @@ class ChatFormat:
 
     Args:
         name: `vicuna_v1`, `chat_template` or `plain`.
-        tokenizer: a fast Hugging Face tokenizer that knows the image token as one.
-        image: how a text holds an image; without it, as LLaVA's do.
+        tokenizer: a fast Hugging Face tokenizer with the image token in its vocabulary.
+        image: how a text holds an image; the default is LLaVA's way.
 
     Attributes:
         image_token_id: the token that stands for an image.
         stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's. Empty
-            for `plain`, which is for alignment and ends a caption by a newline.
+            for `plain`, which is for alignment and ends a caption with a newline.
 
     Raises:
         TokenizerError: the tokenizer is slow, has no end mark or image token, adds an end mark to every text,
-            or its chat template cannot be labelled, depends on the day, or ends answers by no single token.
+            or its chat template cannot be labelled, depends on the day, or does not end answers with one token.
     """
 
     def __init__(self, name: str, tokenizer: Any, image: ImageText = ImageText()) -> None:
@@ -91,12 +91,12 @@ class ChatFormat:
             )
         self.image_token_id = tokenizer.convert_tokens_to_ids(image.token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise TokenizerError(f"tokenizer: has no token {image.token}, expected one that has")
+            raise TokenizerError(f"tokenizer: got none with the token {image.token}, expected it in the vocabulary")
         if tokenizer.eos_token is None:
-            raise TokenizerError("tokenizer: has no eos_token, expected one that ends an answer")
+            raise TokenizerError("tokenizer: got no eos_token, expected one that ends an answer")
         bare = tokenizer(image.token, add_special_tokens=False)["input_ids"]
         if tokenizer(image.token)["input_ids"][-len(bare) :] != bare:
-            raise TokenizerError("tokenizer: adds an end mark to every text, expected add_eos_token false")
+            raise TokenizerError("tokenizer: got an end mark after every text, expected add_eos_token false")
         self.name, self.tokenizer, self._mark = name, tokenizer, image.bordered(image.mark)
         self._begin = image.begin, tokenizer(image.begin, add_special_tokens=False)["input_ids"]
         self._template = ChatTemplate(tokenizer, image) if name == "chat_template" else None
@@ -105,10 +105,10 @@ class ChatFormat:
         self.stop_ids = [] if name == "plain" else self._stops()
 
     def encode(self, turns: Sequence[Turn], system: str | None = None) -> tuple[list[int], list[int]]:
-        """Returns ids, with one image token an image, and labels: ids where supervised, IGNORE_INDEX elsewhere.
+        """Returns ids, with one image token for each image, and labels: ids where supervised, else IGNORE_INDEX.
 
         Args:
-            turns: user and assistant in turns.
+            turns: user and assistant, alternating.
             system: system prompt; None means the format's default.
 
         Raises:
@@ -135,8 +135,8 @@ class ChatFormat:
         if end not in self._special and end != self.tokenizer.eos_token_id:
             mark = self.tokenizer.convert_ids_to_tokens(end)
             raise TokenizerError(
-                f"tokenizer.chat_template: answers end by {mark!r}, which is no special token, so that generation "
-                "cannot stop there; expected a template that ends answers by one (or data.format vicuna_v1)"
+                f"tokenizer.chat_template: got answers that end with {mark!r}, where generation cannot stop, expected "
+                "a special token at their end (or data.format vicuna_v1)"
             )
         return list(dict.fromkeys([end, self.tokenizer.eos_token_id]))
 
@@ -150,7 +150,7 @@ class ChatFormat:
             verbose=False,
         )
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        starts, ends = zip(*offsets, strict=True) if offsets else ((), ())  # ascending both
+        starts, ends = zip(*offsets, strict=True) if offsets else ((), ())  # both ascending
         labels = [IGNORE_INDEX] * len(ids)
         for first, last in rendered.answers:
             tokens = slice(bisect_right(ends, first), bisect_left(starts, last))  # that share characters with it
@@ -165,8 +165,8 @@ class ChatFormat:
         return begin + ids, [IGNORE_INDEX] * len(begin) + labels
 
     def _as_text(self, name: str) -> list[int]:
-        """Returns the ids of a special token's name that somebody wrote in a question or an answer."""
-        encoding = self.tokenizer(  # behind a newline, because many tokenizers write a space at a text's beginning
+        """Returns the ids of a special token's name as ordinary text, for questions and answers."""
+        encoding = self.tokenizer(  # after a newline, because many tokenizers put a space before a text
             "\n" + name, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
         tokens = [
@@ -186,7 +186,7 @@ def _overlaps(spans: Sequence[Span], start: int, end: int) -> bool:
 
 
 def _is_written(rendered: Rendered, start: int, end: int) -> bool:
-    """Returns whether people wrote the special token there; the white space that some swallow does not count."""
+    """Returns whether a special token is part of a user's text; white space that some tokens include does not count."""
     name = rendered.text[start:end]
     start += len(name) - len(name.lstrip())
     return bool(name.strip()) and _overlaps(rendered.user_spans, start, start + len(name.strip()))
@@ -199,7 +199,7 @@ class Rendered:
     Attributes:
         text: what is tokenised.
         answers: what a model has to generate: each answer, from where its prompt ends, with its end mark.
-        user_spans: what people wrote, in which special tokens mean nothing.
+        user_spans: text of users and answers, in which names of special tokens are ordinary text.
     """
 
     text: str
@@ -216,7 +216,7 @@ class Writer:
         self._user_spans: list[Span] = []
 
     def literal(self, text: str) -> None:
-        """Writes what the format says, in which special tokens are special."""
+        """Writes text of the format, in which special tokens are special."""
         self.text += text
 
     def question(self, text: str) -> None:
@@ -227,7 +227,7 @@ class Writer:
             self.user_text(part)
 
     def user_text(self, text: str) -> None:
-        """Writes what people wrote, in which special tokens mean nothing."""
+        """Writes text of a row, in which names of special tokens are ordinary text."""
         start = len(self.text)
         self.text += text
         if text:
@@ -238,9 +238,9 @@ class Writer:
 
         Args:
             text: the answer's text.
-            prefix: what stands between the prompt and it: a model has to generate that too.
-            end_mark: what ends it.
-            is_trained: whether it is to be learnt.
+            prefix: what stands between the prompt and the answer; a model has to generate it too.
+            end_mark: what ends the answer.
+            is_trained: whether the answer is supervised.
         """
         start = len(self.text)
         self.literal(prefix)
@@ -296,10 +296,10 @@ def plain(turns: Sequence[Turn], system: str | None = None, *, mark: str = IMAGE
 
 
 class ChatTemplate:
-    """Writes conversations as a chat template does, and knows the spans of their answers.
+    """Renders conversations by a chat template, with the spans of their answers.
 
     An answer is what a model has to generate: it begins where the generation prompt ends, and its end mark, which is
-    the first special token that follows every answer, belongs to it. Both are learned once, from two made-up pairs.
+    the first special token that follows every answer, belongs to it. Both are found once, from two stand-in pairs.
 
     Args:
         tokenizer: whose `chat_template` it is, unless the image's text names one.
@@ -307,8 +307,8 @@ class ChatTemplate:
             LLaVA's rows have between them.
 
     Raises:
-        TokenizerError: the template is missing or fails, rewrites messages, ends answers by nothing, or writes an
-            answer otherwise than its generation prompt or its place suggests: training would not fit generation.
+        TokenizerError: training would not fit generation, because the template is missing or fails, rewrites messages,
+            does not end answers, or begins an answer differently after its generation prompt or at another place.
     """
 
     def __init__(self, tokenizer: Any, image: ImageText = ImageText()) -> None:
@@ -331,7 +331,7 @@ class ChatTemplate:
             raise _refused("an answer does not follow the generation prompt")
         leads = {whole[len(prompts[place]) : whole.index(messages[2 * place + 1])] for place in (0, 1)}
         if len(leads) > 1:
-            raise _refused("the last answer begins otherwise than those before it")
+            raise _refused("the last answer begins differently from those before it")
         self._prefix = leads.pop()  # between generation prompt and answer: nothing, or a space
         self._end_mark = self._end_mark_of(around[2], around[4])
         if not self._end_mark:

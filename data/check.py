@@ -63,7 +63,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    """Prints, also where the reader of a pipe has seen enough (`| head`)."""
+    """Prints; a pipe that is closed early (`| head`) is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -87,7 +87,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
     try:
         processor = _processor(model, config)
     except TokenizerError as error:
-        processor, note = None, f"answers that are too long were not looked for: {error}"
+        processor, note = None, f"answers longer than data.max_length were not checked: {error}"
     else:
         note = ""
     try:

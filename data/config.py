@@ -48,7 +48,7 @@ def _read_source(given: Any) -> Any:
 
 
 def first_fault(error: ValidationError, schema: type[BaseModel]) -> tuple[str, str]:
-    """Returns the dotted key of the first fault that pydantic found, and what was found and is expected there."""
+    """Returns the dotted key of the first fault that pydantic found, and `got X, expected Y`."""
     fault = error.errors()[0]
     where, found = ".".join(map(str, fault["loc"])), shorten(repr(fault["input"]))
     if fault["type"] == "extra_forbidden":
@@ -82,11 +82,11 @@ class DataConfig(BaseModel):
         decode: the check decodes every image, which also finds damage in the middle of a file.
         streaming: reads rows while training, without a first pass over them and without a copy on the disk.
         max_bad_rows: rows with a fault that may be skipped, counted and listed; 0 allows none.
-        group_by_length: batches of samples of like length, with images or without.
+        group_by_length: batches of samples of similar length, with images or without.
         workers: processes that check rows and then open images, for each rank.
         expected_rows: published number of rows, for estimates where the files are not at hand.
-        expected_text_tokens: text tokens of a mean sample, likewise.
-        expected_visual_tokens: visual tokens of a mean image, likewise; of a LLaVA the config says it.
+        expected_text_tokens: the same for text tokens of a mean sample.
+        expected_visual_tokens: the same for visual tokens of a mean image; LLaVA's follow from its config.
     """
 
     model_config = _SECTION

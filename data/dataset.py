@@ -39,10 +39,10 @@ from data.table import (
     usable_cache,
 )
 
-_TRAINERS: Final = ("source", "faults")  # of a sample: not the model's
+_TRAINERS: Final = ("source", "faults")  # keys of a sample that the model does not take
 _POOLING: Final = "image_token_pooling"
 SHOWN_FAULTS: Final = 5  # faults that an error lists
-_POOL: Final = 50  # batches whose samples are sorted by length together: like lengths, and still a random mix
+_POOL: Final = 50  # batches whose samples are sorted by length together: similar lengths, and still a random mix
 _EXTRA_TOKENS: Final = 16  # a beginning, and spaces that tokenizers write by themselves
 _TOKENS: Final = {
     "source": datasets.Value("int32"),
@@ -63,7 +63,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     """Conversations as token ids, labels and pixel values.
 
     Building it reads, checks and tokenises every row (format, roles, marks, images, length), in parallel and once:
-    all results are cached on disk. Training then meets no surprise hours later, and opens images alone.
+    all results are cached on disk. Training then only opens images, and finds no faults hours later.
 
     Args:
         config: the recipe's data section.
@@ -107,7 +107,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Returns input_ids (S,), labels (S,), source and, with images, what the processor makes of them.
 
         Where an image has changed since it was checked, or is broken inside, the sample is that of a later row, and
-        `faults` lists the rows passed over: who trains decides whether that may be.
+        `faults` lists the skipped rows; the trainer decides whether that is allowed.
 
         Raises:
             DataError: no row has images that can be opened.
@@ -126,7 +126,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def split(self, share: float, *, seed: int) -> tuple[ConversationDataset, ConversationDataset]:
         """Returns two sets without a common image, chosen by the seed: the rest, and about `share` of the samples.
 
-        Rows with a common image stay together, and so do those that share one with either.
+        Rows that share an image, directly or through other rows, stay together.
 
         Raises:
             DataError: one of them would be empty.
@@ -174,8 +174,8 @@ class Sample:
         images: its image paths.
         ids: token ids, one image token an image.
         labels: ids where supervised, IGNORE_INDEX elsewhere.
-        length: tokens when each image token has become what the processor writes for its image.
-        visual: how many of them these are.
+        length: tokens, each image token counted as what the processor writes for its image.
+        visual: how many of these stand for images.
         is_cut: turns at its end were cut off.
         is_answer_cut: its first answer ends where `max_length` does.
     """
@@ -226,7 +226,7 @@ class Encoder:
         return list(dict.fromkeys(token for chat in self.chats for token in chat.stop_ids))
 
     def encode(self, record: Record, sizes: Sequence[tuple[int, int]], source: int = 0) -> Sample:
-        """Returns the record's sample; one too long ends after the last answer that fits, its later images go too.
+        """Returns the record's sample; one too long ends after the last answer that fits, without later images.
 
         Args:
             record: the record.
@@ -251,7 +251,7 @@ class Encoder:
         sizes: Sequence[tuple[int, int]],
         image_token: int,
     ) -> Sample:
-        """Returns what fits of a tokenised record, once the images that stay are known."""
+        """Returns the part of a tokenised record that fits, with the images in it."""
         stays, kept = len(images) + 1, len(ids)
         while stays != (stays := ids[:kept].count(image_token)):  # fewer images may take more tokens each
             counts = [*self.vision.counts(sizes[:stays]), *[self.max_length + 1] * (len(sizes) - stays)]
@@ -321,7 +321,7 @@ class Collator:
     """Pads to the batch's longest sample, on the right.
 
     What a processor makes of images is joined by one rule, whatever the family: every axis but the first is padded to
-    the batch's largest, the first is concatenated, and a sample without an image brings nothing.
+    the batch's largest, the first is concatenated, and a sample without an image adds nothing.
 
     One input holds numbers of patches, which go on from sample to sample: see `_renumbered`.
 
@@ -336,8 +336,8 @@ class Collator:
         """Returns input_ids, attention_mask, labels (B, S), inputs of types (B, S), and the inputs of all images.
 
         The inputs of images are absent from a batch without one: the model encodes a blank image then. `sources`
-        (B,), the number of each sample's source, and `faults`, the rows passed over, are there where samples bring
-        them; they are the trainer's, not the model's.
+        (B,), the number of each sample's source, and `faults`, the skipped rows, are there where samples have them;
+        they are for the trainer.
         """
         values = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, **dict.fromkeys(TYPES, 0)}
         texts = {name: value for name, value in values.items() if name in samples[0]}
@@ -382,9 +382,9 @@ def draw(source: Sequence[int], weights: Sequence[float | None], generator: Gene
 
     Args:
         source: number of each sample's source.
-        weights: of each source: its share of the epoch, whose rows are repeated or left out for it, other ones in
-            each epoch; or None everywhere: each sample is drawn once.
-        generator: decides which.
+        weights: each source's share of the epoch, relative to the others; its rows are repeated or left out to reach
+            it, different ones in each epoch. None everywhere: each sample is drawn once.
+        generator: of the draw.
     """
     if not weights or weights[0] is None:
         return list(range(len(source)))
@@ -404,10 +404,10 @@ def draw(source: Sequence[int], weights: Sequence[float | None], generator: Gene
 
 
 class LengthModalitySampler(Sampler[int]):
-    """Yields the samples of an epoch so that each run of `batch_size` is of one modality and of like length.
+    """Yields the samples of an epoch so that each run of `batch_size` is of one modality and of similar length.
 
     The order follows from the seed and the epoch alone: it is the same on every rank, and a resumed run skips to
-    its place in it. What is left over of either modality stands at the end of the epoch.
+    its place in it. Left-over samples of either modality come at the end.
 
     Args:
         lengths: tokens of each sample.

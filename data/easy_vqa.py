@@ -45,8 +45,8 @@ def image_folder(name: str) -> Path:
 def conversations(name: str) -> Iterator[dict[str, Any]]:
     """Yields LLaVA rows, one an image with all its questions: 4,000 for `train`, 1,000 for `test`.
 
-    Two more show `train` otherwise. `open` leaves out the questions whose answer is yes or no: 3,816 images. `short`
-    has three questions a row, because later ones of a long row can be answered from the words of earlier ones.
+    Two more names are variants of `train`. `open` leaves out the questions whose answer is yes or no: 3,816 images.
+    `short` has three questions a row, because later ones of a long row can be answered from the words of earlier ones.
     """
     by_image: dict[int, list[tuple[str, str]]] = {}
     for text, answer, number in _questions("test" if name == "test" else "train"):

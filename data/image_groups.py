@@ -1,4 +1,4 @@
-"""Rows that share an image, directly or through other rows: a split must not part them."""
+"""Rows that share an image, directly or through other rows: a split must not separate them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def connected_rows(rows: datasets.Dataset, config: DataConfig) -> list[list[int]
 
 
 def _keys(rows: datasets.Dataset, config: DataConfig) -> list[Sequence[Hashable]]:
-    """Returns what tells each row's images from others: the files, or digests of embedded ones."""
+    """Returns what identifies each row's images: their files, or digests of embedded ones."""
     keys: list[Sequence[Hashable]] = [()] * len(rows)
     embedded = []
     columns = (rows[name][:] for name in ("source", "file", "images"))

@@ -1,4 +1,4 @@
-"""Images: finds them below their folder, opens them as a person sees them, makes pixel values of them."""
+"""Finds images below their folder, and opens them in RGB as a viewer shows them."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def read_image(file: str | Path, options: ImageOptions = _DEFAULT) -> Image.Imag
 
 
 def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
-    """Returns the image in RGB as a person sees it: upright, on white where it is transparent, 16 bits scaled to 8.
+    """Returns the image in RGB as a viewer shows it: upright, on white where it is transparent, 16 bits scaled to 8.
 
     A second call changes nothing. Colour profiles are not applied, as in LLaVA.
 
@@ -326,7 +326,7 @@ def _tail(place: Path | bytes) -> bytes:
 
 
 def _check_jpeg(place: Path | bytes, name: str) -> None:
-    """Refuses a JPEG that libjpeg warns about: Pillow decodes such a file without a word."""
+    """Refuses a JPEG that libjpeg warns about: Pillow decodes such a file without a warning."""
     data = place if isinstance(place, bytes) else place.read_bytes()
     try:
         colours = simplejpeg.decode_jpeg_header(data)[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-HEAD: Final = 1 << 10  # bytes that `kind_of` wants to see
+HEAD: Final = 1 << 10  # bytes that `kind_of` needs
 _MAGIC: Final = {
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x8b": "gzip",

@@ -74,7 +74,7 @@ class VisionProcessor:
         visual_ids: ids that stand in the place of an image and are no ordinary text.
 
     Raises:
-        ProcessorError: the processor lacks something, which the text names.
+        ProcessorError: the processor lacks something; the text names it.
     """
 
     def __init__(self, processor: Any, *, aspect: str = "processor") -> None:
@@ -87,14 +87,14 @@ class VisionProcessor:
         self.tokenizer, token = processor.tokenizer, processor.image_token
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(token)
         if self.image_token_id in (None, self.tokenizer.unk_token_id):
-            raise ProcessorError(f"tokenizer: has no token {token}, expected one that has")
+            raise ProcessorError(f"tokenizer: got none with the token {token}, expected it in the vocabulary")
         if isinstance(processor, LlavaProcessor) and not processor.patch_size:
             raise ProcessorError("processor_config.json: got no patch_size, expected the vision tower's")
         if aspect == "pad" and not getattr(processor.image_processor, "image_mean", None):
             raise ProcessorError("data.image_aspect: got pad, expected processor, because it has no mean colour")
         self._separator: str = self.tokenizer.eos_token or self.tokenizer.bos_token
         if not self._separator:
-            raise ProcessorError("tokenizer: has no eos_token, expected one that ends an answer")
+            raise ProcessorError("tokenizer: got no eos_token, expected one that ends an answer")
         self._added = set(self.tokenizer.added_tokens_decoder)
         span, self._types = self._probe()
         start, end = self._core(span)
@@ -107,7 +107,7 @@ class VisionProcessor:
         self._together = lru_cache(_SIZES)(self._counts_together)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Makes workers build it anew: the cache of sizes is no part of it."""
+        """Pickles without the cache of sizes; workers build it anew."""
         return _rebuilt, (self.processor, self.aspect)
 
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
@@ -126,13 +126,13 @@ class VisionProcessor:
         before, after = map(len, self._border)
         for span in spans:
             if (span[:before], span[len(span) - after :]) != self._border:
-                raise RowError("the processor writes text of its own for this image, expected image tokens alone")
+                raise RowError("the processor writes other text for this image, expected image tokens alone")
         return EncodedImages([span[before : len(span) - after] for span in spans], inputs)
 
     def counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Returns how many ids stand in the place of each image of one sample, by widths and heights.
 
-        LLaVA-OneVision cuts an image into tiles only where it is the sample's one.
+        LLaVA-OneVision cuts an image into tiles only if it is the sample's only one.
         """
         if self._is_alone or len(sizes) < 2:
             return [self.count(*size) for size in sizes]
@@ -143,7 +143,7 @@ class VisionProcessor:
         return {name: torch.isin(ids, torch.tensor(sorted(typed))).long() for name, typed in self._types.items()}
 
     def settings(self) -> str:
-        """Returns what the number of an image's tokens follows from, for caches."""
+        """Returns the settings that decide the number of an image's tokens, for caches."""
         return self.processor.to_json_string() + self.aspect
 
     def _count(self, width: int, height: int) -> int:
@@ -230,7 +230,7 @@ def _apply(processor: Any, template: str, content: Any) -> str:
 
 
 def _difference(longer: str, shorter: str) -> str:
-    """Returns what a text has more than another, without white space around it."""
+    """Returns what the first text has beyond the second, without white space around it."""
     start = 0
     while start < min(len(longer), len(shorter)) and longer[start] == shorter[start]:
         start += 1
@@ -304,7 +304,7 @@ def processor_sources(
 
 
 def save_processor(processor: Any, folder: Path) -> None:
-    """Writes a processor; one that was read without its part for videos names that part, for who has torchvision."""
+    """Writes a processor; one that was read without its part for videos still names it, for use with torchvision."""
     processor.save_pretrained(folder)
     kind = type(processor)
     if kind.__module__ != __name__:
@@ -372,7 +372,7 @@ def _fields(source: str | Path, name: str) -> dict[str, Any]:
 
 
 def with_settings(processor: Any, config: DataConfig) -> Any:
-    """Gives a processor what a recipe's data section says of it; returns it.
+    """Applies the settings of a recipe's data section to a processor; returns it.
 
     `data.processor` goes to its image processor, `data.chat_template` takes the place of its chat template.
 

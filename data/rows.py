@@ -115,7 +115,7 @@ class Record:
 
     Attributes:
         images: paths as written in the row, or embedded images, in the order of their marks.
-        turns: user and assistant in turns, a user first.
+        turns: user and assistant, alternating, a user first.
         system: the system prompt; None means the format's default.
         notes: what is worth counting, keys of NOTES.
         ignored: keys of the row and of its turns that have no meaning here.
@@ -512,7 +512,7 @@ def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, 
 def _check_order(turns: Sequence[Turn]) -> None:
     roles = [turn.role for turn in turns]
     if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise RowError(f"got turns {', '.join(roles[:6])}, expected user and assistant by turns, at least one answer")
+        raise RowError(f"got turns {', '.join(roles[:6])}, expected user and assistant in turns, at least one answer")
     if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
         raise RowError("no label is left: the row says not to train any of its answers")
 

@@ -45,7 +45,7 @@ _Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SceneQuestion:
     """A question about a scene: its family, its words, its answer.
 
     `chance` is the share of right answers by a guess among the training answers to such words.
@@ -135,7 +135,7 @@ def is_held_out(pair: Pair) -> bool:
     return pair in _HELD_OUT
 
 
-def generate(seed: str, row: int, *, compositional: bool) -> tuple[Scene, list[Asked]]:
+def generate(seed: str, row: int, *, compositional: bool) -> tuple[Scene, list[SceneQuestion]]:
     """Returns one row: a scene and QUESTIONS questions about it, each of another family.
 
     Args:
@@ -159,7 +159,7 @@ def generate(seed: str, row: int, *, compositional: bool) -> tuple[Scene, list[A
         if len(found) == len(wanted):
             break
     return scene, [
-        Asked(family, one.text, one.answer, form.chance)
+        SceneQuestion(family, one.text, one.answer, form.chance)
         for (family, form, _), one in zip(wanted, found, strict=True)
     ]  # fmt: skip
 

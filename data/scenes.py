@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import easy_vqa
 from data.rows import DataError
 from data.scene_images import Scene, draw, montage
-from data.scene_questions import FAMILIES, Asked, generate
+from data.scene_questions import FAMILIES, SceneQuestion, generate
 
 VERSION: Final = "1"  # another one wherever a row or a pixel changes
 ROWS: Final = {"train": 13_500, "test": 1_500, "compositional": 1_500}  # images, each with four questions
@@ -49,7 +49,7 @@ def name_of(file: str) -> str:
     return file.removeprefix(_SET).removeprefix(":") or "train"
 
 
-def generate_rows(name: str, limit: int | None = None) -> Iterator[tuple[str, Scene, list[Asked]]]:
+def generate_rows(name: str, limit: int | None = None) -> Iterator[tuple[str, Scene, list[SceneQuestion]]]:
     """Yields file name, scene and questions of the first `limit` images of a set (None: all); nothing is cached."""
     for row in range(ROWS[name])[:limit]:
         yield f"{row:05}.png", *generate(f"{_SET}:{VERSION}:{name}", row, compositional=name == "compositional")

@@ -30,7 +30,7 @@ CACHE: Final = Path(__file__).parents[1] / ".cache" / "smollm2"
 
 
 class FetchError(ValueError):
-    """The model cannot be fetched or converted; the text says what was found and what is expected."""
+    """The model cannot be fetched or converted; the text says `got X, expected Y`."""
 
 
 def fetch(cache: Path) -> Path:

@@ -164,7 +164,7 @@ def hub_rows(file: str, limit: int | None, shard: int, shards: int) -> Iterator[
 
 @contextmanager
 def _named(file: str) -> Iterator[None]:
-    """Says in one line, with the file, what `datasets` cannot read or fetch."""
+    """Raises a one-line DataError with the file where `datasets` cannot read or fetch it."""
     try:
         yield
     except DataError:
@@ -291,8 +291,8 @@ def _head(file: str) -> bytes:
 def _json_rows(file: str) -> Iterator[Any]:
     """Yields the rows of a JSON array or of JSONL, without holding the file in memory.
 
-    Not ijson's work: it refuses NaN, which pandas writes; it turns half a character into a question mark; and one
-    byte that is no UTF-8 would lose the file in place of the row.
+    ijson is not used: it refuses NaN, which pandas writes; it turns half a character into a question mark; and one byte
+    that is not UTF-8 would cost the file instead of the row.
     """
     try:
         with _unpacked(file) as stream:
@@ -410,7 +410,7 @@ class _Reader:
             return value
 
     def _is_in_the_middle(self, error: json.JSONDecodeError) -> bool:
-        """Returns whether more text cannot mend it: else a fault near the start would read all that follows."""
+        """Returns whether more text cannot mend it; otherwise a fault near the start would read all that follows."""
         return error.pos + _MARGIN < len(self._text.rstrip()) and "Unterminated string" not in error.msg
 
     def _more(self) -> bool:

@@ -32,12 +32,13 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         config: the recipe's data section.
         processor: the family's.
         seed: of the order.
-        batch: samples of one forward pass; with `group_by_length`, passes of like samples are made from 512 at a time.
+        batch: samples of one forward pass; with `group_by_length`, passes of similar length are made from 512 samples
+            at a time.
         rank: number of this process.
         ranks: how many there are.
 
     Attributes:
-        skip: forward passes of this rank that an earlier part of the run has used; they are passed over unopened.
+        skip: forward passes of this rank that an earlier part of the run has used; their images are not opened.
         skipped: empty: faults come with the samples, as `faults`.
         encoder: makes samples of records.
         source_rows: empty: the rows are not counted.
@@ -88,7 +89,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         return {**self.encoder.expand(found.ids, found.labels, images), "source": item.source}
 
     def _ordered(self, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
-        """Yields the shard's items, shuffled, in passes of like length where the recipe wants them."""
+        """Yields the shard's items, shuffled, in passes of similar length where the recipe wants them."""
         order = random.Random(f"{self.seed} {shard}")
         pool: list[_Item] = []
         for item in self._mixed(shard, shards, faults, order):

@@ -145,25 +145,25 @@ def processes(config: DataConfig, rows: datasets.Dataset) -> int | None:
 
 
 def fingerprint(*parts: object) -> str:
-    """Returns a name for a result that follows from `parts`: the cache finds it by that name."""
+    """Returns the name under which a result that follows from `parts` is cached."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 @cache
 def code_stamp(*modules: str) -> str:
-    """Returns a digest of modules of this package: what other code has cached is not taken for theirs."""
+    """Returns a digest of modules of this package, so that results cached by other code are not used."""
     files = [Path(__file__).with_name(f"{name}.py") for name in modules]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def source_stamp(*parts: Any) -> str:
-    """Returns a digest of the source of classes and functions: as `code_stamp`, of parts of a module."""
+    """Returns a digest of the source of classes and functions: `code_stamp` for parts of a module."""
     return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
 
 
 @contextmanager
 def usable_cache() -> Iterator[None]:
-    """Says in one line that the cache folder cannot be used."""
+    """Raises a one-line DataError where the cache folder cannot be used."""
     try:
         yield
     except OSError as error:
@@ -189,7 +189,7 @@ def _stored(row: dict[str, Any]) -> Any:
 def _read_rows(config: DataConfig) -> datasets.Dataset:
     """Returns the parsed rows of all sources.
 
-    The table is built once and cached by the sources and what their files hold; ranks of one machine wait for another.
+    The table is built once and cached by the sources and what their files hold; other ranks of a machine wait for it.
     """
     open_store.cache_clear()  # files may have changed since
     sources = [(source.path, source.limit, source.format) for source in config.sources]
@@ -293,7 +293,7 @@ def _check_images(rows: datasets.Dataset, config: DataConfig, *, anew: bool) -> 
 
 
 def _is_stale(rows: datasets.Dataset, found: datasets.Dataset, config: DataConfig) -> bool:
-    """Returns whether any image fault is no longer what the cache says: it was mended."""
+    """Returns whether any image fault is no longer what the cache says, because the image was repaired."""
     given = rows.select_columns(["source", "file", "row", "fault", "notes", "images"])
     for number, reason in enumerate(found["fault"][:]):
         if reason and not (row := given[number])["fault"] and _inspect(row, config)["fault"] != reason:

@@ -15,9 +15,9 @@ class TokenBatches(Sampler[list[int]]):
     """An order in steps of nearly equal token count; yields the samples of each forward pass.
 
     The order is cut into steps where the tokens so far reach their share, so every sample comes once an epoch. In a
-    step each sample, the longest first, goes to the pass that has the fewest tokens by then. Every epoch has as many
-    steps, and every step as many passes: ranks take them in turns. A step of fewer samples than passes is filled up
-    with samples from the beginning of the epoch.
+    step each sample, the longest first, goes to the pass that has the fewest tokens by then. Every epoch has the same
+    number of steps, and every step of passes: ranks take them in turns. A step of fewer samples than passes is filled
+    up with samples from the beginning of the epoch.
 
     Args:
         order: of the samples, a sampler with `set_epoch`.

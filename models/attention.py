@@ -1,4 +1,4 @@
-"""All that the executor knows of a Hugging Face decoder: its layers, projections, rotary embeddings and masks.
+"""What the executor uses of a Hugging Face decoder: its layers, projections, rotary embeddings and masks.
 
 Nothing is hooked or patched. A layer is called as transformers calls it. Where visual tokens only give keys and values,
 or a schedule reads the keys, an object in the place of the layer's KV cache does the work: attention hands its new keys
@@ -45,7 +45,7 @@ VisualKV = Callable[[], tuple[Tensor, Tensor]]  # makes keys and values (B, G, L
 
 
 class UnsupportedDecoderError(ValueError):
-    """The language model is not one whose layers this project knows how to run."""
+    """The language model is of a kind that run_decoder cannot run."""
 
 
 def unwrap(language_model: nn.Module) -> Any:
@@ -140,7 +140,7 @@ def attention_mask(
 
     Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal mask
     of the backend is already correct. Of packed rows Sequences under sdpa_packed and flash. `padded`: some key is
-    padding. `hidden` (B, L, K) bool: keys taken away from a query on top. `key_lengths`: keys of each packed sample.
+    padding. `hidden` (B, L, K) bool: keys that a query must not see besides. `key_lengths`: keys of each packed sample.
     The rest as in `visible`.
 
     Raises:
@@ -205,7 +205,7 @@ class Sequences:
     def of(
         cls, queries: LiveTokens, slots: Tensor, keys: Sequence[int], window: int | None, blocks: Tensor | None
     ) -> Sequences:
-        """Returns the sequences of packed rows; the keys stand at `slots` (1, K), so many of each sample as `keys`."""
+        """Returns the sequences of packed rows; the keys stand at `slots` (1, K), `keys[i]` of them for sample i."""
         order = None
         if slots.shape[1] > queries.slots.shape[1]:  # visual keys stand first; padding has no place at all
             order = slots[0].argsort()[slots.shape[1] - sum(keys) :]
@@ -239,8 +239,8 @@ def sdpa_packed(
 ) -> tuple[Tensor, None]:
     """Attention of packed rows, one sequence after the other: `attn_implementation="sdpa_packed"`.
 
-    Takes and returns what transformers' sdpa_attention_forward does, which it is for rows that are not packed. No row
-    computes what it does not see, so that packing pays where there is no flash-attention.
+    Arguments and result are those of transformers' sdpa_attention_forward, which it calls for rows that are not packed.
+    It computes no attention between samples, so packing saves time without flash-attention.
     """
     if not isinstance(attention_mask, Sequences):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -269,7 +269,7 @@ AttentionMaskInterface.register(SDPA_PACKED, sdpa_mask)
 
 @dataclass
 class CacheShim:
-    """Stands where a layer's attention expects its cache, for one call."""
+    """Takes the place of a layer's cache during one call of its attention."""
 
     stored: StagedLayer | None  # the layer's real cache
     visual_kv: VisualKV | None  # of `kv` visual tokens, put before those of the rows
@@ -336,7 +336,7 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _attention_input(layer: Any, hidden: Tensor) -> Tensor:
-    """Returns what a layer's attention projects: its norm of the hidden states, unless it norms its output instead."""
+    """Returns the input of a layer's projections: hidden states, normed unless the layer norms its output instead."""
     return hidden if getattr(layer, "norm_after", False) else layer.input_layernorm(hidden)
 
 
@@ -402,7 +402,7 @@ class AttentionRow:
 
 @dataclass(frozen=True, eq=False)
 class ProbedLayer:
-    """A layer whose attention is asked for."""
+    """The inputs and keys of a layer whose attention a schedule may read."""
 
     layer: int
     hidden: Tensor  # (B, L, D), its input, with its graph
@@ -508,7 +508,7 @@ class AttentionProbe:
         if weights.shape[2] > 1:
             last = (queries.valid.sum(dim=1) - 1).clamp(min=0)[:, None, None, None]
             weights = weights.gather(2, last.expand(-1, weights.shape[1], 1, weights.shape[3]))
-        if queries.padded:  # a sample without text pays nothing
+        if queries.padded:  # a sample without text has no attention
             weights = weights.masked_fill(~queries.valid[:, :1, None, None], 0.0)
         return self._row(self.last, weights[:, :, 0])
 
@@ -552,7 +552,7 @@ class AttentionProbe:
         if key not in self._seen:
             queries = self.queries
             rows = probed.tokens.rows.columns(self.state.size).gather(1, queries.places).clamp(min=0)
-            # padding queries too look back from their slot alone, so that every row has a key
+            # padding queries see the keys up to their slot, so that every row has a key
             asking = replace(queries, valid=torch.ones_like(queries.valid), padded=False)
             self._seen[key] = rows, visible(asking, probed.slots, window, self.state.blocks)
         return self._seen[key]

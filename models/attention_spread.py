@@ -1,4 +1,4 @@
-"""Over how many visual tokens the instruction spreads its attention, in training, with gradient."""
+"""Measures how many visual tokens the instruction spreads its attention over, with gradient, in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TINY = 1e-12  # below it a share of attention counts as none
 
 @dataclass(frozen=True, eq=False)
 class AttentionSpread(Wrapper):
-    """Another schedule, with a measure of how widely instruction tokens spread their attention over visual tokens.
+    """Runs another schedule, and measures how widely instruction tokens spread their attention over visual tokens.
 
     The measure is the entropy of their attention on live visual tokens, the mean over heads, divided by the logarithm
     of the number of these tokens: 1 for equal attention on all of them, 0 for one alone. How much attention goes to

@@ -58,9 +58,9 @@ class FusedAutoModel:
 
 
 def config_fields(config: str | None, checkpoint: str | None) -> Any:
-    """Returns the fields of the checkpoint's config.json; of the config folder's where it is not at hand, or original.
+    """Returns the fields of config.json: the checkpoint's, or the config folder's where that is missing or original.
 
-    LLaVA's original format says little of the model; the config folder says what becomes of it.
+    The config.json of LLaVA's original format does not describe the whole model; the config folder's does.
 
     Raises:
         OSError: neither can be read.
@@ -99,7 +99,7 @@ def _read_config(source: Any, hub: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fused_config(config: Any, stages: dict[str, Any] | None) -> Any:
-    """Returns the fused config of Hugging Face's or of a fused one, under the given plan or its own."""
+    """Returns the fused config of Hugging Face's or of a fused one, under the given plan, or else its plan."""
     family = family_of(config.model_type)
     fields = config.to_dict()
     fields.pop("model_type", None)

@@ -1,4 +1,4 @@
-"""What is known of a training batch before it goes to the device, so that forward and loss wait for nothing there."""
+"""What is known of a training batch before it goes to the device, so that forward and loss do not wait for it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class CDPruner(ScorePruner):
     The kernel of the determinantal point process is r_i r_j cos(f_i, f_j), f the projected features and r the
     relevance to the question; the set is found greedily (incremental Cholesky).
 
-    The question is read by CLIP's text tower, which no checkpoint of a VLM brings: `forward(..., relevance=...)` takes
+    The question is read by CLIP's text tower, which VLM checkpoints do not contain: `forward(..., relevance=...)` takes
     the cosine of each patch and the question in CLIP's joint space, which `eval.compare --text-tower` computes.
 
     Source: arXiv 2506.10967 and github.com/Theia-4869/CDPruner at 9541616. The paper takes r from the cosine, the code

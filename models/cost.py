@@ -51,9 +51,12 @@ def search_cost(text_config: Any, update: str, *, visual: int, text: int) -> Cos
     """Returns the cost of a sample under gates (see Gated): each layer with all visual tokens, and with text alone."""
     depth = text_config.num_hidden_layers
     seeing = live_cost(text_config, [visual] * depth, text=text, kv=[update == "kv"] * depth)
-    blind = live_cost(text_config, [0] * depth, text=text, kv=[False] * depth)
+    text_only = live_cost(text_config, [0] * depth, text=text, kv=[False] * depth)
     return replace(
-        seeing, token_layers=seeing.token_layers + blind.token_layers, flops=seeing.flops + blind.flops, cache_bytes=0
+        seeing,
+        token_layers=seeing.token_layers + text_only.token_layers,
+        flops=seeing.flops + text_only.flops,
+        cache_bytes=0,
     )
 
 

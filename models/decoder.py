@@ -207,7 +207,7 @@ class _Run:
         self, embeds: Tensor, visual: Tensor, visual_embeds: Tensor | None, deepstack: Sequence[Tensor]
     ) -> Tensor:
         """Returns the hidden states after the last layer, at `self.rows`."""
-        schedule, state, separate = self.schedule, self.state, visual_embeds is not None
+        schedule, state, has_unmerged_features = self.schedule, self.state, visual_embeds is not None
         if visual_embeds is None and (deepstack or not isinstance(schedule, Dense)):
             visual_embeds = rows_at(embeds, visual, state.all_visual.counts)
         if visual_embeds is not None and len(visual_embeds) > 0:
@@ -215,7 +215,7 @@ class _Run:
         elif not isinstance(schedule, Dense):
             return self.text_alone(embeds)
         hidden = self._gathered(embeds, self.rows)
-        merged = self._merged(hidden, separate)
+        merged = self._merged(hidden, has_unmerged_features)
         view_at = partial(self._view, partial(self._embeddings, merged, self.rows), schedule.new_state())
         live, due = state.all_visual, list(deepstack)
         for number in range(self.depth):
@@ -247,9 +247,9 @@ class _Run:
         """Returns the embeddings (B, S, D) of `rows`, (B, L, D)."""
         return embeds if rows.whole else rows.take(self.state.flat(embeds))
 
-    def _merged(self, hidden: Tensor, separate: bool) -> Callable[[], Tensor]:
+    def _merged(self, hidden: Tensor, has_unmerged_features: bool) -> Callable[[], Tensor]:
         """Returns a function that returns the embeddings (B, L, D) of the rows, the visual rows in their places."""
-        visual, rows = self.visual_rows if separate else None, self.rows
+        visual, rows = self.visual_rows if has_unmerged_features else None, self.rows
         return remembered(lambda: hidden if visual is None else visual.merged_into(hidden, rows))
 
     def _embeddings(self, merged: Callable[[], Tensor], rows: LiveTokens) -> Tensor:
@@ -275,10 +275,10 @@ class _Run:
 
     def _due(self, number: int, deepstack: Sequence[Tensor], due: list[Tensor]) -> list[Tensor]:
         """Returns the DeepStack features that are added after a layer that saw vision; `due` are those still left."""
-        shares = self.schedule.deepstack_shares(number, len(deepstack))
-        if shares is None:
+        ratios = self.schedule.deepstack_ratios(number, len(deepstack))
+        if ratios is None:
             return [due.pop(0)]
-        return [features * share.to(features.dtype) for features, share in zip(deepstack, shares, strict=True)]
+        return [features * ratio.to(features.dtype) for features, ratio in zip(deepstack, ratios, strict=True)]
 
     def _set_aside(self, hidden: Tensor) -> None:
         """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""

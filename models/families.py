@@ -184,7 +184,7 @@ class Family:
         base = self.bases[1] if self.bases else getattr(transformers, f"{self.prefix}ForConditionalGeneration")
         fields: dict[str, Any] = {
             "__module__": __name__,
-            "__doc__": f"{base.__name__} with another way through the decoder: see FusedMixin.",
+            "__doc__": f"{base.__name__} with staged visual tokens: see FusedMixin.",
             "config_class": self.config_class,
             "family_blank": staticmethod(self.blank),
             "family_blocks": staticmethod(self.blocks),
@@ -194,7 +194,7 @@ class Family:
         return type(f"Fused{base.__name__}", (FusedMixin, base), fields)
 
     def register(self) -> None:
-        """Makes the Auto classes, `transformers serve` and the rules for weight names know the fused class."""
+        """Registers the fused class with the Auto classes, `transformers serve` and the rules for weight names."""
         if not __name__.startswith("transformers_modules."):  # a release's auto_map says it, for that release alone
             AutoConfig.register(self.config_class.model_type, self.config_class, exist_ok=True)
             AutoModelForImageTextToText.register(self.config_class, self.model_class, exist_ok=True)

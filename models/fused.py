@@ -64,7 +64,7 @@ class FusedOutput(CausalLMOutputWithPast):
 
 @dataclass
 class _Call:
-    """What the outer forward hands to the text model, and the text model back."""
+    """What the outer forward gives to the text model, and what it gets back."""
 
     schedule: Schedule
     visual: Tensor
@@ -98,10 +98,10 @@ _GENERATION: ContextVar[_Generation | None] = ContextVar("generation", default=N
 
 
 class FusedTextMixin:
-    """A text model that runs through run_decoder while a fused model's forward is running; else as it always did."""
+    """A text model that runs through run_decoder inside a fused model's forward; elsewhere as Hugging Face's does."""
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Takes and returns what the text model does; the masks come from the outer forward."""
+        """Arguments and result are those of Hugging Face's text model; the masks come from the outer forward."""
         call = _CALL.get()
         if call is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # the text model's
@@ -182,7 +182,7 @@ def _checked(fields: Mapping[str, Any], depth: int) -> StagePlan:
 
 
 def _check_plans(config: Any) -> None:
-    """Raises ValueError where a name of `plans` means something else already."""
+    """Raises ValueError where a name of `plans` already names something else."""
     for name, fields in config.plans.items():
         if name == TRAINED or (name in SCHEDULES and not (name == "dense" and fields is None)):
             raise ValueError(f"plans: got the name '{name}', expected one that is no schedule's; dense is null")
@@ -225,7 +225,7 @@ class FusedMixin:
     plan: StagePlan | None  # of the config
     family_blank: Callable[[Any], dict[str, Any]]  # of the config: inputs of get_image_features for a blank image
     family_blocks: Callable[[Mapping[str, Any]], Tensor | None]  # of forward's inputs: `blocks` as in run_decoder
-    family_merges: bool  # all that the family's forward does with image features is to merge them into the embeddings
+    family_merges: bool  # the family's forward only merges image features into the embeddings
     config: Any
     model: Any
     lm_head: Any
@@ -300,7 +300,7 @@ class FusedMixin:
         - relevance: (B, S), how relevant each visual token is to the question, for CDPruner: see there.
         - query_mask: (B, S) bool, the tokens whose attention a schedule reads; None is the last instruction token.
         - facts: what BatchFacts.of says of this batch, with labels and without a cache. Nothing then waits for the
-          device, forward or backward, as far as the family's own code does not.
+          device, forward or backward, unless the family's code does.
         - packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
           The output is that of the padded batch. Without a cache, under a schedule that trains. It saves time under
           flash-attention and `sdpa_packed`; sdpa and eager take a mask of the whole row.
@@ -439,7 +439,7 @@ class FusedMixin:
         return ImagesApart(encode)
 
     def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
-        """Returns what the tower makes of this call's images, None without any; encodes the pixels in `given`.
+        """Returns the tower's tokens of this call's images, None without any; encodes the pixels in `given`.
 
         Raises:
             ScheduleError: encoded images came without the tower's hidden states.

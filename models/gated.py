@@ -52,7 +52,7 @@ class Gated(Schedule):
         """Returns the layer's gate."""
         return self.gates[layer]
 
-    def deepstack_shares(self, layer: int, levels: int) -> list[Tensor]:
+    def deepstack_ratios(self, layer: int, levels: int) -> list[Tensor]:
         """Returns how much of each DeepStack feature is added after a layer: level n comes n layers after the first."""
         return [self.begins[layer - level] if level <= layer else self.begins[0] * 0 for level in range(levels)]
 

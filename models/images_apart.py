@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ImagesApart(dict[str, Any]):
-    """Stands for the encoded images of a training batch: encodes them where they are looked up, and merges none.
+    """Encodes the images of a training batch where they are looked up, and merges none of them.
 
     For a batch without any, a blank one is encoded: every rank runs the same modules in the same order, containers too,
     which ZeRO-3 relies on. For one whose visual tokens are counted already, the decoder takes the features as they are:

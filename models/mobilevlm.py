@@ -1,6 +1,6 @@
 """MobileVLM v2: LLaVA with a light projector (LDPv2) that leaves a quarter of the visual tokens.
 
-transformers does not have it; these classes are named and saved as its own would be.
+transformers does not have it; these classes are named and saved as in transformers.
 """
 
 from __future__ import annotations

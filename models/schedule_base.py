@@ -156,8 +156,8 @@ class Schedule:
         """Returns a layer's gate, a number from 0 (text sees no vision) to 1; None: it has none. See Gated."""
         return None
 
-    def deepstack_shares(self, layer: int, levels: int) -> Sequence[Tensor] | None:
-        """Returns which share of each of `levels` DeepStack features is added after a layer that sees vision.
+    def deepstack_ratios(self, layer: int, levels: int) -> Sequence[Tensor] | None:
+        """Returns the ratio of each of `levels` DeepStack features that is added after a layer that sees vision.
 
         None: the whole next one, after each such layer.
         """
@@ -197,7 +197,7 @@ class _FusedState:
 
 @dataclass(frozen=True)
 class Fused(Schedule):
-    """A stage plan at work: vision enters, shrinks and leaves at the layers that the model was trained with.
+    """Runs a stage plan: vision enters, shrinks and leaves at the layers that the model was trained with.
 
     Source: ours, after the guidelines of VisiPruner (arXiv 2510.17205, section 6); StagePlan names the parts.
     """
@@ -254,7 +254,7 @@ class Fused(Schedule):
 
 @dataclass(frozen=True)
 class Wrapper(Schedule):
-    """Another schedule, and nothing else: for subclasses that look on while it runs."""
+    """Runs another schedule unchanged: for subclasses that observe it."""
 
     inner: Schedule
 
@@ -293,9 +293,9 @@ class Wrapper(Schedule):
         """Returns the inner schedule's gate."""
         return self.inner.gate_at(layer)
 
-    def deepstack_shares(self, layer: int, levels: int) -> Sequence[Tensor] | None:
+    def deepstack_ratios(self, layer: int, levels: int) -> Sequence[Tensor] | None:
         """Returns what the inner schedule wants."""
-        return self.inner.deepstack_shares(layer, levels)
+        return self.inner.deepstack_ratios(layer, levels)
 
     def token_gates(self, view: View) -> Tensor | None:
         """Returns the inner schedule's."""

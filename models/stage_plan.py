@@ -26,7 +26,7 @@ class StagePlan:
         layers: the layers that see visual tokens, in place of enter and exit; `kv` only.
         keep: {layer: how many visual tokens stay from that layer on}, a count (int >= 1) or a ratio of the
             sample's visual tokens (0 < float < 1). With `select: diversity` or `learned` the first layer may be named
-            too: so many enter.
+            too: that many enter.
         select: which ones stay. `attention`: those to which the last instruction token pays the highest attention in
             the layer before (of those that see vision). `diversity`: those whose projected features differ most from
             each other (DivPrune's max-min rule); the choice does not depend on the question. `learned`: those that a
@@ -35,7 +35,7 @@ class StagePlan:
             does not. A learned scorer always gets them. The choice itself, and so the forward pass, is the same.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ValueError: naming the field, its value and what is expected.
 
     Source: window and pyramid as in HiDrop (arXiv 2602.23699), `kv` and layer lists as in ViCA (arXiv 2602.07574),
     diversity as in DivPrune (arXiv 2503.02175); its place at `enter`, the scorer and the gradient are ours.

@@ -1,4 +1,4 @@
-"""Weights that are taken away after the softmax, without ever making the weights.
+"""Zeroes or moves attention weights after the softmax, without computing them.
 
 A weight set to 0 after the softmax, nothing renormalised, is a weight on a value vector of zeros; a weight given to
 another token is a weight on that token's value vector. So the layer's attention runs unchanged on changed values, under

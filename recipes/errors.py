@@ -1,4 +1,4 @@
-"""One-line words for what pydantic found wrong in a recipe."""
+"""One-line messages for pydantic's errors in a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-# Tags of a key that takes one thing, a list, or a section of another kind; they are no keys.
+# Tags of a key that takes one thing, a list, or a section of another kind; they are not keys.
 ONE, SEVERAL, LEARNED = "<one>", "<several>", "<learned>"
 _TAGS: Final = (ONE, SEVERAL, LEARNED)
 _UNKNOWN: Final = ("extra_forbidden", "invalid_key")  # kinds of faults whose location ends with the unknown key

@@ -25,7 +25,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
 
-Optimizer = Literal[  # of Trainer's, those whose step treats each number alone: ZeRO cuts weights into flat pieces
+Optimizer = Literal[  # those of Trainer's that are elementwise: ZeRO cuts weights into flat pieces
     "adamw_torch_fused",
     "adamw_torch",
     "adamw_8bit",
@@ -93,7 +93,7 @@ class Learn(_Section):
     update: Literal["full", "kv"] = "full"
 
     def width(self, num_layers: int) -> int:
-        """Returns the layers of the window; 0 where the budget does not reach for one."""
+        """Returns the number of layers of the window; 0 where the budget is below one layer."""
         return min(int(self.budget * num_layers + 1e-9), num_layers - 1)
 
 
@@ -119,14 +119,14 @@ class ModelSection(_Section):
 
     Attributes:
         config: folder with config.json (LlavaConfig), the image processor and, unless `language_model` brings one,
-            the tokenizer. Beside a `checkpoint`, whose own counts, its shape for --check where that is not at hand, and
-            the processor of one that has none.
+            the tokenizer. Beside a `checkpoint`, whose config counts, it gives the shape for --check where the
+            checkpoint is missing, and a processor to a checkpoint without one.
         checkpoint: checkpoint of any supported family to start from, a folder or a hub id.
         language_model: pretrained decoder, a folder or a hub id; null is random weights.
         vision_tower: pretrained vision tower, a folder or a hub id; null is random weights.
         stages: fields of StagePlan; null is dense. Or a list of several named plans, of which each step draws one; the
-            first is what the checkpoint runs where nothing else is said. Or `{learn: ...}`: the last phase finds the
-            window; before that, the model is dense.
+            first is the checkpoint's default. Or `{learn: ...}`: the last phase finds the window; before that, the
+            model is dense.
     """
 
     config: str | None = Field(default=None, min_length=1)
@@ -147,7 +147,7 @@ class ModelSection(_Section):
         if isinstance(self.stages, list):
             names = [one.name for one in self.stages]
             if len(set(names)) < max(2, len(names)):
-                raise ValueError(f"stages: got plans named {names}, expected at least two, each with its own name")
+                raise ValueError(f"stages: got plans named {names}, expected at least two, with different names")
             for one in self.stages:
                 others = [name for name in names if name != one.name]
                 if one.distill is not None and one.distill.teacher not in others:
@@ -260,8 +260,8 @@ class TrainSection(_Section):
         max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.
         warmup_ratio: share of the run in which the learning rate rises from 0.
         layers: decoder layers [first, end) that learn, without embeddings, head and last norm; null is everything.
-        tower_layers: the last so many layers of the vision tower learn; null is everything.
-        optimizer: AdamW, Muon or what else Trainer has by this name.
+        tower_layers: how many of the last layers of the vision tower learn; null is everything.
+        optimizer: one of Optimizer.
         max_grad_norm: gradients are clipped to this norm; null does not clip.
         neftune: NEFTune's alpha, the noise on embedded text; null for none.
         sparse_attention: a penalty that makes the instruction attend to few visual tokens; null for none.
@@ -450,7 +450,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `dotted.key=value`, the value in YAML (`train.max_steps=20`, `model.stages=null`).
 
     Raises:
-        RecipeError: one line that names the file, the key, what was found and what is accepted.
+        RecipeError: one line: `file: key: got X, expected Y`.
     """
     raw = read_yaml(path)
     for override in overrides:
@@ -464,7 +464,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses what YAML would settle in silence: a key written twice, 010 for 8, 1:30 for 90."""
+    """SafeLoader that refuses what YAML would silently change: a key written twice, 010 for 8, 1:30 for 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -502,7 +502,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the keys of a YAML file.
 
     Raises:
-        RecipeError: it cannot be read, or says something in a way that YAML would settle in silence.
+        RecipeError: it cannot be read, or holds a value that YAML would silently change.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
@@ -521,7 +521,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
-    """Sets one `dotted.key=value` in the raw recipe; whether the key exists is the schema's question."""
+    """Sets one `dotted.key=value` in the raw recipe; the schema checks whether the key exists."""
     key, mark, text = override.partition("=")
     if not mark or not all(key.split(".")):
         raise RecipeError(f"{path}: got {override!r}, expected dotted.key=value")

@@ -30,7 +30,7 @@ class Arm(_Section):
 
     Attributes:
         set: overrides of the recipe, beside the study's.
-        schedules: the trained model answers under each of these; `trained` is its own plan.
+        schedules: the trained model answers under each of these; `trained` is its stage plan.
     """
 
     set: list[str] = []
@@ -46,7 +46,7 @@ class Study(_Section):
         set: overrides for all arms.
         seeds: of the random weights and of the order of the data; every arm is trained with each.
         tasks: built-in sets that every run answers; the first is the one that is drawn.
-        limit: only the first so many questions of each task; None: all.
+        limit: only this many questions of each task, the first; None: all.
         reference: the arm that the others are compared with.
         arms: by name, in the order of the tables.
         results: folder of the results.

@@ -191,9 +191,9 @@ def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": False}, "has no token <image>"),
-        ({"eos_token": None}, "has no eos_token"),
-        ({"single": "<s> $A </s>"}, "adds an end mark to every text"),
+        ({"image": False}, "got none with the token <image>"),
+        ({"eos_token": None}, "got no eos_token"),
+        ({"single": "<s> $A </s>"}, "got an end mark after every text"),
         ({"chat_template": None}, "got chat_template, but the tokenizer has none"),
     ],
 )
@@ -300,7 +300,7 @@ def test_an_end_mark_at_which_generation_cannot_stop_is_refused():
     tokenizer = byte_level()
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "### END")
     with pytest.raises(
-        TokenizerError, match=r"answers end by .* no special token, so that generation cannot stop there"
+        TokenizerError, match=r"got answers that end with .*, where generation cannot stop, expected a special token"
     ):
         ChatFormat("chat_template", tokenizer)
 

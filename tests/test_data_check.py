@@ -51,7 +51,7 @@ def test_clean_data(folder, capsys):
     assert main([recipe(folder, data=GOOD)]) == 0
     out = capsys.readouterr().out
     assert out == (
-        "data: note: answers that are too long were not looked for: the recipe names no model\n"
+        "data: note: answers longer than data.max_length were not checked: the recipe names no model\n"
         f"data: {folder / 'data.json'}: 3 rows, 2 with an image (3 images), 1 text only, 8 turns, 0 faults\n"
     )
 

@@ -98,7 +98,7 @@ def test_the_text_is_the_tokenizers_own(make, template):
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end mark follows an answer"),
         (CLOSED_LATE, "no end mark follows an answer"),
         (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>bot\n'"), "does not follow the generation prompt"),
-        (THINKING, "the last answer begins otherwise"),
+        (THINKING, "the last answer begins differently"),
     ],
 )
 def test_templates_that_cannot_be_trained_on_are_refused(make, template, message):

@@ -59,7 +59,7 @@ def test_a_recipe_with_several_plans(tmp_path):
     ("stages", "words"),
     [
         ("[{name: a, plan: null}]", "stages: got plans named ['a'], expected at least two"),
-        ("[{name: a, plan: null}, {name: a, plan: null}]", "expected at least two, each with its own name"),
+        ("[{name: a, plan: null}, {name: a, plan: null}]", "expected at least two, with different names"),
         ("[{name: a, plan: null}, {name: b, plan: {enter: 4}}]", "stages.exit: got None"),
         ("[{name: a, plan: null}, {name: b, plan: {enter: 4, exit: 19}}]", "beyond the decoder's 8 layers"),
         ("[{name: a, plan: null}, {name: b, weight: 0.0, plan: null}]", "weight: got 0.0"),
