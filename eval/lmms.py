@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -38,24 +38,12 @@ from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.comparison import ranks
 from eval.prompts import Asked, Prompter
+from eval.tasks.benchmarks import BENCHMARKS
 from models.fused import require_nothing_more
 from models.schedules import TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
-HARNESS_FOLDERS = {  # where lmms-eval defines what is usually asked for; "" for our own
-    **dict.fromkeys(("easy_vqa", "easy_vqa_phrase", "scenes", "scenes_compositional", "textvqa_val_ocr"), ""),
-    "gqa": "gqa",
-    "textvqa_val": "textvqa",
-    "pope": "pope",
-    "mme": "mme",
-    "mmbench_en_dev_static": "mmbench",
-    "scienceqa_img": "scienceqa",
-    "vqav2_val": "vqav2",
-    "seedbench": "seedbench",
-    "vizwiz_vqa_val": "vizwiz_vqa",
-    "mmvet": "mmvet",
-}
 MODEL_NAME = "fused_llava"
 HARNESS = f"lmms-eval {version('lmms-eval')}"
 NEW_TOKENS = 128  # of a task that sets none (textvqa, vizwiz, seedbench); LLaVA-1.5's scripts say 128 for them too
@@ -78,10 +66,7 @@ class SettingsError(UsageError):
 class FusedLlava(lmms):
     """A loaded checkpoint as lmms-eval sees a model: greedy or sampled answers to requests, in batches.
 
-    Args:
-        model: a FusedLlavaForConditionalGeneration; its schedule decides the way through the decoder.
-        prompter: asks it as it was trained to be asked.
-        batch: requests of one generate() call, at least 1.
+    `model` runs under its schedule, `prompter` asks it as it was trained to be asked, `batch` requests at a time.
     """
 
     is_simple = True
@@ -104,16 +89,16 @@ class FusedLlava(lmms):
         """
         parts = (part.partition("=") for part in arg_string.split(",") if part.strip())
         given = {name.strip(): value.strip() for name, _, value in parts}
-        known = ("pretrained", "schedule", "chat_format", "image_aspect")
-        for name in given:
+        known = {"pretrained": (), "schedule": (), "chat_format": FORMATS, "image_aspect": ASPECTS}
+        for name, value in given.items():
             if name not in known:
                 raise CheckpointError(f"--model_args: got '{name}', expected {', '.join(known)}")
+            if known[name] and value not in known[name]:
+                raise CheckpointError(f"--model_args: {name}: got '{value}', expected {', '.join(known[name])}")
         if "pretrained" not in given:
             raise CheckpointError("--model_args: got no pretrained, expected pretrained=FOLDER or a hub name")
         schedule = given.get("schedule") or TRAINED
-        checkpoint = Checkpoint.find(
-            given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
-        )
+        checkpoint = Checkpoint.find(given["pretrained"], given.get("chat_format"), given.get("image_aspect"))
         try:
             require_nothing_more(checkpoint.schedule(schedule), checkpoint.config)
         except ScheduleError as error:
@@ -126,7 +111,7 @@ class FusedLlava(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; the harness puts its own tensors there."""
+        """Where the harness puts its tensors."""
         return self._held[0].device
 
     def clean(self) -> None:
@@ -148,7 +133,7 @@ class FusedLlava(lmms):
     def answer(self, asked: Sequence[Asked], settings: tuple[tuple[str, Any], ...], ends: Sequence[str]) -> list[str]:
         """Returns the answers to one batch, each cut at the first of `ends`."""
         model, prompter = self._held
-        inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked).items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked, model.schedule).items()}
         options = dict(settings)
         seed = options.pop("seed", None)
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
@@ -174,9 +159,9 @@ class FusedLlava(lmms):
 def generation_settings(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
     """Returns what generate() is given for a task's generation_kwargs, and what ends an answer.
 
-    Every setting of Hugging Face's GenerationConfig is passed on. Those that shape a distribution are left out of
-    greedy decoding, which does not use them, and `seed` with them. `max_gen_toks` is lmms-eval's older name of
-    `max_new_tokens`, and a temperature of 0 its word for greedy.
+    Every setting of Hugging Face's GenerationConfig is passed on. Those that shape a distribution, and `seed`, are left
+    out of greedy decoding. `max_gen_toks` is lmms-eval's older name of `max_new_tokens`, a temperature of 0 its word
+    for greedy.
 
     Raises:
         SettingsError: a setting that generate() does not know, or that would change what it returns.
@@ -209,25 +194,18 @@ def cut(text: str, ends: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What lmms-eval says of one model on one task.
-
-    Attributes:
-        metrics: the task's metrics by name.
-        samples: lmms-eval's record of each question: doc_id, doc, target, filtered_resps, and its metrics.
-        prompt: the task's definition, as lmms-eval prints it: prompt, generation settings, dataset, version.
-    """
+    """What lmms-eval says of one model on one task."""
 
     metrics: dict[str, float]
-    samples: list[dict[str, Any]]
-    prompt: dict[str, Any]
+    samples: list[dict[str, Any]]  # of each question doc_id, doc, target, filtered_resps, and its metrics
+    prompt: dict[str, Any]  # the task's definition: prompt, generation settings, dataset, version
 
 
 class Harness:
     """lmms-eval's tasks, each loaded once.
 
-    Args:
-        folder: where the submission files of some tasks go, and harness.log, what lmms-eval and its tasks print.
-        tasks: names that will be asked for.
+    In `folder` are the submission files of some tasks, and harness.log, what lmms-eval and its tasks print. `tasks`
+    are the names that will be asked for.
     """
 
     def __init__(self, folder: Path, tasks: Iterable[str]) -> None:
@@ -235,7 +213,7 @@ class Harness:
         self._tasks: dict[str, Any] = {}
         logger.remove()
         logger.add(folder / "harness.log", level="INFO")
-        wanted = {HARNESS_FOLDERS.get(task) for task in tasks}
+        wanted = {BENCHMARKS[task].folder if task in BENCHMARKS else None for task in tasks}
         every = None in wanted  # reading its 2,000 definitions takes 10 seconds
         theirs = Path(harness_tasks.__file__).parent
         folders = [] if every else [str(theirs / name) for name in wanted if name]
@@ -250,7 +228,7 @@ class Harness:
 
         Of several ranks each answers its part, and the first one gets the outcome, the others None.
         """
-        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        with self._quiet():
             result = evaluator.simple_evaluate(
                 model=model,
                 tasks=[self._task(name)],
@@ -278,7 +256,7 @@ class Harness:
 
     def questions(self, name: str, limit: int | None, count: int) -> dict[int, Asked]:
         """Returns up to `count` of a task's first `limit` questions (None: all), evenly spaced, by their number."""
-        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        with self._quiet():
             task = self._task(name)
             docs = task.eval_docs
             size = min(len(docs), limit or len(docs))
@@ -287,6 +265,11 @@ class Harness:
                 number: Asked(task.doc_to_text(docs[number]), _images(task.doc_to_visual(docs[number]), name))
                 for number in numbers
             }
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            yield
 
     def _task(self, name: str) -> Any:
         if name not in self._tasks:
@@ -299,13 +282,6 @@ def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:
         if not isinstance(visual, Image.Image):
             raise TypeError(f"{task}: got a {type(visual).__name__} to look at, expected images")
     return [visual.convert("RGB") for visual in visuals or []]
-
-
-def _choice(given: Mapping[str, str], name: str, known: Sequence[str]) -> str | None:
-    value = given.get(name)
-    if value is not None and value not in known:
-        raise CheckpointError(f"--model_args: {name}: got '{value}', expected {', '.join(known)}")
-    return value
 
 
 def main() -> int:
