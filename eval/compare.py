@@ -155,24 +155,24 @@ class Comparison:
 
     def write(self) -> tuple[str, bool]:
         """Writes tables and report; returns the tables as text, and whether everything is done."""
-        rows, baselines = rows_of(self)
-        text = self._text(rows, baselines)
+        (rows, baselines), failures = rows_of(self), self.failures()
+        text = self._text(rows, baselines, failures)
         training = {name: checkpoint.run for name, checkpoint in self.checkpoints.items()}
         record = {"settings": self.settings, "compared_with": baselines, "training": training, "rows": rows}
         (self.out / "table.md").write_text(text, encoding="utf-8")
         (self.out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (self.out / "table.csv").write_text(tables.csv_text(rows), encoding="utf-8")
-        write_report(self, rows, baselines)
-        return text, not self.failures()
+        write_report(self, rows, baselines, failures)
+        return text, not failures
 
-    def _text(self, rows: Sequence[Row], baselines: Mapping[str, str]) -> str:
+    def _text(self, rows: Sequence[Row], baselines: Mapping[str, str], failures: Sequence[str]) -> str:
         parts = []
         for task in self.tasks:
             members = [row for row in rows if row["task"] == task and "pooled_in" not in row]
             parts.append(f"## {task}\n\n" + tables.markdown(tables.score_table(members)))
             parts.append(tables.note(members, baselines.get(task)) + "\n")
             parts.append(tables.markdown(tables.cost_table(members)))
-        if failures := self.failures():
+        if failures:
             parts.append("## Failed\n\n" + "".join(f"- {failure}\n" for failure in failures))
         if training := tables.training_table({name: found.run for name, found in self.checkpoints.items()}):
             parts.append("## Training\n\n" + tables.markdown(training))
@@ -248,10 +248,8 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
     """Returns the comparison and the harness, after everything that can be checked before a weight is loaded.
 
     Raises:
-        CheckpointError: a checkpoint cannot be found or read.
-        ComparisonError: its rows would not be comparable.
+        UsageError: a checkpoint cannot be read, its rows would not be comparable, or `--out` cannot be written.
         TokenizerError: a tokenizer does not go with its format.
-        UsageError: `--out` cannot be written.
     """
     found = [Checkpoint.find(given, args.chat_format, args.image_aspect) for given in args.checkpoints]
     for checkpoint in found:

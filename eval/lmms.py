@@ -2,7 +2,7 @@
 
 `python -m eval.lmms --model fused_llava --model_args pretrained=DIR,schedule=visipruner --tasks pope` is lmms-eval's
 own command line with our model and our tasks known to it, and with an exit code other than 0 where it fails.
-`eval.compare` uses the same classes from Python. This is the only file that imports lmms_eval.
+`eval.compare` uses the same classes from Python. Only this file and eval/tasks/built_in.py import lmms_eval.
 
 lmms-eval is installed without its dependencies (launch.sh): the torchvision that they bring is a CUDA build, beside
 which transformers cannot be imported on a machine without a GPU.
@@ -145,11 +145,11 @@ class FusedLlava(lmms):
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refuses: no task of LLaVA-1.5's set asks for it."""
-        raise NotImplementedError("fused_llava answers generate_until tasks; found a loglikelihood task")
+        raise NotImplementedError("fused_llava: got a loglikelihood task, expected generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuses: no task of LLaVA-1.5's set asks for it."""
-        raise NotImplementedError("fused_llava answers generate_until tasks; found a multi-round task")
+        raise NotImplementedError("fused_llava: got a multi-round task, expected generate_until")
 
     def _asked(self, args: tuple[Any, ...]) -> Asked:
         text, _, doc_to_visual, doc_id, task, split = args

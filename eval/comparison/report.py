@@ -24,7 +24,9 @@ TEMPLATE = "report.html.jinja"
 Done = Mapping[str, tuple[Record, Path]]  # by the title of a row: its cell, and the folder of the cell's pictures
 
 
-def write_report(comparison: Comparison, rows: Sequence[Row], baselines: Mapping[str, str]) -> None:
+def write_report(
+    comparison: Comparison, rows: Sequence[Row], baselines: Mapping[str, str], failures: Sequence[str]
+) -> None:
     """Writes report.html and the plots in it, which also stand beside it as PNG.
 
     `rows` are all rows with their differences, `baselines` what each task's rows are compared with, in words.
@@ -38,7 +40,7 @@ def write_report(comparison: Comparison, rows: Sequence[Row], baselines: Mapping
         draw_learning_curves(comparison.checkpoints, curves)
     html = environment.get_template(TEMPLATE).render(
         tasks=[_task(comparison, task, rows, baselines.get(task)) for task in comparison.tasks],
-        failures=comparison.failures(),
+        failures=failures,
         settings=comparison.settings,
         training=tables.training_table({name: found.run for name, found in comparison.checkpoints.items()}),
         curves=embedded(curves.read_bytes()) if has_curves else None,
