@@ -40,21 +40,16 @@ class CheckpointError(UsageError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loadable checkpoint and, where it comes from a run of ours, that run's record.
+    """A loadable checkpoint and, where it comes from a run of ours, that run's record, all phases together.
 
-    Attributes:
-        name: the run folder's name, or the hub's name, as in tables.
-        weights: folder with config.json and safetensors.
-        chat_format: how it was trained to be asked: `vicuna_v1` or `chat_template`.
-        aspect: how it was trained to see images: `pad` or `processor`.
-        run: seconds, steps, samples and samples_per_second of the training, all phases together; empty for others.
-        log: the lines of log.jsonl of all phases, `seconds` and `step` counted through; empty for others.
+    `run` is the training's seconds, steps, samples and samples_per_second; `log` the lines of log.jsonl, `seconds` and
+    `step` counted through. Both are empty for others.
     """
 
-    name: str
-    weights: Path
-    chat_format: str
-    aspect: str
+    name: str  # the run folder's, or the hub's, as in tables
+    weights: Path  # folder with config.json and safetensors
+    chat_format: str  # of FORMATS: how it was trained to be asked
+    aspect: str  # of ASPECTS: how it was trained to see images
     run: dict[str, Any]
     log: list[dict[str, Any]]
 

@@ -46,8 +46,8 @@ class RankError(RuntimeError):
 class Comparison:
     """One comparison: which cells there are, which are still to be run, and where they are kept.
 
-    `checkpoints` are by the name of their rows, `schedules` what each label of a row means, `settings` what all cells
-    have in common. Without a `device_map`, which is Hugging Face's, each checkpoint is on one device.
+    `checkpoints` has each by the name of its rows, `schedules` what each label of a row means, `settings` what all
+    cells have in common. `device_map` is Hugging Face's; without one each checkpoint is on one device.
 
     Raises:
         CheckpointError: a config.json does not fit.

@@ -240,7 +240,7 @@ def _only_uploads(image: gr.Image) -> gr.Image:
 
 
 def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tuple[str, str, int]:
-    """Returns question, schedule and number of new tokens, as a client sent them; QuestionError where it cannot be."""
+    """Returns question, schedule and number of new tokens; raises QuestionError for what the page cannot send."""
     if not isinstance(question, str) or not question.replace(IMAGE_MARK, "").strip():
         raise QuestionError("Type a question first.")
     if len(question) > MAX_CHARACTERS:
@@ -372,7 +372,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Returns the port, or a free one for 0; UsageError where the address is not this machine's, or it is taken."""
+    """Returns the port, or a free one for 0; raises UsageError where it is taken or the address not this machine's."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as listening:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -210,7 +211,6 @@ class Harness:
 
     def __init__(self, folder: Path, tasks: Iterable[str]) -> None:
         self._folder = folder
-        self._tasks: dict[str, Any] = {}
         logger.remove()
         logger.add(folder / "harness.log", level="INFO")
         wanted = {BENCHMARKS[task].folder if task in BENCHMARKS else None for task in tasks}
@@ -218,6 +218,7 @@ class Harness:
         theirs = Path(harness_tasks.__file__).parent
         folders = [] if every else [str(theirs / name) for name in wanted if name]
         self._manager = TaskManager("ERROR", include_path=[str(TASKS_FOLDER), *folders], include_defaults=every)
+        self._task = cache(lambda name: get_task_dict([name], self._manager, "simple")[name])
 
     def known(self, name: str) -> bool:
         """Returns whether lmms-eval has a task of that name, or we have; a group of tasks is none."""
@@ -270,11 +271,6 @@ class Harness:
     def _quiet(self) -> Iterator[None]:
         with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             yield
-
-    def _task(self, name: str) -> Any:
-        if name not in self._tasks:
-            self._tasks[name] = get_task_dict([name], self._manager, "simple")[name]
-        return self._tasks[name]
 
 
 def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:

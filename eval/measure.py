@@ -78,10 +78,10 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def added_memory(calls: Calls, make: Callable[..., Calls], *given: object) -> dict[str, int]:
-    """Returns the bytes that each call adds at its peak, on a GPU.
+    """Returns the bytes that each call adds at its peak.
 
-    On a CPU it is what the calls of the module's function `make`, called with `given`, add in a fresh process, in
-    which nothing else has ever been allocated; what `make` allocates does not count.
+    On a CPU the calls are made again by `make(*given)`, a module's function, in a fresh process, where nothing else was
+    ever allocated; what `make` allocates does not count.
     """
     if not torch.cuda.is_available():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

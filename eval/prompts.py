@@ -31,7 +31,7 @@ class Asked:
 
 
 class Prompter:
-    """Makes batches of questions for one checkpoint, of which `processor` is.
+    """Makes batches of questions for the checkpoint that `processor` belongs to.
 
     `chat_format` and `aspect` are as in a recipe's data.format and data.image_aspect. `text_tower` says how relevant
     visual tokens are, to schedules that read it.

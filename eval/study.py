@@ -51,9 +51,9 @@ class Run:
 
 
 def check_names(study: Study) -> None:
-    """Raises UsageError for tasks and schedules that there are not, and schedules that an arm's model cannot run.
+    """Raises UsageError for tasks and schedules that do not exist, and schedules that an arm's model cannot run.
 
-    RecipeError where an arm's recipe is not valid.
+    Raises RecipeError where an arm's recipe is not valid.
     """
     for task in study.tasks:
         if task not in TASKS:

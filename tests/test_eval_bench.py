@@ -86,7 +86,8 @@ def test_the_packing_table_compares_with_rows_grouped_by_length(monkeypatch):
 
 
 def test_memory_is_measured_in_a_fresh_process():
-    assert measure.added_memory(_allocator(64), _allocator, 64)["ones"] >= 64 * 2**20
+    added = measure.added_memory(_allocator(72), _allocator, 72)["ones"]
+    assert added >= 64 * 2**20  # a process's own count of its pages is a little behind
 
 
 def _allocator(mebibytes):

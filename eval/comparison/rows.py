@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from eval.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ def _compare(comparison: Comparison, rows: Sequence[Row], members: Members, base
 def cell_row(run: str, label: str, task: str, cell: Record, schedule: Schedule, speed: Record | None) -> Row:
     """Returns the row of one cell; of a failed one its error.
 
-    `label` is what the schedule was asked for as, `speed` the record of what was timed on the checkpoint, if any.
+    `label` is the name that the schedule was asked for by, `speed` the record of what was timed on the checkpoint.
     """
     row: Row = {"run": run, "schedule": label, "settings": settings_text(schedule), "task": task}
     row["status"] = cell["status"]
@@ -163,12 +163,8 @@ def _value_text(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
     if not all(type(item) is int for item in value) or sorted(value) != list(value):
         return "/".join(_value_text(item) for item in value)
-    runs: list[list[int]] = []
-    for item in value:
-        if runs and item == runs[-1][-1] + 1:
-            runs[-1].append(item)
-        else:
-            runs.append([item])
+    following = groupby(enumerate(value), lambda pair: pair[1] - pair[0])  # the difference is one for each run
+    runs = [[item for _, item in run] for _, run in following]
     return "/".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "/".join(map(str, run)) for run in runs)
 
 
