@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from data.processor import ProcessorError, load_processor
@@ -19,7 +19,8 @@ from eval.arguments import UsageError
 from eval.measure import device
 from eval.prompts import Prompter
 from models import FusedAutoModel, UnsupportedModelError
-from models.families import family_of
+from models.auto import CONFIG_FAULTS
+from models.families import Family, family_of, is_original
 from models.fused import resolve_config
 from models.schedules import Choice, Schedule
 from recipes.resolved import saved_data, saved_recipe
@@ -29,20 +30,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "recipe.yaml"]
 FORMATS = ("vicuna_v1", "chat_template")
 ASPECTS = ("pad", "processor")
-
-
 # what transformers raises of a config, a tokenizer or weights that are wrong; ImportError: of a missing quantiser
-_LOADING = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    StrictDataclassError,
-    SafetensorError,
-)
+_LOADING = (*CONFIG_FAULTS, ImportError, SafetensorError)
 
 
 class CheckpointError(UsageError):
@@ -51,21 +40,16 @@ class CheckpointError(UsageError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loadable checkpoint and, where it comes from a run of ours, that run's record.
+    """A loadable checkpoint and, where it comes from a run of ours, that run's record, all phases together.
 
-    Attributes:
-        name: the run folder's name, or the hub's name, as in tables.
-        weights: folder with config.json and safetensors.
-        chat_format: how it was trained to be asked: `vicuna_v1` or `chat_template`.
-        aspect: how it was trained to see images: `pad` or `processor`.
-        run: seconds, steps, samples and samples_per_second of the training, all phases together; empty for others.
-        log: the lines of log.jsonl of all phases, `seconds` and `step` counted through; empty for others.
+    `run` is the training's seconds, steps, samples and samples_per_second; `log` the lines of log.jsonl, `seconds` and
+    `step` counted through. Both are empty for others.
     """
 
-    name: str
-    weights: Path
-    chat_format: str
-    aspect: str
+    name: str  # the run folder's, or the hub's, as in tables
+    weights: Path  # folder with config.json and safetensors
+    chat_format: str  # of FORMATS: how it was trained to be asked
+    aspect: str  # of ASPECTS: how it was trained to see images
     run: dict[str, Any]
     log: list[dict[str, Any]]
 
@@ -73,10 +57,8 @@ class Checkpoint:
     def find(cls, given: str | Path, chat_format: str | None = None, aspect: str | None = None) -> Checkpoint:
         """Returns the checkpoint of a run folder (its `final/`), of a folder with the weights, or of the hub.
 
-        Args:
-            given: a folder, or a hub name (`llava-hf/llava-1.5-7b-hf`), whose files are then fetched.
-            chat_format: None is what its recipe.yaml says; without one, its chat template where it has one.
-            aspect: None is what its recipe.yaml says; without one, the processor's own.
+        `chat_format` and `aspect` are by default what its recipe.yaml says; without one, its chat template and its
+        processor's own way. Of a hub name (`llava-hf/llava-1.5-7b-hf`) the files are fetched.
 
         Raises:
             CheckpointError: there is none, says where it looked; or its recipe asks no questions.
@@ -102,7 +84,13 @@ class Checkpoint:
         cls, name: str, weights: Path, phases: list[Path], chat_format: str | None, aspect: str | None
     ) -> Checkpoint:
         _check_kind(weights)
-        trained = _trained_with(weights)
+        recipe, trained = weights / "recipe.yaml", ("chat_template", "processor")
+        if recipe.is_file():
+            try:
+                data = saved_data(recipe)
+            except RecipeError as error:
+                raise CheckpointError(str(error)) from error
+            trained = data.format, data.image_aspect
         chat_format = chat_format or trained[0]
         if chat_format not in FORMATS:
             raise CheckpointError(
@@ -119,18 +107,13 @@ class Checkpoint:
     @property
     def family(self) -> str:
         """The family's model_type, as in `FAMILIES`."""
-        return family_of(_config(self.weights).get("model_type"), self.weights).model_type
+        return _family(self.weights).model_type
 
     @property
     def config(self) -> Any:
-        """The fused config, by config.json.
-
-        Raises:
-            CheckpointError: the fields of config.json do not fit.
-        """
-        family = family_of(_config(self.weights).get("model_type"), self.weights)
+        """The fused config; raises CheckpointError where the fields of config.json do not fit."""
         try:
-            return family.config_class.from_pretrained(self.weights)
+            return _family(self.weights).config_class.from_pretrained(self.weights)
         except _LOADING as error:
             raise _not_loaded(self.weights, error) from error
 
@@ -154,18 +137,16 @@ class Checkpoint:
     ) -> tuple[Any, Any]:
         """Returns the model, ready for inference, on the GPU where there is one, and its processor.
 
-        Args:
-            dtype: of the weights; None is what they are saved in.
-            attention: Hugging Face's attn_implementation; None is its choice.
-            device_map: Hugging Face's, which spreads the weights over several GPUs; None: all on one.
+        `dtype` None is what the weights are saved in; `attention` is Hugging Face's attn_implementation; `device_map`,
+        Hugging Face's too, spreads the weights over several GPUs.
 
         Raises:
             CheckpointError: weights or processor cannot be read, or weights of the model are missing.
         """
         processor = self.processor()
+        options = {"attn_implementation": attention, "device_map": device_map}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         try:
-            options: dict[str, Any] = {"attn_implementation": attention, "device_map": device_map}
-            given = {name: value for name, value in options.items() if value is not None}
             model, report = FusedAutoModel.from_pretrained(
                 self.weights, dtype=dtype or "auto", output_loading_info=True, **given
             )
@@ -178,11 +159,7 @@ class Checkpoint:
         return model.eval() if device_map else model.eval().to(device()), processor
 
     def processor(self) -> Any:
-        """Returns the processor: tokenizer, chat template and image processor.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """Returns tokenizer, chat template and image processor; raises CheckpointError where they cannot be read."""
         try:
             return load_processor(self.weights)
         except ProcessorError as error:
@@ -210,11 +187,7 @@ def plans_of(given: str | Path) -> list[str]:
 
 
 def _config(weights: Path) -> dict[str, Any]:
-    """Returns the fields of config.json.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """Returns the fields of config.json; raises CheckpointError where it cannot be read."""
     file = weights / "config.json"
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
@@ -225,6 +198,10 @@ def _config(weights: Path) -> dict[str, Any]:
     return fields
 
 
+def _family(weights: Path) -> Family:
+    return family_of(_config(weights).get("model_type"), weights)
+
+
 def _not_loaded(weights: Path, error: Exception) -> CheckpointError:
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return CheckpointError(f"{weights}: cannot be loaded: {kind}{' '.join(str(error).split())}")
@@ -233,13 +210,13 @@ def _not_loaded(weights: Path, error: Exception) -> CheckpointError:
 def _check_kind(weights: Path) -> None:
     """Raises CheckpointError unless config.json is of a family that runs staged; nothing is built before this."""
     fields = _config(weights)
-    if any(str(name).startswith("mm_") for name in fields) and "text_config" not in fields:
+    if is_original(fields):
         raise CheckpointError(
             f"{weights}: got a checkpoint in the original LLaVA format, expected Hugging Face's, such as "
             "llava-hf/llava-1.5-7b-hf, or what FusedAutoModel.from_pretrained and save_pretrained make of it"
         )
     try:
-        family = family_of(fields.get("model_type"), weights)
+        family = _family(weights)
     except UnsupportedModelError as error:
         raise CheckpointError(str(error)) from None
     for part in ("text_config", "vision_config") if family.model_type == "llava" else ():
@@ -254,16 +231,15 @@ def _fetched(name: str, files: Sequence[str]) -> Path:
         raise CheckpointError(f"{name}: no such folder, nor on the hub: {' '.join(str(error).split())}") from error
 
 
-def _trained_with(weights: Path) -> tuple[str, str]:
-    """Returns the format and the image aspect that a checkpoint goes with."""
-    file = weights / "recipe.yaml"
-    if not file.is_file():
-        return "chat_template", "processor"
+@contextmanager
+def written_by_a_run(file: Path) -> Iterator[None]:
+    """Turns what reading a file of a run raises into a CheckpointError that names it."""
     try:
-        data = saved_data(file)
-    except RecipeError as error:
-        raise CheckpointError(str(error)) from error
-    return data.format, data.image_aspect
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({type(error).__name__}: {error}), expected what a run writes"
+        ) from error
 
 
 def _history(phases: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -278,19 +254,14 @@ def _history(phases: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         record, log = folder / "final" / "run.json", folder / "log.jsonl"
         if not record.is_file():
             continue
-        file = log
-        try:
+        with written_by_a_run(log):
             for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
                 line = json.loads(text)
                 counted = {"seconds": line["seconds"] + total["seconds"], "step": line["step"] + total["steps"]}
                 lines.append({**line, **counted})
-            file = record
+        with written_by_a_run(record):
             run = json.loads(record.read_text(encoding="utf-8"))
             total = {key: value + run[key] for key, value in total.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({type(error).__name__}: {error}), expected what a run writes"
-            ) from error
     if not total["steps"]:
         return {}, []
     return {**total, "samples_per_second": total["samples"] / total["seconds"]}, lines

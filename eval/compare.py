@@ -21,16 +21,15 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval.arguments import UsageError, make_folder, names_of, schedules_of
+from eval.arguments import UsageError, command_line, make_folder, names_of, positive, schedules_of
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError, plans_of
-from eval.comparison import ranks, seeds
-from eval.comparison import rows as tables
-from eval.comparison.cells import Loaded, Record, Store, run_cell, run_speed
+from eval.comparison import ranks, tables
+from eval.comparison.cells import Record, Store, run_cell, run_speed
 from eval.comparison.report import write_report
+from eval.comparison.rows import Row, rows_of
 from eval.comparison.settings import PRECISIONS, ComparisonError, check_settings, code, fingerprint, named, settings_of
+from eval.live import Loaded
 from eval.lmms import Harness
-from eval.measure import positive
-from eval.paired import holm
 from eval.tasks.benchmarks import BENCHMARKS, missing_judge
 from eval.text_tower import TextTower
 from models.schedules import SCHEDULES, TRAINED, Choice, Schedule, ScheduleError
@@ -47,13 +46,8 @@ class RankError(RuntimeError):
 class Comparison:
     """One comparison: which cells there are, which are still to be run, and where they are kept.
 
-    Args:
-        checkpoints: by the name of their rows.
-        schedules: what each label of a row means.
-        tasks: names of lmms-eval.
-        settings: what all cells have in common.
-        out: the comparison's folder.
-        device_map: Hugging Face's; None: each checkpoint on one device.
+    `checkpoints` has each by the name of its rows, `schedules` what each label of a row means, `settings` what all
+    cells have in common. `device_map` is Hugging Face's; without one each checkpoint is on one device.
 
     Raises:
         CheckpointError: a config.json does not fit.
@@ -86,20 +80,10 @@ class Comparison:
             for name in self.checkpoints:
                 self._run_checkpoint(name, harness, bar)
 
-    def outdated(self) -> int:
-        """Returns how many cells are kept that other weights, settings of a schedule or code decided."""
-        return sum(
-            self.stores[name].is_outdated(label, task)
-            for name, chosen in self.schedules.items()
-            for label in chosen
-            for task in self.tasks
-        )
-
     def _run_checkpoint(self, name: str, harness: Harness, bar: Any) -> None:
-        store, schedules = self.stores[name], self.schedules[name]
-        cells = [(label, task) for task in self.tasks for label in schedules]
-        missing = [cell for cell in cells if not _is_done(store.read(*cell))]
-        missing, is_timed = ranks.from_first((missing, _is_done(store.read("speed"))))
+        cells = self._cells(name)
+        missing = [cell for cell in cells if not _is_done(self.stores[name].read(*cell))]
+        missing, is_timed = ranks.from_first((missing, _is_done(self.speed(name))))
         bar.update(len(cells) - len(missing) + is_timed)
         if not missing and is_timed:
             return
@@ -107,137 +91,90 @@ class Comparison:
         try:
             loaded = self._load(name)
         except (CheckpointError, RuntimeError) as error:  # RuntimeError: no room for it
-            self._fail(name, error, missing)
+            for cell in missing:
+                self._keep(_failed(error), name, *cell)
             bar.update(len(missing) + (not is_timed))
             return
         for label, task in missing:
             bar.set_description(f"{name}, {label}, {task}")
-            self._run_cell(loaded, name, (label, task), harness)
+            options: Any = {"harness": harness, "limit": self.settings["limit"], "pictures": self.pictures(name, task)}
+            record = _attempt(partial(run_cell, loaded, self.schedules[name][label], task, **options))
+            self._keep(record, name, label, task)
             bar.update()
         if not is_timed:
             bar.set_description(f"{name}: speed and memory")
             if ranks.rank() == 0:
-                store.write(_attempt(partial(self._measured, loaded, schedules, harness)), "speed")
+                self.stores[name].write(_attempt(partial(self._measured, loaded, name, harness)), "speed")
             bar.update()
 
-    def _run_cell(self, loaded: Loaded, name: str, cell: tuple[str, str], harness: Harness) -> None:
-        label, task = cell
-        pictures = self.out / "cells" / name / f"{task}_pictures"
-        options: Any = {"harness": harness, "limit": self.settings["limit"], "pictures": pictures}
-        record = _attempt(partial(run_cell, loaded, self.schedules[name][label], task, **options))
-        if record is not None and (ranks.rank() == 0 or record["status"] == "failed"):
-            self.stores[name].write(record, *cell)
-            if record["status"] == "failed" and ranks.world_size() > 1:
+    def _keep(self, record: Record | None, name: str, label: str, task: str) -> None:
+        """Keeps a cell's record; raises RankError where it failed in one of several processes."""
+        is_failed = record is not None and not _is_done(record)
+        if record is not None and (ranks.rank() == 0 or is_failed):
+            self.stores[name].write(record, label, task)
+            if is_failed and ranks.world_size() > 1:
                 raise RankError(f"{name}, {label}, {task}: {record['error']}")
-
-    def _fail(self, name: str, error: Exception, cells: Sequence[tuple[str, str]]) -> None:
-        if ranks.world_size() > 1:
-            raise RankError(f"{name}: {error}")
-        for cell in cells:
-            self.stores[name].write(_failed(error), *cell)
-
-    def _measured(self, loaded: Loaded, schedules: Mapping[str, Schedule], harness: Harness) -> Record:
-        asked = harness.questions(self.tasks[0], self.settings["limit"], self.settings["batch"])
-        return run_speed(loaded, schedules, list(asked.values()))
 
     def _load(self, name: str) -> Loaded:
         checkpoint, settings = self.checkpoints[name], self.settings
         model, processor = checkpoint.load(PRECISIONS[settings["precision"]], settings["attention"], self.device_map)
-        tower = self.text_tower and self.text_tower.to(model.device)
-        return Loaded(checkpoint, model, checkpoint.prompter(processor), settings["batch"], tower)
+        prompter = checkpoint.prompter(processor)
+        prompter.text_tower = self.text_tower and self.text_tower.to(model.device)
+        return Loaded(checkpoint, model, prompter, settings["batch"])
+
+    def _measured(self, loaded: Loaded, name: str, harness: Harness) -> Record:
+        asked = harness.questions(self.tasks[0], self.settings["limit"], self.settings["batch"])
+        return run_speed(loaded, self.schedules[name], list(asked.values()))
+
+    def outdated(self) -> int:
+        """Returns how many cells are kept that other weights, settings of a schedule or code decided."""
+        return sum(store.is_outdated(*cell) for name, store in self.stores.items() for cell in self._cells(name))
+
+    def _cells(self, name: str) -> list[tuple[str, str]]:
+        return [(label, task) for task in self.tasks for label in self.schedules[name]]
 
     def cell(self, name: str, schedule: str, task: str) -> Record:
         """Returns a cell's record; of one that was never reached, a failed one."""
         return self.stores[name].read(schedule, task) or _NOT_RUN
 
-    def rows(self) -> tuple[list[tables.Row], dict[str, str]]:
-        """Returns all rows, and for each task the dense row that the others are compared with, in words.
+    def speed(self, name: str) -> Record:
+        """Returns the record of what was timed on a checkpoint; a failed one where nothing was."""
+        return self.stores[name].read("speed") or _NOT_RUN
 
-        Runs that differ in their seed alone have a row together; their own rows say `pooled_in`.
-        """
-        found: list[tables.Row] = []
-        baselines = {}
-        groups = seeds.groups_of(self.checkpoints)
-        for task in self.tasks:
-            rows = [self._row(name, label, task) for name in self.checkpoints for label in self.schedules[name]]
-            members = {(row["run"], row["schedule"]): [row] for row in rows}
-            for label, runs in groups.items():
-                members |= _pool(label, runs, rows)
-            shown = [row for row in rows if "pooled_in" not in row]
-            base = tables.baseline_of(shown, {row["run"]: self._stages(members, row) for row in shown})
-            if base is not None:
-                baselines[task] = " ".join(base)
-                self._compare(task, shown, members, base)
-            found += tables.floor_rows(task, self.settings["limit"]) + rows
-        return found, baselines
-
-    def _stages(self, members: Mapping[tuple[str, str], Sequence[tables.Row]], row: tables.Row) -> Any:
-        return self.checkpoints[members[row["run"], row["schedule"]][0]["run"]].stages
-
-    def _compare(
-        self,
-        task: str,
-        shown: Sequence[tables.Row],
-        members: Mapping[tuple[str, str], Sequence[tables.Row]],
-        base: tuple[str, str],
-    ) -> None:
-        """Adds to each row its difference from the dense row, with the p-value as it is and corrected for all rows."""
-
-        def cells(row: tuple[str, str]) -> dict[int, Record]:
-            return {one.get("seed", 0): self.cell(one["run"], one["schedule"], task) for one in members[row]}
-
-        known = cells(base)
-        for row in shown:
-            row["is_reference"] = (row["run"], row["schedule"]) == base
-            if row["status"] == "done" and not row["is_reference"]:
-                differs = seeds.compared(cells((row["run"], row["schedule"])), known)
-                if differs is not None:
-                    row["difference"] = vars(differs)
-        told = [row["difference"] for row in shown if "difference" in row]
-        for differs_by, corrected in zip(told, holm([one["p"] for one in told]), strict=True):
-            differs_by["p_holm"] = corrected
-
-    def _row(self, name: str, label: str, task: str) -> tables.Row:
-        speed = (self.stores[name].read("speed") or {}).get("by_schedule", {}).get(label)
-        return tables.cell_row(name, label, task, self.cell(name, label, task), self.schedules[name][label], speed)
+    def pictures(self, name: str, task: str) -> Path:
+        """Returns the folder of the images of a checkpoint's sample pages."""
+        return self.out / "cells" / name / f"{task}_pictures"
 
     def failures(self) -> list[str]:
         """Returns what failed, and why, a line each."""
-        found = []
-        for name, store in self.stores.items():
-            for task in self.tasks:
-                records = {label: self.cell(name, label, task) for label in self.schedules[name]}
-                found += [f"{name}, {of}, {task}: {got['error']}" for of, got in records.items() if not _is_done(got)]
-            speed = store.read("speed") or _NOT_RUN
-            if not _is_done(speed):
-                found.append(f"{name}, speed and memory: {speed['error']}")
-        return found
+        records = []
+        for name in self.checkpoints:
+            records += [(f"{name}, {', '.join(cell)}", self.cell(name, *cell)) for cell in self._cells(name)]
+            records.append((f"{name}, speed and memory", self.speed(name)))
+        return [f"{told}: {record['error']}" for told, record in records if not _is_done(record)]
 
     def write(self) -> tuple[str, bool]:
         """Writes tables and report; returns the tables as text, and whether everything is done."""
-        rows, baselines = self.rows()
-        text = self._text(rows, baselines)
+        (rows, baselines), failures = rows_of(self), self.failures()
+        text = self._text(rows, baselines, failures)
         training = {name: checkpoint.run for name, checkpoint in self.checkpoints.items()}
         record = {"settings": self.settings, "compared_with": baselines, "training": training, "rows": rows}
         (self.out / "table.md").write_text(text, encoding="utf-8")
         (self.out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (self.out / "table.csv").write_text(tables.csv_text(rows), encoding="utf-8")
-        cells = {(row["run"], row["schedule"], row["task"]): self.cell(row["run"], row["schedule"], row["task"])
-                 for row in rows if row["schedule"] != tables.FLOOR and "seeds" not in row}  # fmt: skip
-        write_report(self.out, rows, cells, self.failures(), baselines, self.settings, self.checkpoints)
-        return text, not self.failures()
+        write_report(self, rows, baselines, failures)
+        return text, not failures
 
-    def _text(self, rows: Sequence[tables.Row], baselines: Mapping[str, str]) -> str:
+    def _text(self, rows: Sequence[Row], baselines: Mapping[str, str], failures: Sequence[str]) -> str:
         parts = []
         for task in self.tasks:
             members = [row for row in rows if row["task"] == task and "pooled_in" not in row]
             parts.append(f"## {task}\n\n" + tables.markdown(tables.score_table(members)))
             parts.append(tables.note(members, baselines.get(task)) + "\n")
             parts.append(tables.markdown(tables.cost_table(members)))
-        training = tables.training_table({name: found.run for name, found in self.checkpoints.items()})
-        if failures := self.failures():
+        if failures:
             parts.append("## Failed\n\n" + "".join(f"- {failure}\n" for failure in failures))
-        if training:
+        if training := tables.training_table({name: found.run for name, found in self.checkpoints.items()}):
             parts.append("## Training\n\n" + tables.markdown(training))
         return "\n".join(parts)
 
@@ -252,22 +189,6 @@ def _schedules(checkpoint: Checkpoint, asked: Mapping[str, Choice]) -> dict[str,
     known = (TRAINED, *SCHEDULES, *(checkpoint.config.plans or {}))
     asked = {label: choice for label, choice in asked.items() if not isinstance(choice, str) or choice in known}
     return {label: checkpoint.schedule(choice) for label, choice in asked.items()}
-
-
-def _pool(label: str, runs: Mapping[int, str], rows: list[tables.Row]) -> dict[tuple[str, str], list[tables.Row]]:
-    """Adds to `rows` those of several seeds together, before their own; returns their members by (run, schedule)."""
-    found: dict[tuple[str, str], list[tables.Row]] = {}
-    for schedule in dict.fromkeys(row["schedule"] for row in rows):
-        done = {row["run"]: row for row in rows if row["schedule"] == schedule and row["status"] == "done"}
-        members = [{**done[run], "seed": seed} for seed, run in runs.items() if run in done]
-        if len(members) < 2:
-            continue
-        together = seeds.pooled(label, members)
-        for row in members:
-            done[row["run"]]["pooled_in"] = together["run"]
-        rows.insert(rows.index(done[members[0]["run"]]), together)
-        found[together["run"], schedule] = members
-    return found
 
 
 def _is_done(record: Record | None) -> bool:
@@ -288,9 +209,7 @@ def _attempt(run: Callable[[], Record | None]) -> Any:
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("eval.compare", __doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run folder, checkpoint or hub name")
     parser.add_argument(
         "--schedules",
@@ -317,9 +236,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     except UsageError as error:
         parser.exit(2, f"{error}\n")
     if args.device_map is not None and ranks.world_size() > 1:
-        parser.exit(
-            2, "--device-map: got it under torchrun, expected one process: each rank holds a whole checkpoint\n"
-        )
+        told = "--device-map: got it under torchrun, expected one process: each rank holds a whole checkpoint"
+        parser.exit(2, f"{told}\n")
     for name in args.tasks:
         if missing := missing_judge(name):
             parser.exit(2, f"--tasks: {missing}\n")
@@ -330,31 +248,18 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
     """Returns the comparison and the harness, after everything that can be checked before a weight is loaded.
 
     Raises:
-        CheckpointError: a checkpoint cannot be found or read.
-        ComparisonError: its rows would not be comparable.
+        UsageError: a checkpoint cannot be read, its rows would not be comparable, or `--out` cannot be written.
         TokenizerError: a tokenizer does not go with its format.
-        UsageError: `--out` cannot be written.
     """
     found = [Checkpoint.find(given, args.chat_format, args.image_aspect) for given in args.checkpoints]
     for checkpoint in found:
         checkpoint.prompter(checkpoint.processor())
-    settings = settings_of(
-        found,
-        limit=args.limit,
-        batch=args.batch,
-        precision=args.precision,
-        attention=args.attn_implementation,
-        text_tower=args.text_tower,
-    )
+    settings = settings_of(found, args)
     comparison = Comparison(
         named(found), args.schedules, args.tasks, settings=settings, out=args.out, device_map=args.device_map
     )
-    reading = {
-        label
-        for chosen in comparison.schedules.values()
-        for label, schedule in chosen.items()
-        if schedule.reads_relevance
-    }
+    labelled = [pair for chosen in comparison.schedules.values() for pair in chosen.items()]
+    reading = [label for label, schedule in labelled if schedule.reads_relevance]
     if reading and args.text_tower is None:
         raise ComparisonError(
             f"--schedules: got {min(reading)}, which reads the question with a text tower that the checkpoint has not, "
@@ -383,9 +288,8 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     logging.disable_progress_bar()  # of loading weights: there is one for all cells
     if (outdated := comparison.outdated()) and ranks.rank() == 0:
-        print(
-            f"{outdated} cells of {args.out} are run again: other weights, settings or code made them", file=sys.stderr
-        )
+        told = f"{outdated} cells of {args.out} are run again: other weights, settings or code made them"
+        print(told, file=sys.stderr)
     ranks.start()
     try:
         comparison.run(harness)

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,10 +31,9 @@ from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
 from data.images import read_image as read_upload
 from data.rows import IMAGE_MARK, RowError
-from eval.arguments import UsageError
+from eval.arguments import UsageError, command_line
 from eval.checkpoint import Checkpoint
-from eval.live import live_mask
-from eval.overlay import draw_overlay
+from eval.live import draw_overlay, live_mask
 from eval.prompts import Asked, Prompter
 from models.fused import usable_schedules
 from models.schedules import SCHEDULES, TRAINED
@@ -72,25 +72,15 @@ class QuestionError(ValueError):
 
 @dataclass(frozen=True)
 class Response:
-    """An answer and its cost.
-
-    Attributes:
-        answer: the text.
-        new_tokens: generated tokens, the end mark included.
-        prefill_seconds: until the first token: vision tower, prompt, first token.
-        decode_seconds: of all further tokens.
-        token_layers: visual tokens that layers ran on in the prefill, summed over layers.
-        dense_token_layers: the same if every layer saw every visual token.
-        overlay: the live visual tokens drawn over the image as the model saw it; None without an image.
-    """
+    """An answer and its cost."""
 
     answer: str
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    token_layers: int
-    dense_token_layers: int
-    overlay: Image.Image | None
+    new_tokens: int  # generated, the end mark included
+    prefill_seconds: float  # until the first token: vision tower, prompt, first token
+    decode_seconds: float  # of all further tokens
+    token_layers: int  # visual tokens that layers ran on in the prefill, summed over layers
+    dense_token_layers: int  # the same if every layer saw every visual token
+    overlay: Image.Image | None  # the live visual tokens drawn over the image as the model saw it; None without one
 
 
 class _Clock(BaseStreamer):
@@ -112,19 +102,12 @@ def respond(
 ) -> Response:
     """Returns the greedy answer to a question under a schedule; the model's schedule does not matter.
 
-    Args:
-        model: a fused model, ready for inference.
-        prompter: asks it as it was trained to be asked.
-        image: what the question is about; None asks the words alone.
-        question: what a user typed.
-        schedule: `released`, the one that its config.json names; `trained`; or a name in `SCHEDULES`, with published
-            settings scaled to the model's depth.
-        max_new_tokens: at least 1.
+    An image of None asks the words alone. The schedule is `released`, the one that the model's config.json names;
+    `trained`; or a name in `SCHEDULES`, with published settings scaled to the model's depth.
 
     Raises:
         QuestionError: prompt and answer do not fit into the model's positions, or the tokenizer cannot write the text.
     """
-    depth = model.config.text_config.num_hidden_layers
     chosen = model.resolve(model.config.schedule if schedule == RELEASED else schedule)
     images = [] if image is None else [image.convert("RGB")]
     try:
@@ -137,21 +120,21 @@ def respond(
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
     with torch.inference_mode():
         tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock, on_prefill=prefills.append)
-    live = live_mask(prefills[0])[:, 0]
-    ids, overlay = inputs["input_ids"][0], None
+    live, ids, overlay = live_mask(prefills[0])[:, 0], inputs["input_ids"][0], None
+    visual = ids == model.config.image_token_id
     if images and (grid := prompter.grid(images[0], inputs)) is not None:
-        patches = prompter.patches(live, ids == model.config.image_token_id, grid, images[0])
+        patches = prompter.patches(live, visual, grid, images[0])
         overlay = draw_overlay(prompter.picture(images[0], inputs), patches, grid)
     new = tokens[:, len(ids) :]
     start, first, last = clock.times[0], clock.times[1], clock.times[-1]
     return Response(
-        prompter.decode(new)[0],
-        new.shape[1],
-        first - start,
-        last - first,
-        int(live.sum()),
-        int((ids == model.config.image_token_id).sum()) * depth,
-        overlay,
+        answer=prompter.decode(new)[0],
+        new_tokens=new.shape[1],
+        prefill_seconds=first - start,
+        decode_seconds=last - first,
+        token_layers=int(live.sum()),
+        dense_token_layers=int(visual.sum()) * model.config.text_config.num_hidden_layers,
+        overlay=overlay,
     )
 
 
@@ -167,16 +150,18 @@ def _check_length(model: Any, prompt: int, new: int) -> None:
 
 def schedule_choices(model: Any) -> list[tuple[str, str]]:
     """Returns (label, name) of each schedule that a model can be asked under; first the one that it starts under."""
-    released = model.config.schedule
-    first = [] if released is None else [(f"{RELEASED}: {model.resolve(released)}", RELEASED)]
-    plans = [(f"{name}, one of its plans", name) for name in model.config.plans or {}]
-    names = [name for name in usable_schedules(model.config) if name not in (model.config.plans or {})]
-    if model.config.stages is None:
-        return [*first, *plans, *((name, name) for name in names)]
-    plan, depth = StagePlan.from_dict(model.config.stages), model.config.text_config.num_hidden_layers
-    trained = f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers"
-    labels = [(name if SCHEDULES[name].trainable else f"{name}, within the plan", name) for name in names]
-    return [*first, (trained, TRAINED), *plans, *labels]
+    config, plans = model.config, model.config.plans or {}
+    choices = [(f"{name}, one of its plans", name) for name in plans]
+    names = [name for name in usable_schedules(config) if name not in plans]
+    if config.stages is None:
+        choices += [(name, name) for name in names]
+    else:
+        plan, depth = StagePlan.from_dict(config.stages), config.text_config.num_hidden_layers
+        choices.insert(0, (f"{TRAINED}, vision in {sum(map(plan.sees, range(depth)))} of {depth} layers", TRAINED))
+        choices += [(name if SCHEDULES[name].trainable else f"{name}, within the plan", name) for name in names]
+    if config.schedule is not None:
+        choices.insert(0, (f"{RELEASED}: {model.resolve(config.schedule)}", RELEASED))
+    return choices
 
 
 def examples(checkpoint: Checkpoint) -> list[list[str]]:
@@ -227,12 +212,10 @@ def _uploaded(file: Any) -> Path:
     Raises:
         QuestionError: the path leads elsewhere, by `..` or a link too, or nothing is there.
     """
-    try:
+    with suppress(OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a loop of links
         path, folder = Path(str(file)).resolve(), Path(get_upload_folder()).resolve()
         if path.is_relative_to(folder) and path.is_file():
             return path
-    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a loop of links
-        pass
     raise QuestionError("That image is not, or no longer, among the uploads. Upload it again.")
 
 
@@ -257,11 +240,7 @@ def _only_uploads(image: gr.Image) -> gr.Image:
 
 
 def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tuple[str, str, int]:
-    """Returns question, schedule and number of new tokens, as a client sent them.
-
-    Raises:
-        QuestionError: one of them is nothing that the page can send.
-    """
+    """Returns question, schedule and number of new tokens; raises QuestionError for what the page cannot send."""
     if not isinstance(question, str) or not question.replace(IMAGE_MARK, "").strip():
         raise QuestionError("Type a question first.")
     if len(question) > MAX_CHARACTERS:
@@ -280,11 +259,7 @@ def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tu
 def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] = ()) -> gr.Blocks:
     """Returns the page; it answers one request at a time, so that its memory is that of one.
 
-    Args:
-        name: of the checkpoint.
-        model: a fused model, ready for inference.
-        prompter: asks it as it was trained to be asked.
-        shown: [image file, question] of each example.
+    `name` is the checkpoint's, `shown` has [image file, question] of each example.
     """
     choices = schedule_choices(model)
     names = [name for _, name in choices]
@@ -300,11 +275,9 @@ def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] =
             raise gr.Error("The machine has not enough memory for this question.") from error
         return response.answer, figures(response), response.overlay
 
-    cleaned = (KEPT_SECONDS // 4, KEPT_SECONDS)
-    with gr.Blocks(
-        title=f"Fused LLaVA: {name}", analytics_enabled=False, fill_width=True, delete_cache=cleaned
-    ) as blocks:
-        gr.Markdown(f"# Fused LLaVA: {name}")
+    title, cleaned = f"Fused LLaVA: {name}", (KEPT_SECONDS // 4, KEPT_SECONDS)
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=cleaned) as blocks:
+        gr.Markdown(f"# {title}")
         with gr.Row():
             with gr.Column():
                 image = _only_uploads(
@@ -335,14 +308,9 @@ def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] =
 
 
 def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None = None, share: bool = False) -> str:
-    """Starts to serve a page and returns its address.
+    """Starts to serve a page and returns its address; with `share` it is a public one, through Gradio's servers.
 
-    Args:
-        blocks: the page.
-        host: address of this machine.
-        port: a free one.
-        password: asked for before anything else is answered; None asks for none.
-        share: also at a public address, through Gradio's servers.
+    A password is asked for before anything else is answered.
     """
     auth = None if password is None else lambda _, given: hmac.compare_digest(given.encode(), password.encode())
     _, local, shared = blocks.launch(
@@ -367,7 +335,8 @@ def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None = No
 def main(given: Sequence[str] | None = None) -> int:
     """Loads a checkpoint and serves its page; returns the exit code."""
     args = _arguments(given)
-    if (args.share or not _is_local(args.host)) and args.password is None:
+    is_local = args.host in ("localhost", "::1") or args.host.startswith("127.")
+    if (args.share or not is_local) and args.password is None:
         print(
             "WARNING: no password. Everyone who reaches this address can ask the model and upload images. "
             "Add --password WORD to ask for one.",
@@ -393,28 +362,17 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.demo", description=__doc__)
+    parser = command_line("eval.demo", __doc__)
     parser.add_argument("checkpoint", metavar="DIR", help="run folder, released folder or hub name")
     parser.add_argument("--port", type=_port, default=7860, help="port to serve on (default 7860; 0: any free one)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="to serve on (default 127.0.0.1: this machine only)")
     parser.add_argument("--share", action="store_true", help="serve at a public address too, through Gradio's servers")
     parser.add_argument("--password", type=_word, metavar="WORD", help="ask for it before anything else")
     return parser.parse_args(given)
 
 
-def _is_local(host: str) -> bool:
-    """Returns whether an address is reached from this machine alone."""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
 def _free_port(host: str, port: int) -> int:
-    """Returns the port, or a free one for 0.
-
-    Raises:
-        UsageError: the address is not this machine's, or the port is taken.
-    """
+    """Returns the port, or a free one for 0; raises UsageError where it is taken or the address not this machine's."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as listening:

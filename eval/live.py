@@ -1,44 +1,55 @@
-"""`python -m eval.live CHECKPOINT --out DIR`: the visual tokens of each layer, drawn from real runs.
+"""The visual tokens that each layer really ran on: which they are, their cost, and how they lie in the image.
 
-Runs every schedule with its published settings, layer numbers scaled to the decoder, over test questions of easy-VQA,
-and the checkpoint's own plan where it has one. Draws one picture a schedule.
+`python -m eval.live CHECKPOINT --out DIR` draws them, one picture a schedule, over test questions of easy-VQA: every
+schedule with its published settings, layer numbers scaled to the decoder, and the checkpoint's own plan where it has
+one.
 """
 
 from __future__ import annotations
 
-import argparse
+import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 from data.chat import TokenizerError
 from data.easy_vqa import questions
-from eval.arguments import UsageError, make_folder
+from eval.arguments import UsageError, command_line, make_folder, positive
 from eval.checkpoint import Checkpoint
-from eval.comparison.plots import draw_live_tokens
-from eval.measure import positive
+from eval.comparison.plots import draw_live
 from eval.prompts import Asked, Prompter
 from models.cost import Cost, live_cost
 from models.fused import usable_schedules
-from models.schedules import Schedule, published
+from models.schedules import TRAINED, Dense, Schedule
 
 BATCH = 50
+SIDE = 112  # pixels of one picture of an overlay
+GAP, LABEL = 6, 16  # pixels between two pictures, and of the line under each
+_FADED = 0.8  # share of _SHADE over a patch whose token is not live
+_INK, _PAPER, _SHADE, _FRAME = (40, 40, 40), (255, 255, 255), (70, 72, 86), (200, 200, 200)
+_COSTS = ("visual_token_layers", "token_layers", "flops", "vision_attention", "cache_bytes")  # of a Cost
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory: its model, ready for inference, what asks it, and questions of one forward pass."""
+
+    checkpoint: Checkpoint
+    model: Any
+    prompter: Prompter
+    batch: int
 
 
 def live_visual(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> Tensor:
-    """Returns (layers, B, S) bool: the visual tokens that each layer runs on in a prefill under a schedule.
-
-    Args:
-        model: a FusedLlavaForConditionalGeneration.
-        inputs: input_ids (B, S), pixel_values where there are images and attention_mask where samples are padded.
-        schedule: as in `model.schedule`.
-    """
+    """Returns (layers, B, S) bool: the visual tokens that each layer of a fused model runs on in a prefill."""
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -55,18 +66,6 @@ def live_mask(output: Any) -> Tensor:
     return live & output.visual
 
 
-def run_costs(model: Any, inputs: Mapping[str, Tensor], schedule: Schedule) -> list[Cost]:
-    """Returns the decoder's cost of each sample's prefill under a schedule; arguments as of `live_visual`.
-
-    The KV cache is counted in bfloat16.
-    """
-    text = text_tokens(model, inputs)
-    counts = live_visual(model, inputs, schedule).sum(dim=2).T
-    return [
-        costs_of(model, row, text=number, schedule=schedule) for row, number in zip(counts.tolist(), text, strict=True)
-    ]
-
-
 def text_tokens(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
     """Returns how many text tokens each sample has; inputs as of `live_visual`."""
     ids = inputs["input_ids"]
@@ -77,51 +76,97 @@ def text_tokens(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
 def costs_of(model: Any, counts: Sequence[int], *, text: int, schedule: Schedule, value: int = 2) -> Cost:
     """Returns the decoder's cost of one prefill whose layer l ran on `counts[l]` visual and on `text` text tokens.
 
-    Args:
-        model: a FusedLlavaForConditionalGeneration.
-        counts: live visual tokens of each layer.
-        text: text tokens of the sample.
-        schedule: what the layers ran under.
-        value: bytes of one cached number; 2 for bfloat16.
+    `value` are the bytes of one cached number, 2 for bfloat16.
     """
     kv = [schedule.update_at(layer) == "kv" for layer in range(len(counts))]
     return live_cost(model.config.text_config, counts, text=text, kv=kv, value=value)
 
 
-def main() -> int:
+def prompt_costs(loaded: Loaded, schedule: Schedule, asked: Sequence[Asked]) -> dict[str, Any]:
+    """Returns the means over prompts of what the cost model says, beside the dense cost of the same prompts.
+
+    `live` are the live visual tokens of each layer: mean, lowest and highest over prompts.
+    """
+    model, costs, dense, counts = loaded.model, list[Cost](), list[Cost](), list[list[int]]()
+    size, depth = model.dtype.itemsize, model.config.text_config.num_hidden_layers
+    for start in range(0, len(asked), loaded.batch):
+        inputs = loaded.prompter.batch(asked[start : start + loaded.batch], schedule)
+        live = live_visual(model, inputs, schedule).sum(dim=2).T.tolist()
+        visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
+        for layers, text, number in zip(live, text_tokens(model, inputs), visual, strict=True):
+            costs.append(costs_of(model, layers, text=text, schedule=schedule, value=size))
+            dense.append(costs_of(model, [number] * depth, text=text, schedule=Dense(), value=size))
+        counts += live
+    layers = list(zip(*counts, strict=True))
+    return {
+        "prompts": len(costs),
+        **_means(costs),
+        "dense": _means(dense),
+        "live": {
+            "mean": [statistics.fmean(layer) for layer in layers],
+            "low": [min(layer) for layer in layers],
+            "high": [max(layer) for layer in layers],
+        },
+    }
+
+
+def _means(costs: Sequence[Cost]) -> dict[str, float]:
+    return {name: statistics.fmean(getattr(cost, name) for cost in costs) for name in _COSTS}
+
+
+def draw_overlay(picture: Image.Image, live: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """Returns a strip of pictures, from the first layer to the last; layers with the same live tokens share one.
+
+    `picture` is the image as the model saw it; `live` (layers, tokens) bool its live visual tokens in each layer, row
+    by row of its `grid`, (rows, columns).
+    """
+    runs = live_runs(live)
+    strip = Image.new("RGB", (len(runs) * (SIDE + GAP) - GAP, SIDE + LABEL), _PAPER)
+    draw = ImageDraw.Draw(strip)
+    font = ImageFont.load_default(size=11)
+    small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    faded = Image.blend(small, Image.new("RGB", small.size, _SHADE), _FADED)
+    for number, (first, last, tokens) in enumerate(runs):
+        left = number * (SIDE + GAP)
+        mask = Image.fromarray(tokens.reshape(grid).to(torch.uint8).mul(255).numpy())
+        strip.paste(Image.composite(small, faded, mask.resize(small.size, Image.Resampling.NEAREST)), (left, 0))
+        draw.rectangle((left, 0, left + SIDE - 1, SIDE - 1), outline=_FRAME)
+        layers = f"layer {first}" if first == last else f"layers {first}-{last}"
+        draw.text((left, SIDE + 2), f"{layers}: {int(tokens.sum())}", fill=_INK, font=font)
+    return strip
+
+
+def live_runs(live: Tensor) -> list[tuple[int, int, Tensor]]:
+    """Returns (first layer, last layer, live tokens) of each run of layers with the same live tokens."""
+    runs = []
+    for _, members in groupby(range(len(live)), key=lambda layer: live[layer].tolist()):
+        layers = list(members)
+        runs.append((layers[0], layers[-1], live[layers[0]].cpu()))
+    return runs
+
+
+def main(given: Sequence[str] | None = None) -> int:
     """Runs and draws; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eval.live", description="Draws live visual tokens per layer.")
+    parser = command_line("eval.live", __doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder, or folder with config.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--limit", type=positive, default=200, help="test questions (default 200)")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     try:
         checkpoint = Checkpoint.find(args.checkpoint)
         make_folder("--out", args.out)
         model, processor = checkpoint.load()
-        prompter = checkpoint.prompter(processor)
+        loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), BATCH)
     except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
-    depth = model.config.text_config.num_hidden_layers
-    chosen: dict[str, Schedule | None] = {name: published(name, depth) for name in usable_schedules(model.config)}
-    if model.config.stages is not None:
-        chosen["trained"] = None
-    parts = list(_batches(prompter, args.limit))
-    for name, schedule in tqdm(chosen.items(), unit="schedule"):
-        model.schedule = schedule  # a pruner on a fused checkpoint prunes within its plan
-        counts = torch.cat([live_visual(model, inputs, model.schedule).sum(dim=2) for inputs in parts], dim=1)
-        draw_live_tokens(name, counts.tolist(), args.out / f"live_{name}.png")
+    asked = [Asked(one.text, [Image.open(one.image).convert("RGB")]) for one in questions("test")[: args.limit]]
+    names = usable_schedules(model.config) + ([] if model.config.stages is None else [TRAINED])
+    for name in tqdm(names, unit="schedule"):  # a pruner on a fused checkpoint prunes within its plan
+        live = prompt_costs(loaded, model.resolve(name), asked)["live"]
+        draw_live({f"{name}: mean and range of {len(asked)} prompts": live}, args.out / f"live_{name}.png")
     print(f"written: {args.out}/live_*.png")
     return 0
-
-
-def _batches(prompter: Prompter, limit: int) -> Iterator[dict[str, Tensor]]:
-    """Yields the first `limit` test questions in batches."""
-    asked = questions("test")[:limit]
-    for start in range(0, len(asked), BATCH):
-        part = asked[start : start + BATCH]
-        yield prompter.batch([Asked(question.text, [Image.open(question.image).convert("RGB")]) for question in part])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `python -m eval.lmms --model fused_llava --model_args pretrained=DIR,schedule=visipruner --tasks pope` is lmms-eval's
 own command line with our model and our tasks known to it, and with an exit code other than 0 where it fails.
-`eval.compare` uses the same classes from Python. This is the only file that imports lmms_eval.
+`eval.compare` uses the same classes from Python. Only this file and eval/tasks/built_in.py import lmms_eval.
 
 lmms-eval is installed without its dependencies (launch.sh): the torchvision that they bring is a CUDA build, beside
 which transformers cannot be imported on a machine without a GPU.
@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -38,24 +39,12 @@ from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.comparison import ranks
 from eval.prompts import Asked, Prompter
+from eval.tasks.benchmarks import BENCHMARKS
 from models.fused import require_nothing_more
 from models.schedules import TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 TASKS_FOLDER = Path(__file__).parent / "tasks"
-HARNESS_FOLDERS = {  # where lmms-eval defines what is usually asked for; "" for our own
-    **dict.fromkeys(("easy_vqa", "easy_vqa_phrase", "scenes", "scenes_compositional", "textvqa_val_ocr"), ""),
-    "gqa": "gqa",
-    "textvqa_val": "textvqa",
-    "pope": "pope",
-    "mme": "mme",
-    "mmbench_en_dev_static": "mmbench",
-    "scienceqa_img": "scienceqa",
-    "vqav2_val": "vqav2",
-    "seedbench": "seedbench",
-    "vizwiz_vqa_val": "vizwiz_vqa",
-    "mmvet": "mmvet",
-}
 MODEL_NAME = "fused_llava"
 HARNESS = f"lmms-eval {version('lmms-eval')}"
 NEW_TOKENS = 128  # of a task that sets none (textvqa, vizwiz, seedbench); LLaVA-1.5's scripts say 128 for them too
@@ -78,10 +67,7 @@ class SettingsError(UsageError):
 class FusedLlava(lmms):
     """A loaded checkpoint as lmms-eval sees a model: greedy or sampled answers to requests, in batches.
 
-    Args:
-        model: a FusedLlavaForConditionalGeneration; its schedule decides the way through the decoder.
-        prompter: asks it as it was trained to be asked.
-        batch: requests of one generate() call, at least 1.
+    `model` runs under its schedule, `prompter` asks it as it was trained to be asked, `batch` requests at a time.
     """
 
     is_simple = True
@@ -104,16 +90,16 @@ class FusedLlava(lmms):
         """
         parts = (part.partition("=") for part in arg_string.split(",") if part.strip())
         given = {name.strip(): value.strip() for name, _, value in parts}
-        known = ("pretrained", "schedule", "chat_format", "image_aspect")
-        for name in given:
+        known = {"pretrained": (), "schedule": (), "chat_format": FORMATS, "image_aspect": ASPECTS}
+        for name, value in given.items():
             if name not in known:
                 raise CheckpointError(f"--model_args: got '{name}', expected {', '.join(known)}")
+            if known[name] and value not in known[name]:
+                raise CheckpointError(f"--model_args: {name}: got '{value}', expected {', '.join(known[name])}")
         if "pretrained" not in given:
             raise CheckpointError("--model_args: got no pretrained, expected pretrained=FOLDER or a hub name")
         schedule = given.get("schedule") or TRAINED
-        checkpoint = Checkpoint.find(
-            given["pretrained"], _choice(given, "chat_format", FORMATS), _choice(given, "image_aspect", ASPECTS)
-        )
+        checkpoint = Checkpoint.find(given["pretrained"], given.get("chat_format"), given.get("image_aspect"))
         try:
             require_nothing_more(checkpoint.schedule(schedule), checkpoint.config)
         except ScheduleError as error:
@@ -126,7 +112,7 @@ class FusedLlava(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; the harness puts its own tensors there."""
+        """Where the harness puts its tensors."""
         return self._held[0].device
 
     def clean(self) -> None:
@@ -148,7 +134,7 @@ class FusedLlava(lmms):
     def answer(self, asked: Sequence[Asked], settings: tuple[tuple[str, Any], ...], ends: Sequence[str]) -> list[str]:
         """Returns the answers to one batch, each cut at the first of `ends`."""
         model, prompter = self._held
-        inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked).items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked, model.schedule).items()}
         options = dict(settings)
         seed = options.pop("seed", None)
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
@@ -160,11 +146,11 @@ class FusedLlava(lmms):
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refuses: no task of LLaVA-1.5's set asks for it."""
-        raise NotImplementedError("fused_llava answers generate_until tasks; found a loglikelihood task")
+        raise NotImplementedError("fused_llava: got a loglikelihood task, expected generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuses: no task of LLaVA-1.5's set asks for it."""
-        raise NotImplementedError("fused_llava answers generate_until tasks; found a multi-round task")
+        raise NotImplementedError("fused_llava: got a multi-round task, expected generate_until")
 
     def _asked(self, args: tuple[Any, ...]) -> Asked:
         text, _, doc_to_visual, doc_id, task, split = args
@@ -174,9 +160,9 @@ class FusedLlava(lmms):
 def generation_settings(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
     """Returns what generate() is given for a task's generation_kwargs, and what ends an answer.
 
-    Every setting of Hugging Face's GenerationConfig is passed on. Those that shape a distribution are left out of
-    greedy decoding, which does not use them, and `seed` with them. `max_gen_toks` is lmms-eval's older name of
-    `max_new_tokens`, and a temperature of 0 its word for greedy.
+    Every setting of Hugging Face's GenerationConfig is passed on. Those that shape a distribution, and `seed`, are left
+    out of greedy decoding. `max_gen_toks` is lmms-eval's older name of `max_new_tokens`, a temperature of 0 its word
+    for greedy.
 
     Raises:
         SettingsError: a setting that generate() does not know, or that would change what it returns.
@@ -209,37 +195,30 @@ def cut(text: str, ends: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What lmms-eval says of one model on one task.
-
-    Attributes:
-        metrics: the task's metrics by name.
-        samples: lmms-eval's record of each question: doc_id, doc, target, filtered_resps, and its metrics.
-        prompt: the task's definition, as lmms-eval prints it: prompt, generation settings, dataset, version.
-    """
+    """What lmms-eval says of one model on one task."""
 
     metrics: dict[str, float]
-    samples: list[dict[str, Any]]
-    prompt: dict[str, Any]
+    samples: list[dict[str, Any]]  # of each question doc_id, doc, target, filtered_resps, and its metrics
+    prompt: dict[str, Any]  # the task's definition: prompt, generation settings, dataset, version
 
 
 class Harness:
     """lmms-eval's tasks, each loaded once.
 
-    Args:
-        folder: where the submission files of some tasks go, and harness.log, what lmms-eval and its tasks print.
-        tasks: names that will be asked for.
+    In `folder` are the submission files of some tasks, and harness.log, what lmms-eval and its tasks print. `tasks`
+    are the names that will be asked for.
     """
 
     def __init__(self, folder: Path, tasks: Iterable[str]) -> None:
         self._folder = folder
-        self._tasks: dict[str, Any] = {}
         logger.remove()
         logger.add(folder / "harness.log", level="INFO")
-        wanted = {HARNESS_FOLDERS.get(task) for task in tasks}
+        wanted = {BENCHMARKS[task].folder if task in BENCHMARKS else None for task in tasks}
         every = None in wanted  # reading its 2,000 definitions takes 10 seconds
         theirs = Path(harness_tasks.__file__).parent
         folders = [] if every else [str(theirs / name) for name in wanted if name]
         self._manager = TaskManager("ERROR", include_path=[str(TASKS_FOLDER), *folders], include_defaults=every)
+        self._task = cache(lambda name: get_task_dict([name], self._manager, "simple")[name])
 
     def known(self, name: str) -> bool:
         """Returns whether lmms-eval has a task of that name, or we have; a group of tasks is none."""
@@ -250,7 +229,7 @@ class Harness:
 
         Of several ranks each answers its part, and the first one gets the outcome, the others None.
         """
-        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        with self._quiet():
             result = evaluator.simple_evaluate(
                 model=model,
                 tasks=[self._task(name)],
@@ -278,7 +257,7 @@ class Harness:
 
     def questions(self, name: str, limit: int | None, count: int) -> dict[int, Asked]:
         """Returns up to `count` of a task's first `limit` questions (None: all), evenly spaced, by their number."""
-        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        with self._quiet():
             task = self._task(name)
             docs = task.eval_docs
             size = min(len(docs), limit or len(docs))
@@ -288,10 +267,10 @@ class Harness:
                 for number in numbers
             }
 
-    def _task(self, name: str) -> Any:
-        if name not in self._tasks:
-            self._tasks[name] = get_task_dict([name], self._manager, "simple")[name]
-        return self._tasks[name]
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        with (self._folder / "harness.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            yield
 
 
 def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:
@@ -299,13 +278,6 @@ def _images(visuals: Sequence[Any] | None, task: str) -> list[Image.Image]:
         if not isinstance(visual, Image.Image):
             raise TypeError(f"{task}: got a {type(visual).__name__} to look at, expected images")
     return [visual.convert("RGB") for visual in visuals or []]
-
-
-def _choice(given: Mapping[str, str], name: str, known: Sequence[str]) -> str | None:
-    value = given.get(name)
-    if value is not None and value not in known:
-        raise CheckpointError(f"--model_args: {name}: got '{value}', expected {', '.join(known)}")
-    return value
 
 
 def main() -> int:

@@ -17,34 +17,24 @@ from data.dataset import joined
 from data.processor import EncodedImages, VisionProcessor
 from data.rows import IMAGE_MARK, Turn
 from eval.text_tower import TextTower, placed
+from models.schedules import Schedule
 
 _MARKS: Final = 2  # kinds of tokens around the visual tokens of an image that lie in one square
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question.
-
-    Attributes:
-        text: what a user would type; an image mark in it is left out.
-        images: RGB images that it is about, in order; they stand before the text. None for a question without one.
-    """
+    """One question: what a user would type, without image marks, after the RGB images that it is about, if any."""
 
     text: str
     images: Sequence[Image.Image] = ()
 
 
 class Prompter:
-    """Makes batches of questions for one checkpoint.
+    """Makes batches of questions for the checkpoint that `processor` belongs to.
 
-    Args:
-        processor: the checkpoint's.
-        chat_format: `vicuna_v1` or `chat_template`, as in a recipe's data.format.
-        aspect: `pad` or `processor`, as in a recipe's data.image_aspect.
-
-    Attributes:
-        vision: turns images into tokens and inputs.
-        text_tower: what says how relevant visual tokens are, which batches then carry; None: nothing.
+    `chat_format` and `aspect` are as in a recipe's data.format and data.image_aspect. `text_tower` says how relevant
+    visual tokens are, to schedules that read it.
 
     Raises:
         TokenizerError: the tokenizer does not go with the format.
@@ -54,20 +44,21 @@ class Prompter:
     text_tower: TextTower | None = None
 
     def __init__(self, processor: Any, *, chat_format: str, aspect: str) -> None:
-        self.processor, self.aspect = processor, aspect
-        self.tokenizer = processor.tokenizer
+        self.processor, self.tokenizer = processor, processor.tokenizer
         self.vision = VisionProcessor(processor, aspect=aspect)
         self.chat = ChatFormat(chat_format, processor.tokenizer, self.vision.text)
 
-    def batch(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
+    def batch(self, asked: Sequence[Asked], schedule: Schedule | None = None) -> dict[str, Tensor]:
         """Returns what generate() takes: input_ids and attention_mask (B, S), padded on the left, and inputs of images.
 
-        Without any image there are none of the latter. With a text tower there is relevance (B, S).
+        Without any image there are none of the latter. With a text tower there is relevance (B, S), unless `schedule`
+        does not read it.
         """
         encoded = [self.vision.encode(question.images) if question.images else None for question in asked]
         prompts = [self.expand(self._ids(question), one) for question, one in zip(asked, encoded, strict=True)]
         inputs = {**self.padded(prompts), **image_inputs(encoded)}
-        if self.text_tower is not None and "pixel_values" in inputs:
+        is_read = schedule is None or schedule.reads_relevance
+        if self.text_tower is not None and is_read and "pixel_values" in inputs:
             shown = inputs["pixel_values"].split([len(question.images) for question in asked])
             rows = [
                 self.text_tower.relevance(question.text.replace(IMAGE_MARK, "").strip(), images)
@@ -83,18 +74,15 @@ class Prompter:
 
     def padded(self, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
         """Returns prompts padded on the left, where generation does not look, and the family's inputs of types."""
-        inputs = pad_left(prompts, self._pad)
+        pad = self.tokenizer.pad_token_id
+        inputs = pad_left(prompts, self.tokenizer.eos_token_id if pad is None else pad)
         types = self.vision.type_ids(inputs["input_ids"])
         return {**inputs, **{name: value * inputs["attention_mask"] for name, value in types.items()}}
 
     def grid(self, image: Image.Image, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
-        """Returns rows and columns of the visual tokens of a question's first image.
+        """Returns rows and columns of the visual tokens of a question's first image, given the `batch` of the question.
 
         None where they lie in no one grid: in tiles, or with an overview beside them.
-
-        Args:
-            image: the image.
-            inputs: the question's, as `batch` returns them.
         """
         images = self.processor.image_processor
         if "image_grid_thw" in inputs:
@@ -105,43 +93,33 @@ class Prompter:
             height, width = inputs["pixel_values"].shape[-2:]
             return height // patch, width // patch
         [span] = self.vision.encode([image]).spans
-        rows = math.isqrt(span.count(max(set(span), key=span.count)))
-        is_square = len(set(span)) <= _MARKS + 1 and rows * rows == span.count(max(set(span), key=span.count))
+        count = span.count(max(set(span), key=span.count))
+        rows = math.isqrt(count)
+        is_square = len(set(span)) <= _MARKS + 1 and rows * rows == count
         return (rows, rows) if is_square and len(inputs["pixel_values"]) == 1 else None
 
     def patches(self, live: Tensor, visual: Tensor, grid: tuple[int, int], image: Image.Image) -> Tensor:
         """Returns (layers, rows * columns): which visual tokens of a sample's first image are live.
 
-        Args:
-            live: (layers, S) bool, the live visual tokens of the sample in each layer.
-            visual: (S,) bool, its visual tokens.
-            grid: as `grid` returns it.
-            image: the image.
+        `live` (layers, S) are the live visual tokens of the sample in each layer, `visual` (S,) its visual tokens.
         """
-        rows, columns = grid
-        extra = 0
+        size, extra = grid[0] * grid[1], 0
         if isinstance(self.processor, LlavaProcessor):  # a class token, where the tower's is kept, stands in front
-            extra = self.vision.count(*image.size) - rows * columns
-        return live[:, visual][:, extra : extra + rows * columns].cpu()
+            extra = self.vision.count(*image.size) - size
+        return live[:, visual][:, extra : extra + size].cpu()
 
     def picture(self, image: Image.Image, inputs: Mapping[str, Tensor]) -> Image.Image:
         """Returns a question's first image as the model sees it: cut where LLaVA's processor cuts it."""
-        pixels = inputs["pixel_values"]
         if not isinstance(self.processor, LlavaProcessor):
             return image
-        processor = self.processor.image_processor
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        shown = (pixels[0].float().cpu() * std + mean).clamp(0, 1)
+        images = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
+        shown = (inputs["pixel_values"][0].float().cpu() * std + mean).clamp(0, 1)
         return Image.fromarray((shown * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
     def decode(self, new_tokens: Tensor) -> list[str]:
         """Returns the text of generated tokens (B, T), without special tokens and white space around it."""
         return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-
-    @property
-    def _pad(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
 
     def _ids(self, question: Asked) -> list[int]:
         """Returns the ids of one question, with one image token an image."""

@@ -19,9 +19,8 @@ import torch
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval.arguments import UsageError, make_folder
+from eval.arguments import UsageError, make_folder, positive
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint
-from eval.measure import positive
 from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.plot import draw_stages
 from eval.stage_analysis.recipe import check_target, starting_recipe, write_recipe

@@ -22,19 +22,20 @@ import torch
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval.arguments import UsageError, make_folder, names_of
+from eval.arguments import UsageError, command_line, make_folder, names_of, positive
 from eval.checkpoint import Checkpoint
-from eval.comparison.cells import Loaded, run_cell
+from eval.comparison.cells import run_cell
+from eval.live import Loaded
 from eval.lmms import Harness
-from eval.measure import positive
-from eval.studies.record import TASKS, Record, Results, fingerprint, lacking, record_of
-from eval.studies.report import write_report
+from eval.measure import default_batch, dtype
+from eval.study_results import Record, Results, fingerprint, lacking, record_of, write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.fused import require_nothing_more, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
 from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study
 
+TASKS: Final = ("easy_vqa", "scenes", "scenes_compositional")
 _ROOT: Final = Path(__file__).resolve().parents[1]
 
 
@@ -50,11 +51,9 @@ class Run:
 
 
 def check_names(study: Study) -> None:
-    """Refuses tasks and schedules that there are not, and schedules that an arm's model cannot run.
+    """Raises UsageError for tasks and schedules that do not exist, and schedules that an arm's model cannot run.
 
-    Raises:
-        UsageError: naming the first.
-        RecipeError: an arm's recipe is not valid.
+    Raises RecipeError where an arm's recipe is not valid.
     """
     for task in study.tasks:
         if task not in TASKS:
@@ -62,13 +61,13 @@ def check_names(study: Study) -> None:
     for arm, said in study.arms.items():
         model = load_recipe(study.recipe, (*study.set, *said.set)).model
         known = list(dict.fromkeys((TRAINED, *model.plans, *SCHEDULES)))
+        config = _config_of(arm, model)
         for name in said.schedules:
             if name not in known:
                 raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")
-        config = _config_of(arm, model)
-        for name in said.schedules if config is not None else ():
             try:
-                require_nothing_more(resolve_config(config, name), config)
+                if config is not None:
+                    require_nothing_more(resolve_config(config, name), config)
             except ScheduleError as error:
                 raise UsageError(f"arms.{arm}.schedules: '{name}': {error}") from None
 
@@ -92,18 +91,13 @@ def _config_of(arm: str, model: ModelSection) -> Any:
 
 
 def runs_of(study: Study, out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """Returns the runs, seed by seed, so that a study that is stopped has compared all arms.
-
-    Raises:
-        RecipeError: an arm's recipe is not valid.
-    """
+    """Returns the runs, seed by seed, so that a study that is stopped has compared all arms."""
     runs = []
     for seed in seeds:
         for arm in arms:
-            name = f"{arm}-seed{seed}"
-            folder = out / "runs" / name
-            own = (f"name={name}", f"seed={seed}", f"output={folder}")
-            overrides = (*study.set, *study.arms[arm].set, *own)
+            folder = out / "runs" / f"{arm}-seed{seed}"
+            last = (f"name={folder.name}", f"seed={seed}", f"output={folder}")
+            overrides = (*study.set, *study.arms[arm].set, *last)
             runs.append(Run(arm, seed, folder, overrides, load_recipe(study.recipe, overrides)))
     return runs
 
@@ -159,7 +153,7 @@ def finish(child: subprocess.Popen[bytes]) -> int:
     return child.returncode
 
 
-def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | None) -> Record:
+def score(study: Study, run: Run, *, harness: Harness, batch: int | None, limit: int | None) -> Record:
     """Returns the record of a trained run: what its training took, and its answers to every task.
 
     Raises:
@@ -167,8 +161,8 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | 
         TokenizerError: it cannot be asked.
     """
     checkpoint = Checkpoint.find(run.folder)
-    model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch)
+    model, processor = checkpoint.load(dtype())
+    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch or default_batch())
     cells: dict[str, dict[str, Record]] = {}
     for task in study.tasks:
         pictures, cells[task] = run.folder / "pictures" / task, {}
@@ -180,9 +174,7 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int, limit: int | 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("eval.study", __doc__)
     parser.add_argument("study", help="YAML file, e.g. recipes/studies/easy_vqa.yaml")
     parser.add_argument("--out", type=Path, help="folder for the runs (outputs/studies/NAME)")
     parser.add_argument("--arms", help="comma-separated: only these")
@@ -190,28 +182,21 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
     parser.add_argument("--limit", type=positive, help="only the first N questions of a task; nothing is kept of it")
     parser.add_argument("--report", action="store_true", help="only write the tables of the results that are there")
-    args = parser.parse_args(given)
-    args.batch = args.batch or (16 if torch.cuda.is_available() else 256)
-    return args
+    return parser.parse_args(given)
 
 
 def chosen(study: Study, args: argparse.Namespace) -> tuple[list[str], list[int]]:
-    """Returns the arms and the seeds that the command line names, or all.
+    """Returns the arms and the seeds that the command line names, or all; raises UsageError for an unknown one."""
 
-    Raises:
-        UsageError: it names one that the study does not have.
-    """
-    found = []
-    for option, given, known in (
-        ("--arms", args.arms, list(study.arms)),
-        ("--seeds", args.seeds, [str(seed) for seed in study.seeds]),
-    ):
+    def named(option: str, given: str | None, known: Sequence[str]) -> Sequence[str]:
         names = known if given is None else names_of(option, given)
         for name in names:
             if name not in known:
                 raise UsageError(f"{option}: got '{name}', expected {', '.join(known)}")
-        found.append(names)
-    return found[0], [int(seed) for seed in found[1]]
+        return names
+
+    seeds = named("--seeds", args.seeds, [str(seed) for seed in study.seeds])
+    return list(named("--arms", args.arms, list(study.arms))), [int(seed) for seed in seeds]
 
 
 def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.Namespace) -> int:
@@ -242,7 +227,9 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
             before = {} if found is None else found["scores"]  # what the study no longer asks for stays
             kept = {task: {**before.get(task, {}), **cells} for task, cells in record["scores"].items()}
             results.write({**record, "scores": {**before, **kept}})
-        print(f"{about}: {_scores(record)}", flush=True)
+        scores = [(task, *pair) for task, cells in record["scores"].items() for pair in cells.items()]
+        told = [f"{task} {name} {100 * found['score']:.2f} %" for task, name, found in scores]
+        print(f"{about}: {', '.join(told)}", flush=True)
     return failed
 
 
@@ -253,13 +240,6 @@ def _check_kept(run: Run, file: Path, missing: Sequence[str]) -> None:
             f"{file}: got no answers to {', '.join(missing)}, and no {run.folder}/final to ask, expected one of them; "
             "move the file away to train the run again"
         )
-
-
-def _scores(record: Record) -> str:
-    parts = []
-    for task, schedules in record["scores"].items():
-        parts += [f"{task} {name} {100 * found['score']:.2f} %" for name, found in schedules.items()]
-    return ", ".join(parts)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -279,14 +259,12 @@ def main(given: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     logging.disable_progress_bar()
-    code = 0
-    if not args.report:
-        runs = [run for run in every if run.arm in arms and run.seed in seeds]
-        try:
-            code = run_all(study, runs, results, args)
-        except KeyboardInterrupt:
-            print("\nstopped; the same command goes on", file=sys.stderr)
-            return 130
+    runs = [run for run in every if run.arm in arms and run.seed in seeds and not args.report]
+    try:
+        code = run_all(study, runs, results, args) if runs else 0
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
     records = _whole(study, every, results)
     if records:
         print(write_report(Path(study.results), study.name, study.reference, list(study.arms), records))

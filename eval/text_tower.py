@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel
 
 from eval.arguments import UsageError
@@ -14,14 +15,7 @@ _TAIL = "\nAnswer the question using a single word or phrase."  # how to answer,
 
 
 class TextTower:
-    """CLIP's text tower beside its vision tower.
-
-    Args:
-        name: folder or hub name of the CLIP checkpoint that a VLM's vision tower comes from.
-
-    Raises:
-        UsageError: it cannot be loaded.
-    """
+    """CLIP's text tower beside its vision tower; raises UsageError where the folder or hub name is no CLIP."""
 
     def __init__(self, name: str) -> None:
         try:
@@ -50,11 +44,11 @@ class TextTower:
             return torch.zeros(0)
         clip, vision = self._clip, self._clip.vision_model
         states = vision(pixels.to(clip.device, clip.dtype), output_hidden_states=True).hidden_states[-2][:, 1:]
-        patches = torch.nn.functional.normalize(clip.visual_projection(vision.post_layernorm(states)).float(), dim=-1)
+        patches = normalize(clip.visual_projection(vision.post_layernorm(states)).float(), dim=-1)
         ids, mask = self._parts(question)
         text = clip.get_text_features(input_ids=ids.to(clip.device), attention_mask=mask.to(clip.device))
         text = getattr(text, "pooler_output", text)
-        return (patches @ torch.nn.functional.normalize(text.float(), dim=-1).T).mean(dim=-1)
+        return (patches @ normalize(text.float(), dim=-1).T).mean(dim=-1)
 
     def _parts(self, question: str) -> tuple[Tensor, Tensor]:
         """Returns ids and mask (M, n), n the tower's length: the question, filled up with 0 where it is long."""
@@ -62,8 +56,7 @@ class TextTower:
         length = self._clip.config.text_config.max_position_embeddings
         size = len(ids) if len(ids) <= length else -(-len(ids) // length) * length
         padded = torch.tensor(ids + [0] * (size - len(ids))).view(-1, min(size, length))
-        counted = (torch.arange(size) < len(ids)).long().view_as(padded)
-        return padded, counted
+        return padded, (torch.arange(size) < len(ids)).long().view_as(padded)
 
 
 def placed(rows: Sequence[Tensor], ids: Tensor, image_token: int) -> Tensor:
@@ -73,8 +66,7 @@ def placed(rows: Sequence[Tensor], ids: Tensor, image_token: int) -> Tensor:
         UsageError: the tower has another number of patches than an image has visual tokens.
     """
     full = torch.zeros(ids.shape)
-    for row, sample, values in zip(full, ids, rows, strict=True):
-        is_visual = sample == image_token
+    for row, is_visual, values in zip(full, ids == image_token, rows, strict=True):
         if int(is_visual.sum()) != values.numel():
             raise UsageError(
                 f"--text-tower: got {values.numel()} patches for {int(is_visual.sum())} visual tokens, expected the "

@@ -16,22 +16,12 @@ from eval import bench, compare, measure, stages
 from eval.arguments import UsageError, schedules_of
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import arguments, main, prepare
-from eval.comparison import speed
 from eval.comparison.cells import Store
 from eval.comparison.plots import Point, pareto_front, smooth
-from eval.comparison.rows import (
-    FLOOR,
-    cell_row,
-    informing,
-    score_error,
-    score_table,
-    score_text,
-    settings_text,
-    shown_schedule,
-)
-from eval.comparison.seeds import common_name, groups_of
-from eval.comparison.seeds import compared as compared_seeds
+from eval.comparison.rows import FLOOR, cell_row, common_name, groups_of, score_error, settings_text
+from eval.comparison.rows import compared as compared_seeds
 from eval.comparison.settings import ComparisonError, code, meaning, named
+from eval.comparison.tables import informing, score_table, score_text, shown_schedule
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
@@ -42,9 +32,9 @@ from tests.conftest import QUICKSTART, ROOT, write_run
 def little_is_measured():
     """A fresh process for each checkpoint takes ten seconds; tests/test_eval_speed.py measures once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "REPEATS", 1)
-        patch.setattr(speed, "STEPS", 2)
-        patch.setattr(measure, "added_memory_each", lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20))
+        patch.setattr(measure, "REPEATS", 1)
+        patch.setattr(measure, "STEPS", 2)
+        patch.setattr(measure, "added_memory", lambda calls, *_: dict.fromkeys(calls, 2**20))
         yield
 
 
@@ -483,9 +473,8 @@ def test_the_plans_of_a_checkpoint_are_rows_of_it(runs, tmp_path, capsys):
 RANKS = """
 import sys
 from eval import measure
-from eval.comparison import speed
-measure.added_memory_each = lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
-speed.REPEATS, speed.STEPS = 1, 2
+measure.added_memory = lambda calls, *_: dict.fromkeys(calls, 2**20)
+measure.REPEATS, measure.STEPS = 1, 2
 from eval.compare import arguments, main, prepare
 sys.exit(main(sys.argv[1:]))
 """

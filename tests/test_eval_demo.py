@@ -19,7 +19,7 @@ from PIL import Image
 from data.easy_vqa import questions
 from eval import demo
 from eval.checkpoint import Checkpoint
-from eval.overlay import GAP, LABEL, SIDE
+from eval.live import GAP, LABEL, SIDE
 from eval.prompts import Asked
 from models.schedules import SCHEDULES, Fused, published
 from tests.browser import open_page

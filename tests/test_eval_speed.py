@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
+from eval import measure
 from eval.checkpoint import Checkpoint
-from eval.comparison import speed
 from eval.live import costs_of, live_visual, text_tokens
 from eval.prompts import Asked
 from models.schedules import VTW, Dense, DivPrune, FastV, ShortV, SparseVLM, VisionZip
@@ -34,24 +34,24 @@ def test_the_cache_is_as_large_as_the_cost_model_says(loaded, asked, schedule):
     schedule = model.schedule
     counts = live_visual(model, inputs, schedule)[:, 0].sum(dim=1).tolist()
     cost = costs_of(model, counts, text=text_tokens(model, inputs)[0], schedule=schedule, value=4)
-    assert speed.cache_bytes(speed.prefill(model, inputs, schedule)) == cost.cache_bytes
+    assert measure.cache_bytes(measure.prefill(model, inputs, schedule)) == cost.cache_bytes
 
 
 def test_prefill_and_decode_steps_are_generates(loaded, asked):
     _, model, prompter = loaded
     inputs = prompter.batch(asked)
-    cache = speed.prefill(model, inputs, None)
+    cache = measure.prefill(model, inputs, None)
     before = cache.get_seq_length()
-    speed.decode(model, inputs, cache, 3)
+    measure.decode(model, inputs, cache, 3)
     assert cache.get_seq_length() == before + 3
 
 
 def test_speeds_name_every_schedule_and_measure_memory(loaded, asked, monkeypatch):
-    monkeypatch.setattr(speed, "REPEATS", 1)
-    monkeypatch.setattr(speed, "STEPS", 2)
+    monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(measure, "STEPS", 2)
     checkpoint, model, prompter = loaded
     inputs = prompter.batch(asked * 20)
-    found = speed.speeds(model, checkpoint.weights, inputs, {"dense": Dense(), "trained": None})
+    found = measure.speeds(model, checkpoint.weights, inputs, {"dense": Dense(), "trained": None})
     assert list(found) == ["dense", "trained"]
     for figures in found.values():
         assert figures["prefill_seconds"] > 0

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 from data.chat import IGNORE_INDEX
 from eval import stages
 from eval.live import live_visual
-from eval.paired import RESAMPLES
 from eval.prompts import Asked, Prompter
+from eval.significance import RESAMPLES
 from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.plot import draw_stages
 from eval.stage_analysis.prefix import Prefix

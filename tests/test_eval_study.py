@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.studies.record import Results, fingerprint, questions_of, record_of
-from eval.studies.report import cells_of, score_table
 from eval.study import check_names, finish, main, runs_of
+from eval.study_results import Results, cells_of, fingerprint, record_of, score_table
+from eval.tasks.built_in import questions_of
 from models import StagePlan
 from models.cost import plan_cost
 from models.schedules import ScheduleError

@@ -74,9 +74,7 @@ def test_each_visual_token_gets_its_images_value(prompter, quickstart_run):
 
 
 def test_cdpruner_is_a_row_of_the_comparison(quickstart_run, clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        measure, "added_memory_each", lambda _, weights, dtype, inputs, rows: dict.fromkeys(rows, 2**20)
-    )
+    monkeypatch.setattr(measure, "added_memory", lambda calls, *_: dict.fromkeys(calls, 2**20))
     given = [str(quickstart_run), "--schedules", "cdpruner", "--limit", "2", "--out", str(tmp_path / "out")]
     assert main([*given, "--text-tower", str(clip)]) == 0
     row = next(row for row in json.loads((tmp_path / "out/table.json").read_text())["rows"] if row["run"] == "fused")

@@ -17,9 +17,8 @@ from data.dataset import Collator
 from data.processor import save_processor
 from eval.checkpoint import Checkpoint
 from eval.compare import main as compare
-from eval.comparison.cells import Loaded, prompt_costs
 from eval.demo import respond
-from eval.live import live_visual
+from eval.live import Loaded, live_visual, prompt_costs
 from eval.prompts import Asked
 from eval.stage_analysis.recipe import starting_recipe
 from eval.stages import main as find_stages

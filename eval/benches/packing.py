@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from transformers import PreTrainedModel
+from torch.utils.data import DistributedSampler
 
 from data.dataset import Collator, LengthModalitySampler
 from data.token_batches import TokenBatches
 from eval import measure
-from eval.measure import Shape
+from eval.benches.models import IMAGE_TOKEN, Shape, build, make_sample
+from eval.comparison.tables import markdown
 from models import StagePlan
 from models.attention import SDPA_PACKED
 from models.batch_facts import BatchFacts
 
+TITLE = "Padded, grouped and packed rows, side by side"
+NOTE = """The ratio is the median of the rounds'.
+
+Rows: the sources of LLaVA-665k in their published proportions (LLaVA's issue 702); nobody published their lengths, so
+the mean text length of each is assumed (eval/benches/packing.py) and spread log-normally; all lengths are scaled with
+the image. A forward pass has 8 rows, or as many tokens as 8 rows have on average; tokens/s counts no padding; the
+passes that are timed are of all sizes. Packed rows run under sdpa_packed, the others under sdpa.
+"""
+HEADING = ["step", "tokens/s (median)", "quartiles", "this / grouped by length", "padding", "largest pass, tokens"]
 SHAPES = (Shape(8, 192, 64, 30),)
 QUICK = (Shape(4, 128, 36, 17),)
 GPU_SHAPES = (Shape(16, 4096, 576, 273),)
@@ -54,19 +65,6 @@ class Row:
         return self.visual + self.text
 
 
-class _Shuffled:
-    """The rows in a random order."""
-
-    def __init__(self, rows: int) -> None:
-        self._order = torch.randperm(rows, generator=Generator().manual_seed(0)).tolist()
-
-    def set_epoch(self, epoch: int) -> None:
-        """There is one epoch alone."""
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
-
-
 def draw_rows(shape: Shape, count: int = ROWS) -> list[Row]:
     """Returns rows of LLaVA-665k's mix, every length scaled so that an image has the shape's visual tokens."""
     random, scale = Generator().manual_seed(0), shape.visual / VISUAL
@@ -84,97 +82,83 @@ def draw_rows(shape: Shape, count: int = ROWS) -> list[Row]:
 
 def ways(rows: Sequence[Row]) -> dict[str, list[list[int]]]:
     """Returns the forward passes of each way to make them, as numbers of rows."""
-    lengths, order = [row.length for row in rows], list(_Shuffled(len(rows)))
+    lengths = [row.length for row in rows]
+    shuffled: Any = DistributedSampler(rows, num_replicas=1, rank=0)  # type: ignore[arg-type]  # reads the length alone
+    order = list(shuffled)
     grouped = list(LengthModalitySampler(lengths, [row.visual > 0 for row in rows], batch_size=BATCH * PASSES, seed=0))
     budget = BATCH * PASSES * sum(lengths) // len(lengths)
     return {
         "padded": [order[start : start + BATCH] for start in range(0, len(rows), BATCH)],
         "grouped by length": [grouped[start : start + BATCH] for start in range(0, len(rows), BATCH)],
-        "packed": list(TokenBatches(_Shuffled(len(rows)), lengths, tokens_per_step=budget, passes=PASSES)),
+        "packed": list(TokenBatches(shuffled, lengths, tokens_per_step=budget, passes=PASSES)),
     }
 
 
-def timed(passes: Sequence[list[int]], rows: Sequence[Row]) -> list[list[int]]:
-    """Returns some of the passes, of all sizes."""
-    by_size = sorted(passes, key=lambda one: sum(rows[number].length for number in one))
+def timed(passes: Sequence[list[Row]]) -> list[list[Row]]:
+    """Returns TIMED of the passes, of all sizes."""
+    by_size = sorted(passes, key=lambda one: sum(row.length for row in one))
     step = len(by_size) / TIMED
     return [by_size[int(step * (place + 0.5))] for place in range(TIMED)]
 
 
-def make_batch(shape: Shape, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Returns a padded batch of rows: a few words, the image, more words, of which the last half are the answer."""
-    random, samples = Generator().manual_seed(1), []
-    side = int(shape.visual**0.5) * 2
-    for row in rows:
-        words = torch.randint(0, measure.IMAGE_TOKEN, (row.text,), generator=random)
-        before, image = min(4, row.text // 4), torch.full((row.visual,), measure.IMAGE_TOKEN)
-        labels = words.where(torch.arange(row.text) >= row.text // 2, -100)
-        sample = {
-            "input_ids": torch.cat([words[:before], image, words[before:]]),
-            "labels": torch.cat([labels[:before], torch.full_like(image, -100), labels[before:]]),
-        }
-        if row.visual:
-            sample["pixel_values"] = torch.randn(1, 3, side, side, generator=random)
-        samples.append(sample)
-    return Collator(0)(samples)
+def make_batch(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Returns a padded batch of rows."""
+    random = Generator().manual_seed(1)
+    return Collator(0)([make_sample(row.visual, row.text, random) for row in rows])
 
 
-def prepare(shape: Shape, plan: StagePlan | None, rows: Sequence[Row], way: str) -> Callable[[], None]:
-    """Returns forward and backward over the timed passes of one way."""
-    model = measure.build(shape, plan=plan)
+def step_of(shape: Shape, plan: StagePlan | None, batches: Sequence[dict[str, Tensor]], way: str) -> Callable[[], None]:
+    """Returns forward and backward over the batches of one way."""
+    model = build(shape, plan=plan)
     model.model.vision_tower.requires_grad_(False)
     if way == "packed":
         model.set_attn_implementation({"text_config": SDPA_PACKED})
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model.train().to(measure.device(), dtype)
-    batches = []
-    for one in timed(ways(rows)[way], rows):
-        batch = make_batch(shape, [rows[number] for number in one])
-        facts = BatchFacts.of(batch, measure.IMAGE_TOKEN)
-        moved = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
-        batches.append({**moved, "facts": facts, "packed": way == "packed"})
-    return lambda: _run(model, batches)
-
-
-def _run(model: PreTrainedModel, batches: Sequence[dict[str, object]]) -> None:
+    model.train().to(measure.device(), measure.dtype())
+    inputs = []
     for batch in batches:
-        model(**batch).loss.backward()
-    model.zero_grad(set_to_none=True)
+        facts = BatchFacts.of(batch, IMAGE_TOKEN)
+        moved = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
+        inputs.append({**moved, "facts": facts, "packed": way == "packed"})
 
+    def run() -> None:
+        for batch in inputs:
+            model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
 
-def _largest(passes: Sequence[list[int]], rows: Sequence[Row], way: str) -> int:
-    """Returns the tokens of the largest pass, padding included: what decides over memory."""
-    lengths = [[rows[number].length for number in one] for one in passes]
-    return max(sum(one) if way == "packed" else len(one) * max(one) for one in lengths)
+    return run
 
 
 def table(shape: Shape, repeats: int) -> str:
     """Returns the markdown table of one shape."""
-    rows, made = draw_rows(shape), ways(draw_rows(shape))
+    rows = draw_rows(shape)
+    passes = {way: [[rows[number] for number in one] for one in found] for way, found in ways(rows).items()}
+    chosen = {way: timed(found) for way, found in passes.items()}
     plans = {"dense": None, "fused full": StagePlan(shape.layers // 4, shape.layers // 2)}
-    calls = {(plan, way): prepare(shape, plans[plan], rows, way) for plan in plans for way in made}
-    seconds = measure.time_side_by_side({f"{plan}: {way}": call for (plan, way), call in calls.items()}, repeats)
-    text = statistics.mean(row.text for row in rows)
-    lines = [
-        f"### {shape.layers} layers x {shape.width}, {shape.visual} visual + {text:.0f} text tokens on average, "
-        f"{sum(row.visual == 0 for row in rows) / len(rows):.0%} of the rows without image",
-        "",
-        "| step | tokens/s (median) | quartiles | this / grouped by length | padding | largest pass, tokens |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    calls = {
+        f"{plan}, {way}": step_of(shape, plans[plan], [make_batch(one) for one in chosen[way]], way)
+        for plan in plans
+        for way in chosen
+    }
+    seconds = measure.time_side_by_side(calls, repeats)
+    lines = [HEADING]
     for plan in plans:
-        speeds = {}
-        for way in made:
-            chosen = [[rows[number].length for number in one] for one in timed(made[way], rows)]
-            tokens, width = sum(map(sum, chosen)), sum(len(one) * max(one) for one in chosen)
-            speeds[way] = [tokens / one for one in seconds[f"{plan}: {way}"]], tokens, width
-        against = speeds["grouped by length"][0]
-        for way, (found, tokens, width) in speeds.items():
+        sizes = {way: _sizes(found, way) for way, found in chosen.items()}
+        speeds = {way: [sizes[way][0] / one for one in seconds[f"{plan}, {way}"]] for way in chosen}
+        for way, found in speeds.items():
             low, median, high = statistics.quantiles(found, n=4)
-            ratio = statistics.median(one / other for one, other in zip(found, against, strict=True))  # of a round each
-            padding = 0.0 if way == "packed" else 1 - tokens / width
-            lines.append(
-                f"| {plan}, {way} | {median:,.0f} | {low:,.0f} - {high:,.0f} | {ratio:.2f} | {padding:.0%} "
-                f"| {_largest(made[way], rows, way):,} |"
-            )
-    return "\n".join(lines)
+            pairs = zip(found, speeds["grouped by length"], strict=True)
+            ratio = statistics.median(one / other for one, other in pairs)  # of a round each
+            cells = [f"{plan}, {way}", f"{median:,.0f}", f"{low:,.0f} - {high:,.0f}", f"{ratio:.2f}"]
+            padding = 1 - sizes[way][0] / sizes[way][1]
+            lines.append([*cells, f"{padding:.0%}", f"{_sizes(passes[way], way)[2]:,}"])
+    text = statistics.mean(row.text for row in rows)
+    without = sum(row.visual == 0 for row in rows) / len(rows)
+    about = f"{shape.visual} visual + {text:.0f} text tokens on average, {without:.0%} of the rows without image"
+    return f"### {shape.layers} layers x {shape.width}, {about}\n\n{markdown(lines)}"
+
+
+def _sizes(passes: Sequence[Sequence[Row]], way: str) -> tuple[int, int, int]:
+    """Returns the tokens of passes, without and with padding, and those of the largest, which decides over memory."""
+    lengths = [[row.length for row in one] for one in passes]
+    padded = [sum(one) if way == "packed" else len(one) * max(one) for one in lengths]
+    return sum(map(sum, lengths)), sum(padded), max(padded)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from eval import measure
-from eval.comparison.speed import decode, prefill, times
-from eval.live import live_visual, run_costs
-from eval.measure import Shape
+from eval.benches.models import Shape, build, make_batch
+from eval.comparison.tables import markdown
+from eval.live import costs_of, live_visual
 from models import StagePlan
 from models.live_tokens import NO_VISUAL, Selection
 from models.schedules import Dense, Fused, Schedule, View, VisiPruner, published
@@ -24,21 +22,26 @@ DECODE_STEPS = 32
 KEPT_SHARE = 0.1  # of the visual tokens, that VisiPruner keeps here
 SHAPES, QUICK = (Shape(32, 512, 576, 64),), (Shape(8, 256, 144, 32),)
 GPU_SHAPES = (Shape(32, 4096, 576, 64),)  # LLaVA-1.5-7B's decoder
+TITLE = "Prefill and decode steps, side by side"
+NOTE = f"""{measure.MEMORY_NOTE}
+
+Columns: "to token-layers" is the time as a multiple of what the live token-layers predict from the dense row (1 = as
+predicted, below 1 = faster), "to FLOPs" the same with the cost model's decoder FLOPs. VisiPruner's thresholds are set
+so that a random model fires (first tested layer, a tenth of the visual tokens kept, gone a quarter of the depth
+later); "choice given" runs on the same live tokens without choosing them, so the difference is the price of the tests.
+The other pruners have their published settings, layer numbers scaled to the depth.
+"""
+HEADING = ["schedule", "prefill (s, median)", "quartiles", "dense / this", "to token-layers", "to FLOPs"]
+HEADING += [f"{DECODE_STEPS} steps (s, median)", "peak memory", "token-layers", "KV cache (bf16)"]
 
 
 @dataclass(frozen=True)
 class ReplaySchedule(Schedule):
-    """The live tokens of another schedule's run, without its tests: what that schedule costs without choosing.
+    """The live tokens of another schedule's run, without its tests: what that schedule costs without choosing."""
 
-    Attributes:
-        counts: live visual tokens of each layer.
-        kept: the visual tokens that were live in the layers that had some but not all.
-        masks: the schedule whose value remaps run too, or None.
-    """
-
-    counts: tuple[int, ...]
-    kept: Selection
-    masks: Schedule | None = None
+    counts: tuple[int, ...]  # live visual tokens of each layer
+    kept: Selection  # the visual tokens that were live in the layers that had some but not all
+    masks: Schedule | None = None  # the schedule whose value remaps run too
 
     def new_state(self) -> Any:
         """Returns the state of the other schedule."""
@@ -108,47 +111,35 @@ def replay(model: Any, batch: dict[str, Tensor], schedule: VisiPruner) -> Replay
 
 
 def prepare_model(shape: Shape) -> tuple[Any, dict[str, Tensor]]:
-    """Returns the model and the prompt of one sample, bfloat16 on a GPU and float32 on a CPU."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = measure.build(shape).eval().to(measure.device(), dtype)
-    batch = measure.make_batch(shape)
-    del batch["labels"]
-    batch = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
-    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    """Returns the model and the prompt of one sample."""
+    model = build(shape).eval().to(measure.device(), measure.dtype())
+    batch = {name: tensor.to(measure.device()) for name, tensor in make_batch(shape).items() if name != "labels"}
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     return model, batch
 
 
-def prepare_memory(shape: Shape, name: str) -> Callable[[], None]:
-    """Returns the prefill and decode steps of one row, for a fresh process."""
+def prefills(shape: Shape) -> measure.Calls:
+    """Returns prefill and decode steps of each row, on a model of their own."""
     model, batch = prepare_model(shape)
-    schedule = schedules(model, batch)[name]
-    return lambda: decode(model, batch, prefill(model, batch, schedule), DECODE_STEPS)
+    return measure.runs(model, batch, schedules(model, batch), DECODE_STEPS)
 
 
 def table(shape: Shape, repeats: int) -> str:
     """Returns the markdown table of one shape."""
     model, batch = prepare_model(shape)
     rows = schedules(model, batch)
-    seconds = times(model, batch, rows, steps=DECODE_STEPS, repeats=repeats)
-    medians = {name: statistics.median(first) for name, (first, _) in seconds.items()}
-    decoding = {name: statistics.median(following) for name, (_, following) in seconds.items()}
-    costs = {name: run_costs(model, batch, row)[0] for name, row in rows.items()}
-    lines = [
-        f"### {shape}",
-        "",
-        "| schedule | prefill (s, median) | quartiles | dense / this | to token-layers | to FLOPs "
-        f"| {DECODE_STEPS} steps (s, median) | peak memory | token-layers | KV cache (bf16) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in rows:
-        low, _, high = statistics.quantiles(seconds[name][0], n=4)
-        share = medians[name] / medians["dense"]
-        to_tokens = share / (costs[name].token_layers / costs["dense"].token_layers)
-        to_flops = share / (costs[name].flops / costs["dense"].flops)
-        memory = measure.added_memory(prepare_memory, shape, name) / 2**20
-        lines.append(
-            f"| {name} | {medians[name]:.4f} | {low:.4f} - {high:.4f} | {1 / share:.2f} "
-            f"| {to_tokens:.2f} | {to_flops:.2f} | {decoding[name]:.4f} | {memory:.0f} MiB "
-            f"| {costs[name].token_layers:,} | {costs[name].cache_bytes / 2**20:.1f} MiB |"
-        )
-    return "\n".join(lines)
+    seconds = measure.times(model, batch, rows, steps=DECODE_STEPS, repeats=repeats)
+    memory = measure.added_memory(measure.runs(model, batch, rows, DECODE_STEPS), prefills, shape)
+    lines, dense = [HEADING], None
+    for name, schedule in rows.items():
+        prefill, decoding = zip(*seconds[name], strict=True)
+        low, median, high = statistics.quantiles(prefill, n=4)
+        counts = live_visual(model, batch, schedule)[:, 0].sum(dim=1).tolist()
+        cost = costs_of(model, counts, text=shape.text, schedule=schedule)
+        dense = dense or (median, cost)  # the first row
+        share, tokens = median / dense[0], cost.token_layers / dense[1].token_layers
+        ratios = 1 / share, share / tokens, share / (cost.flops / dense[1].flops)
+        cells = [name, f"{median:.4f}", f"{low:.4f} - {high:.4f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        cells += [f"{statistics.median(decoding):.4f}", f"{memory[name] / 2**20:.0f} MiB", f"{cost.token_layers:,}"]
+        lines.append([*cells, f"{cost.cache_bytes / 2**20:.1f} MiB"])
+    return f"### {shape}\n\n{markdown(lines)}"

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval import measure
-from eval.measure import Shape
+from eval.benches.models import Shape, build, make_batch, text_config
+from eval.comparison.tables import markdown
 from models import StagePlan
 from models.cost import plan_cost
 
+TITLE = "Training step, side by side"
+NOTE = f"{measure.MEMORY_NOTE}\n"
 SHAPES = (Shape(16, 512, 576, 64), Shape(16, 512, 576, 256), Shape(32, 256, 576, 64), Shape(32, 256, 576, 256))
 QUICK = (Shape(8, 256, 144, 32),)
 GPU_SHAPES = (Shape(16, 4096, 576, 64), Shape(16, 4096, 576, 256))  # half of LLaVA-1.5-7B: weights of six rows at once
 HIDROP_KEEP = {10: 215, 14: 10, 16: 5, 18: 1}  # HiDrop's 64-token plan (arXiv 2602.23699)
 HIDROP_LAYERS = 32  # of the decoder that it is for
+HEADING = ["step", "seconds (median)", "quartiles", "dense / this", "this / text-only", "peak memory", "token-layers"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,18 @@ def variants(shape: Shape, family: str = "llava") -> list[Variant]:
     return rows
 
 
-def prepare(shape: Shape, variant: Variant, family: str = "llava") -> Callable[[], None]:
-    """Returns the variant's step, on the same weights and the same text as every other's."""
-    model = measure.build(shape, plan=variant.plan, hugging_face=variant.hugging_face, family=family)
-    if family == "llava":
-        model.model.vision_tower.requires_grad_(False)  # as LLaVA-1.5 tunes
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model.train().to(measure.device(), dtype)
-    batch = measure.make_batch(shape, text_only=variant.text_only, family=family)
-    moved = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
-    return lambda: step(model, moved)
+def steps(shape: Shape, family: str) -> measure.Calls:
+    """Returns the step of each variant, all on the same weights and the same text."""
+    calls = {}
+    for row in variants(shape, family):
+        model = build(shape, plan=row.plan, hugging_face=row.hugging_face, family=family)
+        if family == "llava":
+            model.model.vision_tower.requires_grad_(False)  # as LLaVA-1.5 tunes
+        model.train().to(measure.device(), measure.dtype())
+        batch = make_batch(shape, text_only=row.text_only, family=family)
+        moved = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
+        calls[row.name] = partial(step, model, moved)
+    return calls
 
 
 def step(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
@@ -67,23 +72,16 @@ def step(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
 
 def table(shape: Shape, repeats: int, family: str = "llava") -> str:
     """Returns the markdown table of one shape."""
-    rows = variants(shape, family)
-    seconds = measure.time_side_by_side({row.name: prepare(shape, row, family) for row in rows}, repeats)
+    calls = steps(shape, family)
+    seconds = measure.time_side_by_side(calls, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    config = measure.text_config(shape)
-    lines = [
-        f"### {shape}",
-        "",
-        "| step | seconds (median) | quartiles | dense / this | this / text-only | peak memory | token-layers |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        low, _, high = statistics.quantiles(seconds[row.name], n=4)
-        cost = plan_cost(config, row.plan, visual=0 if row.text_only else shape.visual, text=shape.text)
-        memory = measure.added_memory(prepare, shape, row, family) / 2**20
-        lines.append(
-            f"| {row.name} | {medians[row.name]:.4f} | {low:.4f} - {high:.4f} "
-            f"| {medians['dense'] / medians[row.name]:.2f} | {medians[row.name] / medians['text-only limit']:.2f} "
-            f"| {memory:.0f} MiB | {cost.token_layers:,} |"
-        )
-    return "\n".join(lines)
+    memory = measure.added_memory(calls, steps, shape, family)
+    lines = [HEADING]
+    for row in variants(shape, family):
+        low, median, high = statistics.quantiles(seconds[row.name], n=4)
+        visual = 0 if row.text_only else shape.visual
+        cost = plan_cost(text_config(shape), row.plan, visual=visual, text=shape.text)
+        ratios = medians["dense"] / median, median / medians["text-only limit"]
+        cells = [row.name, f"{median:.4f}", f"{low:.4f} - {high:.4f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        lines.append([*cells, f"{memory[row.name] / 2**20:.0f} MiB", f"{cost.token_layers:,}"])
+    return f"### {shape}\n\n{markdown(lines)}"

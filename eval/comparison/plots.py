@@ -1,9 +1,10 @@
-"""Pictures of a comparison, drawn without a display."""
+"""Pictures of runs and comparisons, drawn without a display."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,55 +22,35 @@ _MARKS = "osD^vPX*"  # one for each run
 SMOOTHING = 0.7  # weight of the running mean in a drawn curve; the raw points stay behind it, pale
 
 
-def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> None:
-    """Draws training loss over seconds of training, one curve a run, and validation loss as dots.
-
-    Args:
-        checkpoints: the runs, by name.
-        file: PNG to write.
-    """
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for number, (name, checkpoint) in enumerate(checkpoints.items()):
-        points = [(line["seconds"], line["loss"]) for line in checkpoint.log if "loss" in line]
-        if not points:
-            continue
-        seconds, losses = zip(*points, strict=True)
-        axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
-        axes.plot(seconds, smooth(losses), color=f"C{number}", label=name)
-        held_out = [(line["seconds"], line["eval_loss"]) for line in checkpoint.log if "eval_loss" in line]
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), f"C{number}o--", markersize=4, label=f"{name}, validation")
-    axes.set(xlabel="seconds of training", ylabel="loss on answer tokens", yscale="log", title="Learning curves")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+@contextmanager
+def plot(file: Path, size: tuple[float, float] = (7.5, 4.5), **settings: Any) -> Iterator[Any]:
+    """Yields the axes of a picture with `settings` (labels, limits), and writes it as PNG."""
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    yield axes
+    axes.set(**settings)  # after what is drawn: a limit that is None follows it
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
-def draw_live_tokens(name: str, counts: Sequence[Sequence[int]], file: Path) -> None:
-    """Draws the live visual tokens of each layer: the mean over samples as bars, their range as whiskers.
-
-    Args:
-        name: the schedule.
-        counts: [layer][sample] visual tokens that the layer ran on.
-        file: PNG to write.
-    """
-    means = [sum(layer) / len(layer) for layer in counts]
-    below = [mean - min(layer) for mean, layer in zip(means, counts, strict=True)]
-    above = [max(layer) - mean for mean, layer in zip(means, counts, strict=True)]
-    figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
-    axes.bar(range(len(means)), means, yerr=[below, above], capsize=4, color="C0", ecolor="0.4", width=0.7)
-    axes.set(
-        xlabel="decoder layer", ylabel="live visual tokens", title=f"{name}: mean and range of {len(counts[0])} prompts"
-    )
-    axes.set_xticks(range(len(means)))
-    axes.set_ylim(0, max(map(max, counts)) * 1.08 + 1)
-    axes.grid(alpha=0.3, axis="y")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> None:
+    """Draws training loss over seconds of training, one curve a run, and validation loss as dots, to a PNG file."""
+    with plot(file, xlabel="seconds of training", ylabel="loss on answer tokens", title="Learning curves") as axes:
+        axes.set_yscale("log")
+        for number, (name, checkpoint) in enumerate(checkpoints.items()):
+            points = [(line["seconds"], line["loss"]) for line in checkpoint.log if "loss" in line]
+            if not points:
+                continue
+            seconds, losses = zip(*points, strict=True)
+            axes.plot(seconds, losses, color=f"C{number}", alpha=0.2, linewidth=1)
+            axes.plot(seconds, smooth(losses), color=f"C{number}", label=name)
+            held_out = [(line["seconds"], line["eval_loss"]) for line in checkpoint.log if "eval_loss" in line]
+            if held_out:
+                axes.plot(*zip(*held_out, strict=True), f"C{number}o--", markersize=4, label=f"{name}, validation")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
 
 
 @dataclass(frozen=True)
@@ -95,53 +76,34 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 def draw_scores(points: Sequence[Point], file: Path, *, cost: str, score: str, floors: Mapping[str, float]) -> None:
     """Draws score against cost, a mark for each run, a colour for each schedule, with the Pareto front as a line.
 
-    Args:
-        points: the rows.
-        file: PNG to write.
-        cost: what the x axis says.
-        score: what the y axis says.
-        floors: scores of rows that look at no image, marked beside the axis.
+    `cost` and `score` are what the axes say; `floors`, scores of rows that look at no image, are marked beside them.
     """
-    figure, axes = plt.subplots(figsize=(7, 5.4), layout="constrained")
-    front = pareto_front(points)
-    axes.step(
-        [point.cost for point in front],
-        [point.score for point in front],
-        where="post",
-        color="0.6",
-        linestyle="--",
-        zorder=1,
-        label="Pareto front",
-    )
     runs = list(dict.fromkeys(point.run for point in points))
     schedules = list(dict.fromkeys(point.schedule for point in points))
-    for point in points:
-        mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], _colour(schedules.index(point.schedule))
-        axes.errorbar(point.cost, point.score, yerr=point.error, fmt=mark, color=colour, markersize=7, capsize=3)
-    for number, run in enumerate(runs):
-        axes.plot([], [], _MARKS[number % len(_MARKS)], color="0.3", label=run)
-    for number, schedule in enumerate(schedules):
-        axes.plot([], [], "_", color=_colour(number), markersize=12, markeredgewidth=4, label=schedule)
-    low, high = _zoomed(points)
-    axes.set(xlabel=cost, ylabel=score, ylim=(low, high))
-    _mark_floors(axes, floors, low, high)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize="small", frameon=False, ncols=4)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    # all points with their errors, and little more
+    low = min(point.score - (point.error or 0) for point in points)
+    high = max(point.score + (point.error or 0) for point in points)
+    margin = 0.08 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+    with plot(file, (7, 5.4), xlabel=cost, ylabel=score, ylim=(low, high)) as axes:
+        costs, scores = zip(*((point.cost, point.score) for point in pareto_front(points)), strict=True)
+        line = {"color": "0.6", "linestyle": "--", "zorder": 1, "label": "Pareto front"}
+        axes.step(costs, scores, where="post", **line)
+        for point in points:
+            mark, colour = _MARKS[runs.index(point.run) % len(_MARKS)], _colour(schedules.index(point.schedule))
+            axes.errorbar(point.cost, point.score, yerr=point.error, fmt=mark, color=colour, markersize=7, capsize=3)
+        for number, run in enumerate(runs):
+            axes.plot([], [], _MARKS[number % len(_MARKS)], color="0.3", label=run)
+        for number, schedule in enumerate(schedules):
+            axes.plot([], [], "_", color=_colour(number), markersize=12, markeredgewidth=4, label=schedule)
+        _mark_floors(axes, floors, low, high)
+        axes.grid(alpha=0.3)
+        axes.figure.legend(loc="outside lower center", fontsize="small", frameon=False, ncols=4)
 
 
 def _colour(number: int) -> Any:
     """Returns one of 20 colours that differ, the strong ones first."""
     return plt.get_cmap("tab20")(2 * number % 20 + number // 10 % 2)
-
-
-def _zoomed(points: Sequence[Point]) -> tuple[float, float]:
-    """Returns the ends of a score axis that holds the points with their errors, and little more."""
-    low = min(point.score - (point.error or 0) for point in points)
-    high = max(point.score + (point.error or 0) for point in points)
-    margin = 0.08 * (high - low) or 1.0
-    return low - margin, high + margin
 
 
 def _mark_floors(axes: Any, floors: Mapping[str, float], low: float, high: float) -> None:
@@ -154,36 +116,25 @@ def _mark_floors(axes: Any, floors: Mapping[str, float], low: float, high: float
         else:
             text += " ↓" if height < 0 else " ↑"
             height, below = (0.05 * below if height < 0 else 1.0), below + (height < 0)
-        axes.annotate(
-            text,
-            (1.0, height),
-            xytext=(4, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-            color="0.45",
-        )
+        place = {"xytext": (4, 0), "xycoords": "axes fraction", "textcoords": "offset points"}
+        axes.annotate(text, (1.0, height), va="center", fontsize="small", color="0.45", **place)
 
 
-def draw_live_grid(live: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
-    """Draws the live visual tokens of each layer for several rows, one panel each, on the same scale.
+def draw_live(live: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """Draws the live visual tokens of each layer, one panel for each title, on the same scale, to a PNG file.
 
-    Args:
-        live: for each row's title `mean`, `low` and `high` over prompts, by layer.
-        file: PNG to write.
+    `live` holds for each title `mean`, `low` and `high` over prompts, by layer: bars and whiskers.
     """
     columns = min(3, len(live))
     lines = math.ceil(len(live) / columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(3.6 * columns, 2.1 * lines), layout="constrained", sharey=True, squeeze=False
-    )
+    size = (max(6, 3.6 * columns), max(2.6, 2.1 * lines))
+    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
     panels = list(grid.flat)
     for axes, (title, counts) in zip(panels, live.items(), strict=False):
-        means, spread = counts["mean"], range(len(counts["mean"]))
+        means = counts["mean"]
         below = [mean - low for mean, low in zip(means, counts["low"], strict=True)]
         above = [high - mean for mean, high in zip(means, counts["high"], strict=True)]
-        axes.bar(spread, means, yerr=[below, above], capsize=2, color="C0", ecolor="0.4", width=0.75)
+        axes.bar(range(len(means)), means, yerr=[below, above], capsize=2, color="C0", ecolor="0.4", width=0.75)
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
     for axes in panels[len(live) :]:

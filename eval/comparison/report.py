@@ -6,146 +6,127 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from eval.checkpoint import Checkpoint
-from eval.comparison import rows as tables
-from eval.comparison.plots import Point, draw_learning_curves, draw_live_grid, draw_scores
-from eval.overlay import draw_overlay
+from eval.comparison import tables
+from eval.comparison.plots import Point, draw_learning_curves, draw_live, draw_scores
+from eval.comparison.rows import FLOOR, Record, Row
+from eval.live import draw_overlay
+
+if TYPE_CHECKING:
+    from eval.compare import Comparison
 
 TEMPLATE = "report.html.jinja"
-Cells = Mapping[tuple[str, str, str], tables.Record]
+Done = Mapping[str, tuple[Record, Path]]  # by the title of a row: its cell, and the folder of the cell's pictures
 
 
 def write_report(
-    out: Path,
-    rows: Sequence[tables.Row],
-    cells: Cells,
-    failures: Sequence[str],
-    baselines: Mapping[str, str],
-    settings: Mapping[str, Any],
-    checkpoints: Mapping[str, Checkpoint],
+    comparison: Comparison, rows: Sequence[Row], baselines: Mapping[str, str], failures: Sequence[str]
 ) -> None:
     """Writes report.html and the plots in it, which also stand beside it as PNG.
 
-    Args:
-        out: the comparison's folder.
-        rows: all rows, with their differences.
-        cells: the records of the rows that have one, by (run, schedule, task).
-        failures: what failed and why, a line each.
-        baselines: what each task's rows are compared with, in words.
-        settings: what all rows have in common.
-        checkpoints: by the names of their rows, for their training.
+    `rows` are all rows with their differences, `baselines` what each task's rows are compared with, in words.
     """
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    curves = out / "learning_curves.png"
-    has_curves = any(checkpoint.log for checkpoint in checkpoints.values())
+    curves = comparison.out / "learning_curves.png"
+    has_curves = any(checkpoint.log for checkpoint in comparison.checkpoints.values())
     if has_curves:
-        draw_learning_curves(checkpoints, curves)
+        draw_learning_curves(comparison.checkpoints, curves)
     html = environment.get_template(TEMPLATE).render(
-        tasks=[_task(task, rows, cells, baselines.get(task), out) for task in tasks],
+        tasks=[_task(comparison, task, rows, baselines.get(task)) for task in comparison.tasks],
         failures=failures,
-        settings=settings,
-        training=tables.training_table({name: checkpoint.run for name, checkpoint in checkpoints.items()}),
-        curves=embedded(curves) if has_curves else None,
+        settings=comparison.settings,
+        training=tables.training_table({name: found.run for name, found in comparison.checkpoints.items()}),
+        curves=embedded(curves.read_bytes()) if has_curves else None,
         published=tables.published(),
     )
-    (out / "report.html").write_text(html, encoding="utf-8")
+    (comparison.out / "report.html").write_text(html, encoding="utf-8")
 
 
-def _task(task: str, rows: Sequence[tables.Row], cells: Cells, baseline: str | None, out: Path) -> dict[str, Any]:
+def _task(comparison: Comparison, task: str, rows: Sequence[Row], baseline: str | None) -> dict[str, Any]:
     """Returns what the template shows of one task."""
-    every = [row for row in rows if row["task"] == task]
-    members = [row for row in every if "pooled_in" not in row]
-    done = _representatives(members, every, cells)
+    members = [row for row in rows if row["task"] == task and "pooled_in" not in row]
+    done = _done(comparison, members, rows)
     plots = []
-    scale_flops, unit = tables.flops_unit(members)
-    for name, title, label, key, scale in (
-        ("flops", "Score against the decoder's FLOPs", f"decoder {unit} of one prompt", "flops", scale_flops),
+    scale, unit = tables.flops_unit(members)
+    for name, title, label, key, factor in (
+        ("flops", "Score against the decoder's FLOPs", f"decoder {unit} of one prompt", "flops", scale),
         ("time", "Score against measured time", "prefill, milliseconds a prompt", "prefill_seconds", 1e3),
     ):
-        if file := _score_plot(members, out / f"{task}_score_{name}.png", label, key, scale):
-            plots.append({"title": title, "image": embedded(file), "name": name})
+        if file := _score_plot(members, comparison.out / f"{task}_score_{name}.png", label, key, factor):
+            plots.append({"title": title, "image": embedded(file.read_bytes()), "name": name})
     if done:
-        file = out / f"{task}_live_tokens.png"
-        draw_live_grid({title: cell["costs"]["live"] for title, (_, cell) in done.items()}, file)
-        plots.append({"title": "Live visual tokens by layer", "image": embedded(file), "name": "live"})
+        file = comparison.out / f"{task}_live_tokens.png"
+        draw_live({title: cell["costs"]["live"] for title, (cell, _) in done.items()}, file)
+        plots.append({"title": "Live visual tokens by layer", "image": embedded(file.read_bytes()), "name": "live"})
     return {
         "name": task,
         "note": tables.note(members, baseline),
         "scores": tables.score_table(members),
         "costs": tables.cost_table(members),
         "plots": plots,
-        "samples": _samples(done, out, task),
+        "samples": _samples(done),
     }
 
 
-def _representatives(
-    members: Sequence[tables.Row], every: Sequence[tables.Row], cells: Cells
-) -> dict[str, tuple[str, tables.Record]]:
-    """Returns, by the title of each row with a finished cell, run and cell; of several seeds the first one's."""
+def _done(comparison: Comparison, members: Sequence[Row], rows: Sequence[Row]) -> Done:
+    """Returns the finished cell of each row by the row's title; of several seeds the first one's."""
+    first: dict[Any, str] = {}
+    for row in rows:
+        if "pooled_in" in row:
+            first.setdefault((row["pooled_in"], row["schedule"], row["task"]), row["run"])
     found = {}
     for row in members:
-        alike = [one for one in every if one.get("pooled_in") == row["run"] and one["schedule"] == row["schedule"]]
-        run = alike[0]["run"] if alike else row["run"]
-        cell = cells.get((run, row["schedule"], row["task"]))
-        if cell is not None and cell["status"] == "done":
-            found[f"{row['run']}, {tables.shown_schedule(row)}"] = run, cell
+        run = first.get((row["run"], row["schedule"], row["task"])) or row["run"]
+        if row["schedule"] != FLOOR and row["status"] == "done":
+            cell = comparison.cell(run, row["schedule"], row["task"])
+            found[f"{row['run']}, {tables.shown_schedule(row)}"] = cell, comparison.pictures(run, row["task"])
     return found
 
 
-def _score_plot(members: Sequence[tables.Row], file: Path, label: str, key: str, scale: float) -> Path | None:
+def _score_plot(members: Sequence[Row], file: Path, label: str, key: str, scale: float) -> Path | None:
     """Draws scores against one cost; returns the file, or None where no row has both."""
-    shares = any(row.get("scale") == 1 for row in members)
-    percent = 100 if shares else 1
+    is_share = any(row.get("scale") == 1 for row in members)
+    percent = 100 if is_share else 1
     points = [
-        Point(
-            row["run"],
-            row["schedule"],
-            row[key] * scale,
-            row["score"] * percent,
-            None if row["standard_error"] is None else row["standard_error"] * percent,
-        )
+        Point(row["run"], row["schedule"], row[key] * scale, row["score"] * percent,
+              None if row["standard_error"] is None else row["standard_error"] * percent)
         for row in members
         if row["status"] == "done" and row.get(key)
-    ]
+    ]  # fmt: skip
     if not points:
         return None
-    floors = {row["run"]: row["score"] * percent for row in members if row["schedule"] == tables.FLOOR}
+    floors = {row["run"]: row["score"] * percent for row in members if row["schedule"] == FLOOR}
     metric = next(row["metric"] for row in members if row["status"] == "done")
-    draw_scores(points, file, cost=label, score=f"{metric}{', %' if shares else ''}", floors=floors)
+    draw_scores(points, file, cost=label, score=f"{metric}{', %' if is_share else ''}", floors=floors)
     return file
 
 
-def _samples(done: Mapping[str, tuple[str, tables.Record]], out: Path, task: str) -> list[dict[str, Any]]:
+def _samples(done: Done) -> list[dict[str, Any]]:
     """Returns the sample pages: each question with every row's answer and live tokens."""
-    if not done:
-        return []
-    first_run, first = next(iter(done.values()))
     pages = []
+    answers = {title: {sample["id"]: sample for sample in cell["samples"]} for title, (cell, _) in done.items()}
+    first, pictures = next(iter(done.values()), ({"shown": []}, Path()))
     for place, shown in enumerate(first["shown"]):
-        entries = []
-        for title, (run, cell) in done.items():
-            sample = next(sample for sample in cell["samples"] if sample["id"] == shown["id"])
-            strip = _strip(cell["shown"][place], out / "cells" / run / f"{task}_pictures")
-            entries.append({"row": title, "answer": sample["answer"], "value": sample["value"], "strip": strip})
-        picture = shown["picture"] and out / "cells" / first_run / f"{task}_pictures" / shown["picture"]
-        target = next(sample["target"] for sample in first["samples"] if sample["id"] == shown["id"])
-        pages.append(
+        number = shown["id"]
+        entries = [
             {
-                "question": shown["question"],
-                "target": target,
-                "picture": embedded(picture) if picture else None,
-                "entries": entries,
+                "row": title,
+                "answer": answers[title][number]["answer"],
+                "value": answers[title][number]["value"],
+                "strip": _strip(cell["shown"][place], folder),
             }
-        )
+            for title, (cell, folder) in done.items()
+        ]
+        page = {"question": shown["question"], "target": answers[next(iter(done))][number]["target"]}
+        picture = embedded((pictures / shown["picture"]).read_bytes()) if shown["picture"] else None
+        pages.append({**page, "picture": picture, "entries": entries})
     return pages
 
 
@@ -161,13 +142,9 @@ def _strip(shown: Mapping[str, Any], pictures: Path) -> str | None:
         strip = draw_overlay(picture, live, (rows, columns))
     stream = io.BytesIO()
     strip.quantize(128).save(stream, format="PNG", optimize=True)
-    return _data_uri(stream.getvalue())
+    return embedded(stream.getvalue())
 
 
-def embedded(file: Path) -> str:
-    """Returns a PNG file as a URI that holds it."""
-    return _data_uri(file.read_bytes())
-
-
-def _data_uri(png: bytes) -> str:
+def embedded(png: bytes) -> str:
+    """Returns the content of a PNG file as a URI that holds it."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import json
@@ -15,6 +16,7 @@ import transformers
 from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint
 from eval.lmms import HARNESS
+from eval.measure import default_batch
 
 PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE: Final = "settings.json"
@@ -24,24 +26,8 @@ class ComparisonError(UsageError):
     """Rows that would not be comparable, or a folder that cannot take them; the text says what differs."""
 
 
-def settings_of(
-    checkpoints: Sequence[Checkpoint],
-    *,
-    limit: int | None,
-    batch: int | None,
-    precision: str | None,
-    attention: str = "sdpa",
-    text_tower: str | None = None,
-) -> dict[str, Any]:
-    """Returns what all rows have in common.
-
-    Args:
-        checkpoints: of the rows.
-        limit: only the first so many questions of a task; None is all.
-        batch: questions of one forward pass; None is 16 on a GPU and 256 on a CPU.
-        precision: of the weights; None is bf16 on a GPU and fp32 on a CPU.
-        attention: Hugging Face's attn_implementation.
-        text_tower: the CLIP checkpoint that reads the question for schedules that want it.
+def settings_of(checkpoints: Sequence[Checkpoint], args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what all rows have in common, by the command line; batch and precision that are None are by the machine.
 
     Raises:
         ComparisonError: two checkpoints are asked, or shown images, in different ways.
@@ -58,13 +44,13 @@ def settings_of(
     gpu = torch.cuda.is_available()
     return {
         "harness": HARNESS,
-        "limit": limit,
-        "batch": batch or (16 if gpu else 256),
-        "precision": precision or ("bf16" if gpu else "fp32"),
+        "limit": args.limit,
+        "batch": args.batch or default_batch(),
+        "precision": args.precision or ("bf16" if gpu else "fp32"),
         "chat_format": first.chat_format,
         "image_aspect": first.aspect,
-        "attention": attention,
-        **({} if text_tower is None else {"text_tower": text_tower}),
+        "attention": args.attn_implementation,
+        **({} if args.text_tower is None else {"text_tower": args.text_tower}),
         "device": torch.cuda.get_device_name() if gpu else f"CPU, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -94,20 +80,13 @@ def meaning(source: str) -> str:
     """Returns Python source as its syntax tree, without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                del body[0]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
     return ast.dump(tree)
 
 
 def check_settings(settings: dict[str, Any], out: Path) -> None:
-    """Refuses a folder whose cells were made with other settings; notes those of a new one.
-
-    Raises:
-        ComparisonError: naming the first that differs.
-    """
+    """Notes the settings of a new folder; raises ComparisonError where an old one's cells were made with others."""
     file = out / FILE
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -133,13 +112,9 @@ def named(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
     names = [found.name for found in checkpoints]
     folders = [path.parent if path.name == "final" else path for path in paths]
     for depth in range(2, max(len(folder.parts) for folder in folders) + 1):
-        if len(set(names)) == len(names):
-            break
-        twice = {name for name in names if names.count(name) > 1}
-        names = [
-            "_".join(folder.parts[-depth:]) if name in twice else name
-            for name, folder in zip(names, folders, strict=True)
-        ]
+        longer = ["_".join(folder.parts[-depth:]) for folder in folders]
+        pairs = zip(names, longer, strict=True)
+        names = [more if names.count(name) > 1 else name for name, more in pairs]
     return {name.replace("/", "_"): found for name, found in zip(names, checkpoints, strict=True)}
 
 

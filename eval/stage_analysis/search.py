@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.paired import RESAMPLES, Numbers, standard_error
+from eval.significance import RESAMPLES, Numbers, standard_error
 from eval.stage_analysis.prefix import Prefix
 from eval.stage_analysis.probes import answered, knocked_out, narrowed
 from eval.stage_analysis.samples import Batch

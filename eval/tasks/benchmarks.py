@@ -10,21 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One lmms-eval task.
+    """One task of lmms-eval, by its name there.
 
-    Attributes:
-        name: lmms-eval's name.
-        metric: the metric that stands for it in tables.
-        image: the field of a question's row that names its image, so that questions about one image are resampled
-            together; None where the rows have none.
-        scale: what the mean of the questions' values is multiplied by to give the metric: 1 for a share, 100 for per
-            cent; None for a sum of another kind.
+    Questions whose field `image` names the same image are resampled together. The mean of the questions' values times
+    `scale` is the metric: 1 for a share, 100 for per cent; None for a sum of another kind.
     """
 
     name: str
-    metric: str
-    image: str | None = None
+    metric: str  # which stands for the task in tables
+    image: str | None = None  # None: a question's row names no image
     scale: float | None = 1.0
+    folder: str = ""  # where lmms-eval defines it; "": its YAML stands beside this file
 
 
 _ALL = (
@@ -32,17 +28,17 @@ _ALL = (
     Benchmark("easy_vqa_phrase", "accuracy", "image_id"),
     Benchmark("scenes", "accuracy", "image_id"),
     Benchmark("scenes_compositional", "accuracy", "image_id"),
-    Benchmark("gqa", "exact_match", "imageId"),
-    Benchmark("textvqa_val", "exact_match", "image_id"),
+    Benchmark("gqa", "exact_match", "imageId", folder="gqa"),
+    Benchmark("textvqa_val", "exact_match", "image_id", folder="textvqa"),
     Benchmark("textvqa_val_ocr", "exact_match", "image_id"),
-    Benchmark("pope", "pope_accuracy", "image_source"),
-    Benchmark("mme", "mme_perception_score", "question_id", scale=None),
-    Benchmark("mmbench_en_dev_static", "gpt_eval_score", scale=100.0),
-    Benchmark("scienceqa_img", "exact_match"),
-    Benchmark("vqav2_val", "exact_match", "image_id"),
-    Benchmark("seedbench", "seed_image"),
-    Benchmark("vizwiz_vqa_val", "exact_match"),
-    Benchmark("mmvet", "gpt_eval_score", scale=100.0),
+    Benchmark("pope", "pope_accuracy", "image_source", folder="pope"),
+    Benchmark("mme", "mme_perception_score", "question_id", scale=None, folder="mme"),
+    Benchmark("mmbench_en_dev_static", "gpt_eval_score", scale=100.0, folder="mmbench"),
+    Benchmark("scienceqa_img", "exact_match", folder="scienceqa"),
+    Benchmark("vqav2_val", "exact_match", "image_id", folder="vqav2"),
+    Benchmark("seedbench", "seed_image", folder="seedbench"),
+    Benchmark("vizwiz_vqa_val", "exact_match", folder="vizwiz_vqa"),
+    Benchmark("mmvet", "gpt_eval_score", scale=100.0, folder="mmvet"),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 JUDGED = ("mmvet",)  # scored by a model behind an interface, with lmms-eval's own settings
@@ -63,9 +59,7 @@ def missing_judge(task: str) -> str | None:
 def value_of(sample: Mapping[str, Any], metric: str) -> float | None:
     """Returns what one question counts for a metric, 0 to 1; None where the question does not count for it.
 
-    Args:
-        sample: lmms-eval's record of the question; the metric's entry is a number, or what its aggregation reads.
-        metric: the metric's name.
+    `sample` is lmms-eval's record of the question: the metric's entry is a number, or what its aggregation reads.
     """
     entry = sample.get(metric)
     if isinstance(entry, bool | int | float):

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from eval.paired import RESAMPLES, difference, holm, over_seeds, standard_error
+from eval.significance import RESAMPLES, difference, holm, over_seeds, standard_error
 
 
 def test_the_error_of_independent_values_is_the_textbooks():

@@ -20,45 +20,32 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Difference:
-    """What the second of two models scores more than the first on the same questions.
+    """What the second of two models scores more than the first on the same questions."""
 
-    Attributes:
-        mean: mean difference of a question's value.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        p: two-sided p-value of "no difference"; of a bootstrap not below 1 / RESAMPLES.
-        gained: questions on which the second is better; None where nothing pairs them.
-        lost: questions on which the first is better.
-    """
-
-    mean: float
-    low: float
+    mean: float  # of a question's value
+    low: float  # ends of the 95 % interval of the mean
     high: float
-    p: float
-    gained: int | None
-    lost: int | None
+    p: float  # two-sided, of "no difference"; of a bootstrap not below 1 / RESAMPLES
+    gained: int | None  # questions on which the second is better; None where nothing pairs them
+    lost: int | None  # questions on which the first is better
 
 
 def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
     """Returns the standard error of the mean of `values`, of which those of one cluster go together.
 
-    None with fewer than two clusters.
+    None with fewer than two clusters: one has no spread.
     """
     numbers = np.asarray(values, dtype=np.float64)
     sums, _ = _by_cluster(numbers - numbers.mean(), clusters)
     groups = len(sums)
-    if groups < 2:  # one cluster has no spread
-        return None
-    return float(np.sqrt(groups / (groups - 1) * np.square(sums).sum()) / len(numbers))
+    return None if groups < 2 else float(np.sqrt(groups / (groups - 1) * np.square(sums).sum()) / len(numbers))
 
 
 def difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
     """Returns how `second` differs from `first`, question by question, by a paired bootstrap over clusters.
 
-    Args:
-        first: a value for each question, of the model to compare with.
-        second: the same questions' values, of the other.
-        clusters: what each question is about; questions with the same go together.
+    `first` and `second` hold a value for each question, `clusters` what it is about: questions about one thing go
+    together.
     """
     changes = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     gained, lost = int((changes > 0).sum()), int((changes < 0).sum())
@@ -78,12 +65,7 @@ def over_seeds(
 
     Student's t. Its squared error is that over seeds (of the differences where they are `paired`, the same seeds in the
     same order) plus that over images, which all seeds share; Satterthwaite's rule gives the degrees of freedom.
-
-    Args:
-        first: a score for each seed, of the model to compare with.
-        second: of the other.
-        paired: both have the same seeds, in the same order.
-        images: standard error of the mean difference over images, and their number.
+    `images` are the standard error of the mean difference over images, and their number.
     """
     parts = [(images[0] ** 2, images[1] - 1)]  # squared errors and their degrees of freedom
     samples = [[new - old for old, new in zip(first, second, strict=True)]] if paired else [first, second]
@@ -115,10 +97,7 @@ def _by_cluster(values: Numbers, clusters: Sequence[Hashable]) -> tuple[Numbers,
     """Returns each cluster's sum and its number of values."""
     names: dict[Hashable, int] = {}
     numbers = [names.setdefault(name, len(names)) for name in clusters]
-    sums, sizes = np.zeros(len(names)), np.zeros(len(names))
-    np.add.at(sums, numbers, values)
-    np.add.at(sizes, numbers, 1.0)
-    return sums, sizes
+    return np.bincount(numbers, weights=values).astype(np.float64), np.bincount(numbers).astype(np.float64)
 
 
 def _resampled(sums: Numbers, sizes: Numbers) -> Numbers:

@@ -1,1 +1,0 @@
-"""What eval.study keeps of a run, and its tables."""
