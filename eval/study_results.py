@@ -194,9 +194,11 @@ def cells_of(task: str, arms: Sequence[str], records: Sequence[Record]) -> list[
     """Returns a task's cells, arm by arm; arms without a result are left out."""
     cells = []
     for arm in arms:
-        members = members_of(arm, records)
-        schedules = members[0]["scores"][task] if members else ()
-        cells += [_cell(task, arm, schedule, members) for schedule in schedules]
+        asked: dict[str, list[Record]] = {}
+        for record in members_of(arm, records):
+            for schedule in record["scores"][task]:
+                asked.setdefault(schedule, []).append(record)
+        cells += [_cell(task, arm, schedule, members) for schedule, members in asked.items()]
     return cells
 
 

@@ -18,7 +18,16 @@ from eval.significance import RESAMPLES
 from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.plot import draw_stages
 from eval.stage_analysis.prefix import Prefix
-from eval.stage_analysis.probes import Firing, Insight, _firing, answered, firings, knocked_out, most_attended, narrowed
+from eval.stage_analysis.probes import (
+    Firing,
+    Insight,
+    answered,
+    firing_of,
+    firings,
+    knocked_out,
+    most_attended,
+    narrowed,
+)
 from eval.stage_analysis.report import record_of, report_of
 from eval.stage_analysis.samples import Asker, Batch, Sample, spaced
 from eval.stage_analysis.search import Trials, needs_vision, propose, side_intervals
@@ -292,15 +301,15 @@ def test_visipruner_fires_where_its_live_tokens_say(make_model, make_batch, plan
         counts = live.sum(dim=(1, 2)).tolist()
         full = int((single["input_ids"] == IMAGE).sum())
         own = [full if plan is None or plan.sees(layer) else 0 for layer in range(LAYERS)]
-        assert one == _firing(counts, own)
+        assert one == firing_of(counts, own)
     assert any(one.fusion is not None for one in found)
 
 
 def test_a_plans_own_exit_is_not_visipruners():
-    assert _firing([4, 4, 2, 2, 0, 0], [4] * 6) == Firing(1, 2, 4)
-    assert _firing([0, 4, 4, 4, 0, 0], [0, 4, 4, 4, 0, 0]) == Firing(None, None, None)
-    assert _firing([0, 4, 4, 1, 0, 0], [0, 4, 4, 4, 0, 0]) == Firing(2, 1, None)
-    assert _firing([4, 4, 0, 0], [4] * 4) == Firing(1, 0, 2)
+    assert firing_of([4, 4, 2, 2, 0, 0], [4] * 6) == Firing(1, 2, 4)
+    assert firing_of([0, 4, 4, 4, 0, 0], [0, 4, 4, 4, 0, 0]) == Firing(None, None, None)
+    assert firing_of([0, 4, 4, 1, 0, 0], [0, 4, 4, 4, 0, 0]) == Firing(2, 1, None)
+    assert firing_of([4, 4, 0, 0], [4] * 4) == Firing(1, 0, 2)
 
 
 # -- the search ---------------------------------------------------------------------------------------------------

@@ -181,6 +181,14 @@ def test_the_table_counts_seeds_and_pairs_questions():
     assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
 
 
+def test_a_schedule_that_only_some_seeds_answered_under_has_their_row():
+    one, two = (record("dense", seed, right) for seed, right in enumerate(("1100", "1111")))
+    two["scores"]["easy_vqa"]["vtw"] = two["scores"]["easy_vqa"]["trained"]
+    for records in ([one, two], [{**one, "seed": 2}, two]):
+        cells = cells_of("easy_vqa", ["dense"], records)
+        assert sorted((cell.name, len(cell.seeds)) for cell in cells) == [("dense", 2), ("dense, vtw", 1)]
+
+
 def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(study, monkeypatch, capsys):
     fields = yaml.safe_load(study.read_text())
     fields["arms"]["window"]["schedules"] = ["dense", "trained"]

@@ -251,11 +251,11 @@ def firings(model: Any, batch: Batch, plan: StagePlan | None) -> list[Firing]:
     for sample, (text, visual) in enumerate(zip(batch.text_tokens, batch.visual.sum(dim=1).tolist(), strict=True)):
         counts = [len(layer[sample]) - text for layer in output.live]
         own = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
-        found.append(_firing(counts, own))
+        found.append(firing_of(counts, own))
     return found
 
 
-def _firing(counts: Sequence[int], own: Sequence[int]) -> Firing:
+def firing_of(counts: Sequence[int], own: Sequence[int]) -> Firing:
     """Returns what happened, from the live visual tokens with the pruner and by the checkpoint's own plan."""
     dropped = next((layer for layer, count in enumerate(counts) if count < own[layer]), None)
     if dropped is None:
