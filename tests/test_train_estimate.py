@@ -24,8 +24,8 @@ from recipes.schema import (
     load_recipe,
 )
 from train.adapters import add_adapters
+from train.arguments import read_deepspeed
 from train.cards import Card, parse_card, peak_here
-from train.deepspeed_config import read_deepspeed
 from train.estimate import Batch, Estimate
 from train.groups import freeze
 

@@ -14,7 +14,7 @@ import torch
 
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
-from train.arguments import split_batch
+from train.arguments import resolve_precision, split_batch
 from train.callbacks import clock_words
 from train.checkpoints import (
     MARKER,
@@ -33,7 +33,6 @@ from train.groups import freeze, muon_groups, parameter_groups, part_of, trainab
 from train.health import Health
 from train.metrics import TrainMetrics
 from train.order import ShuffledSampler, WholeBatches
-from train.precision import resolve_precision
 from train.run_lock import RunLock
 from train.tracking import start_tracking, stop_tracking
 

@@ -24,7 +24,7 @@ from models.stage_plan import StagePlan
 from models.token_scorer import needs_scorer
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
 from train.adapters import adapted_layers
-from train.arguments import check_batches, passes_per_step
+from train.arguments import check_deepspeed, passes_per_step
 from train.checkpoints import check_same_run
 from train.errors import one_line
 from train.groups import tower_depth
@@ -50,7 +50,7 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
     for phase in recipe.phases:
         with _keys_of(phase):
             check_tracking(phase.train.tracker)
-            check_batches(phase.train, num_ranks)
+            check_deepspeed(phase.train, num_ranks)
             _check_workers(phase)
             _check_packing(phase, num_ranks)
             _check_libraries(phase.train)

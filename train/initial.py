@@ -27,8 +27,8 @@ from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.families import Family, family_of, is_original
 from models.token_scorer import SCORER, is_scorer, needs_scorer
 from recipes.schema import ModelSection, Recipe, RecipeError
+from train.arguments import resolve_dtype
 from train.errors import one_line
-from train.precision import resolve_dtype
 from train.weights import save_model
 
 INITIAL = "init"  # folder below the run folder

@@ -19,7 +19,14 @@ from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import add_adapters
-from train.arguments import is_timed, total_steps, training_arguments
+from train.arguments import (
+    deepspeed_fingerprint,
+    is_timed,
+    read_deepspeed,
+    resolve_dtype,
+    total_steps,
+    training_arguments,
+)
 from train.batches import TrainCollator
 from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback, SearchCallback
 from train.cards import peak_here
@@ -34,7 +41,6 @@ from train.checkpoints import (
 )
 from train.checks import check_run
 from train.clock import Clock
-from train.deepspeed_config import deepspeed_fingerprint, read_deepspeed
 from train.errors import TrainingError, one_line
 from train.estimate import Estimate
 from train.groups import freeze, trainable_counts
@@ -42,7 +48,6 @@ from train.health import Health
 from train.initial import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.metrics import TrainMetrics
 from train.outcome import FINAL, ended_early, finished_steps, save_final
-from train.precision import resolve_dtype
 from train.reshard import reshard
 from train.run_lock import RunLock
 from train.samples import Samples, data_fingerprint, hold_out, read_samples, sample_notes, sample_order

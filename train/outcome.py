@@ -18,11 +18,11 @@ from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import merged
+from train.arguments import resolve_dtype, resolve_precision
 from train.checkpoints import find_fault
 from train.errors import TrainingError, one_line
 from train.groups import trainable_counts
 from train.initial import checkpoint_config, refuse_faults
-from train.precision import resolve_dtype, resolve_precision
 from train.release.processor import save_processor
 from train.samples import Samples
 from train.trainer import FusedTrainer

@@ -14,10 +14,9 @@ from data.sources import missing_paths
 from data.stream import ConversationStream
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
-from train.arguments import is_timed, passes_per_step, split_batch
+from train.arguments import is_timed, passes_per_step, read_deepspeed, split_batch
 from train.cards import Card
 from train.checks import check_run, processor_is_here
-from train.deepspeed_config import read_deepspeed
 from train.estimate import Batch, Estimate
 from train.initial import read_processor
 from train.samples import hold_out, read_samples
