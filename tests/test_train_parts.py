@@ -32,8 +32,8 @@ from train.clock import Clock, rate_factor
 from train.groups import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.health import Health
 from train.metrics import TrainMetrics
-from train.order import ShuffledSampler, WholeBatches
 from train.run_lock import RunLock
+from train.samples import ShuffledSampler, WholeBatches
 from train.tracking import start_tracking, stop_tracking
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from data.dataset import Collator
 from data.rows import DataError
 from data.stream import ConversationStream
 from models.attention import SDPA_PACKED
@@ -27,7 +29,6 @@ from train.arguments import (
     total_steps,
     training_arguments,
 )
-from train.batches import TrainCollator
 from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback, SearchCallback
 from train.cards import peak_here
 from train.checkpoints import (
@@ -50,7 +51,7 @@ from train.metrics import TrainMetrics
 from train.outcome import FINAL, ended_early, finished_steps, save_final
 from train.reshard import reshard
 from train.run_lock import RunLock
-from train.samples import Samples, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
+from train.samples import Samples, collate, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
 from train.stop import StopRequest
 from train.tracking import start_tracking, stop_tracking
 from train.trainer import FusedTrainer
@@ -183,9 +184,10 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=TrainCollator(
-            processor.tokenizer.pad_token_id,
-            model.config.image_token_id,
+        data_collator=partial(
+            collate,
+            collator=Collator(processor.tokenizer.pad_token_id),
+            image_token=model.config.image_token_id,
             packed=phase.train.tokens_per_step is not None,
         ),
         processing_class=processor,

@@ -23,8 +23,8 @@ from train.errors import TrainingError
 from train.extensions import build_cpu_adam
 from train.groups import base_of, muon_groups, parameter_groups
 from train.metrics import TrainMetrics
-from train.order import WholeBatches
 from train.plans import PlanDraw, divergence, predicting
+from train.samples import WholeBatches
 from train.stop import StopRequest, ignore_signals
 from train.validation import Validation
 from train.watch import DataWatch
