@@ -19,6 +19,7 @@ from train.callbacks import clock_words
 from train.checkpoints import (
     MARKER,
     Progress,
+    RunLock,
     check_same_content,
     check_same_run,
     find_fault,
@@ -32,7 +33,6 @@ from train.clock import Clock, rate_factor
 from train.groups import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.health import Health
 from train.metrics import TrainMetrics
-from train.run_lock import RunLock
 from train.samples import ShuffledSampler, WholeBatches
 from train.tracking import start_tracking, stop_tracking
 
@@ -348,7 +348,7 @@ def test_accumulation_follows_from_the_global_batch():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from train.run_lock import RunLock
+from train.checkpoints import RunLock
 from train.tracking import start_tracking, stop_tracking
 RunLock(Path(sys.argv[1])).take()
 print("taken", flush=True)

@@ -32,11 +32,15 @@ from train.arguments import (
 from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback, SearchCallback
 from train.cards import peak_here
 from train.checkpoints import (
+    FINAL,
     RECIPE,
     Progress,
+    RunLock,
     check_same_content,
     keep_newest,
     read_progress,
+    reshard,
+    resharded,
     set_aside,
     whole_checkpoints,
 )
@@ -48,9 +52,7 @@ from train.groups import freeze, trainable_counts
 from train.health import Health
 from train.initial import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.metrics import TrainMetrics
-from train.outcome import FINAL, ended_early, finished_steps, save_final
-from train.reshard import reshard
-from train.run_lock import RunLock
+from train.outcome import ended_early, finished_steps, save_final
 from train.samples import Samples, collate, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
 from train.stop import StopRequest
 from train.tracking import start_tracking, stop_tracking
@@ -312,9 +314,10 @@ def _loadable(resumed: Path | None, progress: Progress) -> tuple[Path | None, bo
     if resumed is None or progress.ranks == distributed.count():
         return resumed, False
     distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
-    target = reshard(resumed) if distributed.rank() == 0 else resumed.with_name(f"resharded-{resumed.name}")
+    if distributed.rank() == 0:
+        reshard(resumed)
     distributed.barrier()
-    return target, True
+    return resharded(resumed), True
 
 
 @contextmanager

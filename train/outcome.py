@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
 from train.adapters import merged
 from train.arguments import resolve_dtype, resolve_precision
-from train.checkpoints import find_fault
+from train.checkpoints import FINAL, RECIPE, RUN, find_fault
 from train.errors import TrainingError, one_line
 from train.groups import trainable_counts
 from train.initial import checkpoint_config, refuse_faults
@@ -28,9 +28,6 @@ from train.samples import Samples
 from train.trainer import FusedTrainer
 from train.weights import save_model
 from train.window_search import give_plan
-
-FINAL: Final = "final"
-RUN: Final = "run.json"
 
 
 def finished_steps(phase: Phase) -> int | None:
@@ -98,7 +95,7 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
     stop_at(model, dataset.encoder.stop_ids)
     save_model(model, partial, weights=weights)
     save_processor(trainer.processing_class, phase.data, partial)
-    (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (partial / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     (partial / RUN).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _check_loads(partial)
     if (phase.folder / FINAL).is_dir():  # of fewer steps

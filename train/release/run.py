@@ -9,8 +9,7 @@ from typing import Any
 
 from data.config import DataConfig
 from recipes.schema import Recipe, load_recipe
-from train.checkpoints import RECIPE, read_progress, whole_checkpoints
-from train.outcome import FINAL, RUN
+from train.checkpoints import FINAL, RECIPE, RUN, read_progress, whole_checkpoints
 from train.release.errors import InputError
 
 
