@@ -30,9 +30,9 @@ from train.checkpoints import (
     whole_checkpoints,
 )
 from train.clock import Clock, rate_factor
-from train.groups import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.health import Health
 from train.metrics import TrainMetrics
+from train.parameters import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.samples import ShuffledSampler, WholeBatches
 from train.tracking import start_tracking, stop_tracking
 

@@ -23,13 +23,12 @@ from models.schedules import SCHEDULES, TRAINED, plan_schedule
 from models.stage_plan import StagePlan
 from models.token_scorer import needs_scorer
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
-from train.adapters import adapted_layers
 from train.arguments import check_deepspeed, passes_per_step
 from train.checkpoints import check_same_run
 from train.errors import one_line
-from train.groups import tower_depth
-from train.initial import check_tokens, read_config, read_processor
+from train.parameters import adapted_layers, tower_depth
 from train.tracking import check_tracking
+from train.weights import check_tokens, read_config, read_processor
 from train.window_search import check_search
 
 _WORKERS_A_CORE = 16

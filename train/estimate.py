@@ -22,9 +22,8 @@ from models.cost import Cost, plan_cost, search_cost, spread_flops, training_flo
 from models.families import family_of
 from models.schedules import TRAINED
 from recipes.schema import Learn, NamedPlan, TrainSection
-from train.adapters import add_adapters
 from train.arguments import resolve_dtype
-from train.groups import freeze, muon_matrices, trainable_counts
+from train.parameters import add_adapters, freeze, muon_matrices, trainable_counts
 
 _STATES: Final[dict[str, int]] = {  # bytes of a learned number's states: Adam keeps two, Lion one, AdEMAMix three
     "adamw_torch_fused": 8,

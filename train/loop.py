@@ -20,7 +20,6 @@ from models.attention import SDPA_PACKED
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
-from train.adapters import add_adapters
 from train.arguments import (
     deepspeed_fingerprint,
     is_timed,
@@ -48,16 +47,16 @@ from train.checks import check_run
 from train.clock import Clock
 from train.errors import TrainingError, one_line
 from train.estimate import Estimate
-from train.groups import freeze, trainable_counts
 from train.health import Health
-from train.initial import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.metrics import TrainMetrics
 from train.outcome import ended_early, finished_steps, save_final
+from train.parameters import add_adapters, freeze, trainable_counts
 from train.samples import Samples, collate, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
 from train.stop import StopRequest
 from train.tracking import start_tracking, stop_tracking
 from train.trainer import FusedTrainer
 from train.watch import DataWatch
+from train.weights import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.window_search import WindowSearch, check_search
 
 

@@ -17,16 +17,14 @@ from models.families import family_of
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
-from train.adapters import merged
 from train.arguments import resolve_dtype, resolve_precision
 from train.checkpoints import FINAL, RECIPE, RUN, find_fault
 from train.errors import TrainingError, one_line
-from train.groups import trainable_counts
-from train.initial import checkpoint_config, refuse_faults
+from train.parameters import merged, trainable_counts
 from train.release.processor import save_processor
 from train.samples import Samples
 from train.trainer import FusedTrainer
-from train.weights import save_model
+from train.weights import checkpoint_config, refuse_faults, save_model
 from train.window_search import give_plan
 
 

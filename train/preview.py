@@ -18,8 +18,8 @@ from train.arguments import is_timed, passes_per_step, read_deepspeed, split_bat
 from train.cards import Card
 from train.checks import check_run, processor_is_here
 from train.estimate import Batch, Estimate
-from train.initial import read_processor
 from train.samples import hold_out, read_samples
+from train.weights import read_processor
 from train.window_search import check_search
 
 _KEPT_BACK: Final = 0.08  # share of a card's memory

@@ -21,8 +21,8 @@ from train.checkpoints import whole_checkpoints
 from train.clock import Clock, rate_factor
 from train.errors import TrainingError
 from train.extensions import build_cpu_adam
-from train.groups import base_of, muon_groups, parameter_groups
 from train.metrics import TrainMetrics
+from train.parameters import base_of, muon_groups, parameter_groups
 from train.plans import PlanDraw, divergence, predicting
 from train.samples import WholeBatches
 from train.stop import StopRequest, ignore_signals

@@ -14,7 +14,7 @@ from data.chat import IGNORE_INDEX
 from data.config import DataConfig
 from data.rows import Fault
 from train import distributed as peers
-from train.groups import base_of
+from train.parameters import base_of
 
 
 class DataWatch:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from models.schedules import Gated, window_gates
 from models.stage_plan import StagePlan
 from recipes.schema import Learn, RecipeError
-from train.groups import base_of
+from train.parameters import base_of
 
 PLAN: Final = "stages.json"
 PICTURE: Final = "gates.png"

@@ -16,10 +16,9 @@ from models import FusedAutoModel, StagePlan
 from models.families import family_of
 from models.fused import require_nothing_more, resolve_config
 from models.schedules import TRAINED, ScheduleError
-from train.initial import refuse_faults
 from train.release.errors import InputError
 from train.release.run import Run
-from train.weights import save_model
+from train.weights import refuse_faults, save_model
 
 OLDEST: Final = "5.22"  # transformers that a release runs on
 ENTRY: Final = "modeling_fused.py"  # the file that config.json's auto_map names
