@@ -24,8 +24,7 @@ from recipes.schema import (
     load_recipe,
 )
 from train.arguments import read_deepspeed
-from train.cards import Card, parse_card, peak_here
-from train.estimate import Batch, Estimate
+from train.estimate import Batch, Card, Estimate, parse_card, peak_here
 from train.parameters import add_adapters, freeze
 
 SAMPLES, TEXT, VISUAL, WIDTH = 4, 64, 144, 128

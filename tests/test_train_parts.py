@@ -15,7 +15,7 @@ import torch
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
 from train.arguments import resolve_precision, split_batch
-from train.callbacks import clock_words
+from train.callbacks import Health, clock_words, start_tracking, stop_tracking
 from train.checkpoints import (
     MARKER,
     Progress,
@@ -29,12 +29,10 @@ from train.checkpoints import (
     set_aside,
     whole_checkpoints,
 )
-from train.clock import Clock, rate_factor
-from train.health import Health
-from train.metrics import TrainMetrics
+from train.metrics import Clock, TrainMetrics
 from train.parameters import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.samples import ShuffledSampler, WholeBatches
-from train.tracking import start_tracking, stop_tracking
+from train.trainer import rate_factor
 
 
 @pytest.fixture(autouse=True)
@@ -349,7 +347,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from train.checkpoints import RunLock
-from train.tracking import start_tracking, stop_tracking
+from train.callbacks import start_tracking, stop_tracking
 RunLock(Path(sys.argv[1])).take()
 print("taken", flush=True)
 time.sleep(60)

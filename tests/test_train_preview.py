@@ -8,7 +8,7 @@ from models import StagePlan
 from models.cost import plan_cost
 from recipes.errors import RecipeError
 from recipes.schema import load_recipe
-from train.cards import parse_card
+from train.estimate import parse_card
 from train.preview import preview
 from train.weights import read_config
 

@@ -22,7 +22,7 @@ from tests.serving import ask, serving
 from tests.tiny_processors import PROCESSORS, require
 from tests.tiny_runs import write_checkpoint, write_recipe, write_rows
 from train.checks import check_run
-from train.outcome import stop_at
+from train.final import stop_at
 from train.parameters import PARTS, add_adapters, freeze, merged, part_of
 from train.release import release
 from train.release.processor import save_processor

@@ -27,11 +27,11 @@ from train.arguments import check_deepspeed, passes_per_step
 from train.checkpoints import check_same_run
 from train.errors import one_line
 from train.parameters import adapted_layers, tower_depth
-from train.tracking import check_tracking
 from train.weights import check_tokens, read_config, read_processor
 from train.window_search import check_search
 
 _WORKERS_A_CORE = 16
+_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of Weights & Biases
 _BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these from there
 
 
@@ -48,7 +48,7 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
     check_output(Path(recipe.output))
     for phase in recipe.phases:
         with _keys_of(phase):
-            check_tracking(phase.train.tracker)
+            _check_tracker(phase.train.tracker)
             check_deepspeed(phase.train, num_ranks)
             _check_workers(phase)
             _check_packing(phase, num_ranks)
@@ -95,6 +95,17 @@ def _keys_of(phase: Phase) -> Iterator[None]:
         if phase.name == "align" and str(error).startswith(("train.", "data.")):
             raise RecipeError(f"align.{error}") from error
         raise
+
+
+def _check_tracker(tracker: str) -> None:
+    """Refuses a tracker that is not installed, and a WANDB_MODE that Weights & Biases does not know."""
+    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError(
+            "train.tracker: got tensorboard, which is not installed; expected wandb or none, or pip install tensorboard"
+        )
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None and mode not in _MODES:
+        raise RecipeError(f"environment: WANDB_MODE: got '{mode}', expected online, offline or disabled")
 
 
 def _check_plan_names(model: ModelSection) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from data.dataset import Collator
 from data.rows import DataError
@@ -28,8 +28,16 @@ from train.arguments import (
     total_steps,
     training_arguments,
 )
-from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback, SearchCallback
-from train.cards import peak_here
+from train.callbacks import (
+    Health,
+    LogCallback,
+    NothingToTrain,
+    ProfileCallback,
+    RunCallback,
+    SearchCallback,
+    start_tracking,
+    stop_tracking,
+)
 from train.checkpoints import (
     FINAL,
     RECIPE,
@@ -44,29 +52,20 @@ from train.checkpoints import (
     whole_checkpoints,
 )
 from train.checks import check_run
-from train.clock import Clock
 from train.errors import TrainingError, one_line
-from train.estimate import Estimate
-from train.health import Health
-from train.metrics import TrainMetrics
-from train.outcome import ended_early, finished_steps, save_final
+from train.estimate import Estimate, peak_here
+from train.final import read_figures, save_final
+from train.metrics import Clock, DataWatch, TrainMetrics
 from train.parameters import add_adapters, freeze, trainable_counts
 from train.samples import Samples, collate, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
 from train.stop import StopRequest
-from train.tracking import start_tracking, stop_tracking
 from train.trainer import FusedTrainer
-from train.watch import DataWatch
 from train.weights import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.window_search import WindowSearch, check_search
 
 
 def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
-    """Trains one phase on this rank, or finds it done.
-
-    Args:
-        recipe: the recipe.
-        index: which of its phases.
-        stop: the stop request of this process.
+    """Trains one phase of a recipe on this rank, or finds it done.
 
     Returns:
         False when a stop request ended it before its time: the same command goes on.
@@ -107,10 +106,11 @@ def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
 def _is_finished(recipe: Recipe, index: int) -> bool:
     """Returns whether the phase's final/ is there, and of all the steps that the recipe wants by now."""
     phase = recipe.phases[index]
-    steps, wanted = finished_steps(phase), phase.train.max_steps
-    if steps is None:
+    figures, wanted = read_figures(phase), phase.train.max_steps
+    if figures is None:
         return False
-    if wanted is None or wanted <= steps or is_timed(phase.train) or ended_early(phase):
+    steps = figures["steps"]
+    if wanted is None or wanted <= steps or is_timed(phase.train) or figures.get("ended_early"):
         return True
     key = "align.train.max_steps" if phase.name == "align" else "train.max_steps"
     if not whole_checkpoints(phase.folder):
@@ -119,7 +119,7 @@ def _is_finished(recipe: Recipe, index: int) -> bool:
             f"on from; expected {steps}, or another output with {phase.folder / FINAL} as model.checkpoint"
         )
     for later in recipe.phases[index + 1 :]:
-        if whole_checkpoints(later.folder) or finished_steps(later) is not None:
+        if whole_checkpoints(later.folder) or read_figures(later) is not None:
             raise RecipeError(
                 f"{key}: got {wanted}, but {later.name} started from {phase.folder / FINAL}, of step {steps}; expected "
                 f"{steps}, or another output"
@@ -151,27 +151,27 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
 def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, stop: StopRequest) -> bool:
     """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
     dataset, validation = hold_out(phase, dataset, seed=recipe.seed)
-    checkpoints = whole_checkpoints(phase.folder)
-    resumed = checkpoints[-1] if checkpoints else None
+    resumed = next(reversed(whole_checkpoints(phase.folder)), None)
     progress = read_progress(resumed) if resumed else Progress(ranks=distributed.count())
     order = sample_order(phase, dataset, seed=recipe.seed)
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
     fingerprints = {
         "data": data_fingerprint(phase, dataset, validation),
         "deepspeed": deepspeed_fingerprint(read_deepspeed(phase.train)),
-        "schedule": _schedule(phase, total),
+        "schedule": _rate_words(phase, total),
     }
     if resumed is not None:
         _check_resumed(phase, resumed, progress, fingerprints, total)
     # before DeepSpeed's configuration takes hold of every new model
     search, estimate, metrics = _measures(recipe, phase, progress, total)
-    source, is_resharded = _loadable(resumed, progress)
+    is_resharded = resumed is not None and progress.ranks != distributed.count()
+    source = _reshard(resumed, progress) if resumed is not None and is_resharded else resumed
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
         dataset.skip = progress.step * arguments.gradient_accumulation_steps
-    model, vocabulary = _load_model(phase, initial, seed=recipe.seed)
-    _announce(phase, model, resumed)
-    processor = dataset.processor
+    model = _load_model(phase, initial, seed=recipe.seed)
+    if resumed is not None:
+        distributed.print_rank0(f"{phase.name}: goes on from {resumed}")
     trainer = FusedTrainer(
         phase=phase,
         order=order,
@@ -187,22 +187,16 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         train_dataset=dataset,
         data_collator=partial(
             collate,
-            collator=Collator(processor.tokenizer.pad_token_id),
+            collator=Collator(dataset.processor.tokenizer.pad_token_id),
             image_token=model.config.image_token_id,
             packed=phase.train.tokens_per_step is not None,
         ),
-        processing_class=processor,
-        callbacks=_profilers(phase),
+        processing_class=dataset.processor,
     )
-    is_trained = _is_trained(phase, progress, total)
-    health = Health(
-        vocabulary=vocabulary,
-        warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
-        needs_images=phase.train.learning_rate.language_model is None,
-    )
-    _add_callbacks(
-        trainer, RunCallback(trainer, health, is_trained=is_trained, is_resharded=is_resharded), progress, estimate
-    )
+    limit = phase.train.max_seconds
+    is_trained = (total is not None and progress.step >= total) or (limit is not None and progress.seconds >= limit)
+    run = RunCallback(trainer, _health(phase, model, total), is_trained=is_trained, is_resharded=is_resharded)
+    _add_callbacks(trainer, run, progress, estimate)
     with stop.deferred(), _one_line_errors(trainer):
         if not is_trained:
             start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
@@ -223,21 +217,31 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     return True
 
 
-def _profilers(phase: Phase) -> list[TrainerCallback]:
-    if phase.train.profile is None or distributed.rank() != 0:
-        return []
-    return [ProfileCallback(phase.train.profile, phase.folder / "profile")]
+def _check_resumed(
+    phase: Phase, resumed: Path, progress: Progress, fingerprints: Mapping[str, str], total: int | None
+) -> None:
+    """Refuses a checkpoint of something else; says what a change of max_steps does to the learning rate."""
+    check_same_content(resumed, progress.fingerprints, fingerprints)
+    if total is not None and progress.step > total:
+        raise RecipeError(
+            f"train.max_steps: got {total}, but {resumed} is there; expected at least {progress.step}, or another "
+            "output"
+        )
+    before, now = progress.fingerprints.get("schedule"), fingerprints["schedule"]
+    if before != now:
+        distributed.print_rank0(
+            f"{phase.name}: learning rate: {before} up to step {progress.step}, {now} from here on; "
+            "the run is not the one that it would have been with this setting from the start"
+        )
 
 
-def _add_callbacks(trainer: FusedTrainer, run: RunCallback, progress: Progress, estimate: Estimate | None) -> None:
-    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
-    trainer.add_callback(run)
-    phase = trainer.phase
-    trainer.add_callback(
-        LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
-    )
-    if trainer.search is not None:
-        trainer.add_callback(SearchCallback(trainer, trainer.search, estimate))
+def _rate_words(phase: Phase, total: int | None) -> str:
+    """Returns how the learning rate changes over the run."""
+    train = phase.train
+    length = f"{train.max_seconds:g} s" if total is None else f"{total} steps"
+    if train.scheduler == "constant" and train.warmup_ratio == 0:
+        return "constant"
+    return f"{train.scheduler} over {length}, warm-up {train.warmup_ratio:g}"
 
 
 def _measures(
@@ -262,61 +266,48 @@ def _measures(
     return search, estimate, metrics
 
 
-def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
-    """Returns the model with what the recipe lets learn, and its vocabulary's size."""
+def _reshard(resumed: Path, progress: Progress) -> Path:
+    """Returns a checkpoint for this number of ranks."""
+    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
+    if distributed.rank() == 0:
+        reshard(resumed)
+    distributed.barrier()
+    return resharded(resumed)
+
+
+def _load_model(phase: Phase, initial: Path, *, seed: int) -> Any:
+    """Returns the model with what the recipe lets learn, and says how much that is."""
     bits = phase.train.lora.bits if phase.train.lora is not None else None
-    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
-    vocabulary = model.config.text_config.vocab_size
+    model = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     if phase.train.tokens_per_step is not None and model.config.text_config._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": SDPA_PACKED})
     if phase.train.lora is not None:
         set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)
     freeze(model, phase.train)
-    return model, vocabulary
+    counts = [f"{part} {count:,}" for part, count in trainable_counts(model).items() if count]
+    distributed.print_rank0(f"{phase.name}: trainable parameters: {', '.join(counts)}")
+    return model
 
 
-def _check_resumed(
-    phase: Phase, resumed: Path, progress: Progress, fingerprints: Mapping[str, str], total: int | None
-) -> None:
-    """Refuses a checkpoint of something else; says what a change of max_steps does to the learning rate."""
-    check_same_content(resumed, progress.fingerprints, fingerprints)
-    if total is not None and progress.step > total:
-        raise RecipeError(
-            f"train.max_steps: got {total}, but {resumed} is there; expected at least {progress.step}, or another "
-            "output"
-        )
-    before, now = progress.fingerprints.get("schedule"), fingerprints["schedule"]
-    if before != now:
-        distributed.print_rank0(
-            f"{phase.name}: learning rate: {before} up to step {progress.step}, {now} from here on; "
-            "the run is not the one that it would have been with this setting from the start"
-        )
+def _health(phase: Phase, model: Any, total: int | None) -> Health:
+    return Health(
+        vocabulary=model.config.text_config.vocab_size,
+        warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
+        needs_images=phase.train.learning_rate.language_model is None,
+    )
 
 
-def _schedule(phase: Phase, total: int | None) -> str:
-    train = phase.train
-    length = f"{train.max_seconds:g} s" if total is None else f"{total} steps"
-    if train.scheduler == "constant" and train.warmup_ratio == 0:
-        return "constant"
-    return f"{train.scheduler} over {length}, warm-up {train.warmup_ratio:g}"
-
-
-def _is_trained(phase: Phase, progress: Progress, total: int | None) -> bool:
-    """Returns whether the checkpoint is of the last step already."""
-    limit = phase.train.max_seconds
-    return (total is not None and progress.step >= total) or (limit is not None and progress.seconds >= limit)
-
-
-def _loadable(resumed: Path | None, progress: Progress) -> tuple[Path | None, bool]:
-    """Returns a checkpoint for this number of ranks, and whether it had to be converted."""
-    if resumed is None or progress.ranks == distributed.count():
-        return resumed, False
-    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
-    if distributed.rank() == 0:
-        reshard(resumed)
-    distributed.barrier()
-    return resharded(resumed), True
+def _add_callbacks(trainer: FusedTrainer, run: RunCallback, progress: Progress, estimate: Estimate | None) -> None:
+    phase = trainer.phase
+    log = LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
+    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
+    trainer.add_callback(run)
+    trainer.add_callback(log)
+    if trainer.search is not None:
+        trainer.add_callback(SearchCallback(trainer, trainer.search, estimate))
+    if phase.train.profile is not None and distributed.rank() == 0:
+        trainer.add_callback(ProfileCallback(phase.train.profile, phase.folder / "profile"))
 
 
 @contextmanager
@@ -330,23 +321,23 @@ def _one_line_errors(trainer: FusedTrainer) -> Iterator[None]:
         last = f"; last good checkpoint: {good[-1]}" if good else ""
         raise RecipeError(f"{trainer.phase.name}: {reason}{last}") from error
     except torch.OutOfMemoryError as error:
-        what = "out of GPU memory; lower train.per_device_batch"
-        raise trainer.failure(what, step=trainer.state.global_step) from error
+        raise trainer.failure("out of GPU memory; lower train.per_device_batch") from error
     except (OSError, SafetensorError) as error:
-        raise _write_failure(trainer, one_line(error)) from error
+        raise _write_failure(trainer, error) from error
     except RuntimeError as error:
         if isinstance(error, TrainingError):
             raise
         distributed.exit_if_lost(error)
         if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise _write_failure(trainer, one_line(cause)) from error
+            raise _write_failure(
+                trainer, error.__context__ if isinstance(error.__context__, OSError) else error
+            ) from error
         if "DataLoader worker" in str(error):
-            raise trainer.failure(one_line(error), step=trainer.state.global_step) from error
+            raise trainer.failure(one_line(error)) from error
         raise
 
 
-def _write_failure(trainer: FusedTrainer, reason: str) -> TrainingError:
+def _write_failure(trainer: FusedTrainer, error: BaseException) -> TrainingError:
     """Returns the error of a checkpoint that cannot be written, and makes room again: it is of no use."""
     folder = trainer.phase.folder
     if distributed.rank() == 0:
@@ -355,11 +346,4 @@ def _write_failure(trainer: FusedTrainer, reason: str) -> TrainingError:
             keep_newest(folder, trainer.phase.train.save_total_limit)
         shutil.rmtree(folder / f"{FINAL}.partial", ignore_errors=True)
     free = shutil.disk_usage(folder).free
-    return trainer.failure(f"cannot write: {reason} ({free / 2**20:,.0f} MiB are free)", step=trainer.state.global_step)
-
-
-def _announce(phase: Phase, model: Any, resumed: Path | None) -> None:
-    counts = [f"{group} {count:,}" for group, count in trainable_counts(model).items() if count]
-    distributed.print_rank0(f"{phase.name}: trainable parameters: {', '.join(counts)}")
-    if resumed is not None:
-        distributed.print_rank0(f"{phase.name}: goes on from {resumed}")
+    return trainer.failure(f"cannot write: {one_line(error)} ({free / 2**20:,.0f} MiB are free)")

@@ -15,9 +15,8 @@ from data.stream import ConversationStream
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
 from train.arguments import is_timed, passes_per_step, read_deepspeed, split_batch
-from train.cards import Card
 from train.checks import check_run, processor_is_here
-from train.estimate import Batch, Estimate
+from train.estimate import Batch, Card, Estimate
 from train.samples import hold_out, read_samples
 from train.weights import read_processor
 from train.window_search import check_search

@@ -13,7 +13,7 @@ from data.config import DataConfig
 from data.processor import ProcessorError, VisionProcessor, load_processor
 from data.processor import save_processor as save_parts
 from data.rows import IMAGE_MARK, Turn
-from train.release.errors import InputError, ReleaseError
+from train.errors import InputError, ReleaseError
 
 # Messages whose content is a list of parts (pipelines, servers) become messages whose content is text, as training
 # had them: first a mark and a newline for each image, then the text. Whatever follows need not know of parts. The
