@@ -30,7 +30,7 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
 
     Args:
         recipe: the recipe.
-        num_ranks: processes that it is to run on.
+        num_ranks: processes that it is to run on, where `card` does not say.
         card: the GPUs that it is to run on; None says neither whether it fits nor how long it takes.
         mfu: share of the cards' peak that the run is assumed to reach.
 

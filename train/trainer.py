@@ -329,14 +329,9 @@ def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:
 
 
 def rate_factor(kind: str, share: float, *, warmup: float) -> float:
-    """Returns the learning rate as a share of its peak.
+    """Returns the learning rate as a share of its peak, after a `share` of the run, of which the first is `warmup`.
 
-    Args:
-        kind: cosine, linear or constant.
-        share: how much of the run is over, 0..1.
-        warmup: share of the run in which the rate rises from 0.
-
-    Source: transformers.get_scheduler's three schedules, over time in place of steps.
+    Source: transformers.get_scheduler's cosine, linear and constant schedules, over time in place of steps.
     """
     share = min(share, 1.0)
     if share < warmup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -77,12 +77,7 @@ class Comparison:
 
 
 def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None = None) -> Comparison:
-    """Returns the comparison in a folder of eval.compare.
-
-    Args:
-        folder: of the comparison.
-        run: whose rows are wanted.
-        schedule: that the release starts under; None is the trained plan.
+    """Returns what a folder of eval.compare says of a run that is released under a schedule; None is the trained plan.
 
     Raises:
         InputError: it holds none, or none of this run.
@@ -115,18 +110,11 @@ def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None =
 def write_card(
     folder: Path, run: Run, config: Any, comparison: Comparison | None, *, repo: str | None, plain: bool
 ) -> None:
-    """Writes README.md.
+    """Writes README.md of a release; without a `repo`, its id on the hub, its examples have a placeholder.
 
-    Args:
-        folder: of the release.
-        run: what is released.
-        config: its config.
-        comparison: what it is worth next to others; None where it was not compared.
-        repo: hub id that it will have; None leaves a placeholder in the examples.
-        plain: it is a plain Hugging Face checkpoint.
+    `plain`: it is a plain Hugging Face checkpoint.
     """
-    place = repo or "path/to/this/folder"
-    values = _values(run, config, comparison, place=place, plain=plain)
+    values = _values(run, config, comparison, place=repo or "path/to/this/folder", plain=plain)
     text = render("card.md.jinja", **values, packages=_packages(folder))
     metadata = _metadata(run, comparison, plain=plain)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
@@ -295,27 +283,10 @@ def data_sources(recipe: Recipe) -> list[Source]:
 
 def licences(recipe: Recipe, *, code: bool) -> str:
     """Returns LICENSES.md: a note on the licence of each part; `code`: the release holds this project's code."""
-    return "\n".join(_licence_lines(recipe, code)) + "\n"
-
-
-def _licence_lines(recipe: Recipe, code: bool) -> Iterator[str]:
-    yield "# Licences of the parts"
-    yield ""
-    yield "What is known of each part. These notes are no legal advice: read the licences themselves."
-    yield ""
-    yield "| part | source | licence |"
-    yield "| --- | --- | --- |"
-    for source in [*model_sources(recipe), *data_sources(recipe)]:
-        yield f"| {source.part} | {source.name} | {source.licence} |"
-    if not model_sources(recipe):
-        yield "| weights | random at the start | no other model's licence reaches them |"
-    if not code:
-        return
-    yield (
-        "| code (`*.py`) | the Fused LLaVA project | no licence is named in this folder: ask the project's owner |"
-        if licence_file() is None
-        else "| code (`*.py`) | the Fused LLaVA project | see LICENSE |"
-    )
+    unknown = "no licence is named in this folder: ask the project's owner"
+    licence = "see LICENSE" if licence_file() else unknown
+    parts = {"models": model_sources(recipe), "data": data_sources(recipe)}
+    return render("licenses.md.jinja", **parts, code=code, licence=licence)
 
 
 def licence_file() -> Path | None:

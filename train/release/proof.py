@@ -52,11 +52,7 @@ class Released:
 def expect(model: Any, processor: Any, data: DataConfig, image: Image.Image) -> dict[str, Tensor]:
     """Returns what the run's model makes of CONVERSATION with an image, asked as training asked.
 
-    Args:
-        model: the run's.
-        processor: the run's own, not the release's.
-        data: how it was trained.
-        image: RGB.
+    The processor is the run's, not the release's.
 
     Returns:
         input_ids (1, S), pixel_values as the family has them, in float32, logits (1, 8, vocabulary) of the last
