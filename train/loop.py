@@ -19,7 +19,7 @@ from data.stream import ConversationStream
 from models.attention import SDPA_PACKED
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
-from train import distributed
+from train import callbacks, checkpoints, distributed
 from train.arguments import (
     deepspeed_fingerprint,
     is_timed,
@@ -28,29 +28,7 @@ from train.arguments import (
     total_steps,
     training_arguments,
 )
-from train.callbacks import (
-    Health,
-    LogCallback,
-    NothingToTrain,
-    ProfileCallback,
-    RunCallback,
-    SearchCallback,
-    start_tracking,
-    stop_tracking,
-)
-from train.checkpoints import (
-    FINAL,
-    RECIPE,
-    Progress,
-    RunLock,
-    check_same_content,
-    keep_newest,
-    read_progress,
-    reshard,
-    resharded,
-    set_aside,
-    whole_checkpoints,
-)
+from train.checkpoints import FINAL, RECIPE, Progress
 from train.checks import check_run
 from train.errors import TrainingError, one_line
 from train.estimate import Estimate, peak_here
@@ -84,7 +62,7 @@ def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
     distributed.init()
     processor = read_processor(recipe.model)
     if distributed.rank() == 0:  # first, because it fills the caches that the other ranks read
-        lock = RunLock(_make_folder(Path(recipe.output)))
+        lock = checkpoints.RunLock(_make_folder(Path(recipe.output)))
         lock.take()
         dataset = read_samples(phase, processor, seed=recipe.seed)
         for note in sample_notes(phase, dataset):
@@ -113,13 +91,13 @@ def _is_finished(recipe: Recipe, index: int) -> bool:
     if wanted is None or wanted <= steps or is_timed(phase.train) or figures.get("ended_early"):
         return True
     key = "align.train.max_steps" if phase.name == "align" else "train.max_steps"
-    if not whole_checkpoints(phase.folder):
+    if not checkpoints.whole_checkpoints(phase.folder):
         raise RecipeError(
             f"{key}: got {wanted}, but {phase.folder / FINAL} is of step {steps} and no checkpoint is left to train "
             f"on from; expected {steps}, or another output with {phase.folder / FINAL} as model.checkpoint"
         )
     for later in recipe.phases[index + 1 :]:
-        if whole_checkpoints(later.folder) or read_figures(later) is not None:
+        if checkpoints.whole_checkpoints(later.folder) or read_figures(later) is not None:
             raise RecipeError(
                 f"{key}: got {wanted}, but {later.name} started from {phase.folder / FINAL}, of step {steps}; expected "
                 f"{steps}, or another output"
@@ -139,11 +117,11 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
     """Writes the recipe and the initial checkpoint; sets aside checkpoints that cannot be resumed."""
     folder = Path(recipe.output)
     phase.folder.mkdir(parents=True, exist_ok=True)
-    for note in set_aside(phase.folder):
+    for note in checkpoints.set_aside(phase.folder):
         print(note, flush=True)
     (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     if phase.folder == recipe.phases[0].folder:
-        if not whole_checkpoints(phase.folder):  # what an earlier try left may be of another recipe
+        if not checkpoints.whole_checkpoints(phase.folder):  # what an earlier try left may be of another recipe
             shutil.rmtree(folder / INITIAL, ignore_errors=True)
         build_initial(recipe, folder / INITIAL)
 
@@ -151,8 +129,8 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
 def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, stop: StopRequest) -> bool:
     """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
     dataset, validation = hold_out(phase, dataset, seed=recipe.seed)
-    resumed = next(reversed(whole_checkpoints(phase.folder)), None)
-    progress = read_progress(resumed) if resumed else Progress(ranks=distributed.count())
+    resumed = next(reversed(checkpoints.whole_checkpoints(phase.folder)), None)
+    progress = checkpoints.read_progress(resumed) if resumed else Progress(ranks=distributed.count())
     order = sample_order(phase, dataset, seed=recipe.seed)
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
     fingerprints = {
@@ -195,17 +173,17 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     )
     limit = phase.train.max_seconds
     is_trained = (total is not None and progress.step >= total) or (limit is not None and progress.seconds >= limit)
-    run = RunCallback(trainer, _health(phase, model, total), is_trained=is_trained, is_resharded=is_resharded)
+    run = callbacks.RunCallback(trainer, _health(phase, model, total), is_trained=is_trained, is_resharded=is_resharded)
     _add_callbacks(trainer, run, progress, estimate)
     with stop.deferred(), _one_line_errors(trainer):
         if not is_trained:
-            start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
+            callbacks.start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
         try:
             trainer.train(resume_from_checkpoint=str(source) if source else None)
-        except NothingToTrain:
+        except callbacks.NothingToTrain:
             trainer.clock.agreed = progress.seconds
         if not is_trained:
-            stop_tracking(phase.train.tracker)
+            callbacks.stop_tracking(phase.train.tracker)
         if trainer.is_stopping:
             where = phase.folder / f"checkpoint-{trainer.state.global_step}"
             reason = stop.reason or "a signal to another rank"
@@ -221,7 +199,7 @@ def _check_resumed(
     phase: Phase, resumed: Path, progress: Progress, fingerprints: Mapping[str, str], total: int | None
 ) -> None:
     """Refuses a checkpoint of something else; says what a change of max_steps does to the learning rate."""
-    check_same_content(resumed, progress.fingerprints, fingerprints)
+    checkpoints.check_same_content(resumed, progress.fingerprints, fingerprints)
     if total is not None and progress.step > total:
         raise RecipeError(
             f"train.max_steps: got {total}, but {resumed} is there; expected at least {progress.step}, or another "
@@ -270,9 +248,9 @@ def _reshard(resumed: Path, progress: Progress) -> Path:
     """Returns a checkpoint for this number of ranks."""
     distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
     if distributed.rank() == 0:
-        reshard(resumed)
+        checkpoints.reshard(resumed)
     distributed.barrier()
-    return resharded(resumed)
+    return checkpoints.resharded(resumed)
 
 
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> Any:
@@ -290,24 +268,26 @@ def _load_model(phase: Phase, initial: Path, *, seed: int) -> Any:
     return model
 
 
-def _health(phase: Phase, model: Any, total: int | None) -> Health:
-    return Health(
+def _health(phase: Phase, model: Any, total: int | None) -> callbacks.Health:
+    return callbacks.Health(
         vocabulary=model.config.text_config.vocab_size,
         warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
         needs_images=phase.train.learning_rate.language_model is None,
     )
 
 
-def _add_callbacks(trainer: FusedTrainer, run: RunCallback, progress: Progress, estimate: Estimate | None) -> None:
+def _add_callbacks(
+    trainer: FusedTrainer, run: callbacks.RunCallback, progress: Progress, estimate: Estimate | None
+) -> None:
     phase = trainer.phase
-    log = LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
+    log = callbacks.LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
     trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
     trainer.add_callback(run)
     trainer.add_callback(log)
     if trainer.search is not None:
-        trainer.add_callback(SearchCallback(trainer, trainer.search, estimate))
+        trainer.add_callback(callbacks.SearchCallback(trainer, trainer.search, estimate))
     if phase.train.profile is not None and distributed.rank() == 0:
-        trainer.add_callback(ProfileCallback(phase.train.profile, phase.folder / "profile"))
+        trainer.add_callback(callbacks.ProfileCallback(phase.train.profile, phase.folder / "profile"))
 
 
 @contextmanager
@@ -317,7 +297,7 @@ def _one_line_errors(trainer: FusedTrainer) -> Iterator[None]:
         yield
     except DataError as error:  # of a worker too, whose message torch puts behind a traceback
         reason = str(error).strip().splitlines()[-1].partition("DataError: ")[2] or one_line(error)
-        good = whole_checkpoints(trainer.phase.folder)
+        good = checkpoints.whole_checkpoints(trainer.phase.folder)
         last = f"; last good checkpoint: {good[-1]}" if good else ""
         raise RecipeError(f"{trainer.phase.name}: {reason}{last}") from error
     except torch.OutOfMemoryError as error:
@@ -341,9 +321,9 @@ def _write_failure(trainer: FusedTrainer, error: BaseException) -> TrainingError
     """Returns the error of a checkpoint that cannot be written, and makes room again: it is of no use."""
     folder = trainer.phase.folder
     if distributed.rank() == 0:
-        set_aside(folder)
-        if whole_checkpoints(folder):
-            keep_newest(folder, trainer.phase.train.save_total_limit)
+        checkpoints.set_aside(folder)
+        if checkpoints.whole_checkpoints(folder):
+            checkpoints.keep_newest(folder, trainer.phase.train.save_total_limit)
         shutil.rmtree(folder / f"{FINAL}.partial", ignore_errors=True)
     free = shutil.disk_usage(folder).free
     return trainer.failure(f"cannot write: {one_line(error)} ({free / 2**20:,.0f} MiB are free)")

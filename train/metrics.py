@@ -181,10 +181,6 @@ class DataWatch:
         self._sources = inputs.pop("sources", None)
         self._labelled = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
-    def leave(self) -> None:
-        """Leaves out of the sums what the model computes until the next `take`."""
-        self._sources = self._labelled = None
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves out of the sums what the model computes meanwhile."""

@@ -33,15 +33,11 @@ class FusedTrainer(Trainer):
     """Trains one phase of a recipe.
 
     Attributes:
-        phase: what to train, and how.
         order: the order of the samples; None for a stream, which has its own.
         clock: training time, agreed between the ranks once a step.
-        metrics: sums of the run.
         plans: which stage plan each step runs under; None: the model's.
         search: the search for the stage plan; None without one.
-        watch: the rows that were passed over, and the loss of each source.
         validation: the held-out samples (Validation); None without.
-        stop: the stop request of this process.
         fingerprints: what checkpoints say about the run.
         last_step: sums of the last step over all ranks, by name.
         is_stopping: some rank was asked to stop; the same on every rank.
@@ -106,8 +102,7 @@ class FusedTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Returns the held-out loss and accuracy of all ranks; training time stands still meanwhile."""
-        self.watch.leave()
-        with self.clock.paused():
+        with self.clock.paused(), self.watch.paused():
             output = super().evaluation_loop(*args, **kwargs)
             output.metrics.update(self.validation.report())
         return output
