@@ -180,30 +180,27 @@ def _metadata(run: Run, comparison: Comparison | None, *, plain: bool) -> ModelC
 def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str, plain: bool) -> dict[str, Any]:
     """Returns what card.md.jinja is filled with."""
     depth = config.text_config.num_hidden_layers
-    heads, rows, note = _schedules(comparison)
     return {
         "name": run.recipe.name,
-        "run": run.name,
+        "run": run,
         "place": place,
         "plain": plain,
         "staged": config.stages is not None,
         "plan": _words(config.stages, depth),
         "plans": [(name, _words(fields, depth)) for name, fields in (config.plans or {}).items()],
         "schedule": TRAINED if config.schedule is None else config.schedule["name"],
-        "schedule_heads": heads,
-        "schedule_rows": rows,
-        "schedule_note": note,
+        "kinds": _KINDS,
+        "costs": _COSTS,
+        "scores": _SCORES,
+        "training": _TRAINING,
+        "comparison": comparison,
+        # its headings go below the card's
+        "table": comparison and re.sub("^#+", "###", comparison.table.strip(), flags=re.MULTILINE),
         "oldest": OLDEST,
         "trust": "" if plain else ", trust_remote_code=True",
-        "sources": _sources(run),
-        "figure_heads": [name.replace("_", " ") for name in _TRAINING],
-        "figure_rows": [
-            [figures.get("phase", "-"), *(_shown(figures.get(name)) for name in _TRAINING)] for figures in run.figures
-        ],
+        "models": model_sources(run.recipe),
+        "data": data_sources(run.recipe),
         "skipped": sum(len(figures.get("skipped") or []) for figures in run.figures),
-        # its headings go below the card's
-        "comparison": comparison and re.sub("^#+", "###", comparison.table.strip(), flags=re.MULTILINE),
-        "score_rows": [[_shown(row.get(name)) for name in _SCORES] for row in (comparison.rows if comparison else [])],
         "captions": run.data.format == "plain",
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
@@ -212,43 +209,6 @@ def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str,
 
 def _words(fields: Mapping[str, Any] | None, depth: int) -> str:
     return plan_words(None if fields is None else StagePlan.from_dict(fields), depth)
-
-
-def _sources(run: Run) -> list[str]:
-    lines = [f"{source.part}: {source.name}" for source in model_sources(run.recipe)]
-    lines = lines or ["weights: random at the start"]
-    lines += [f"{source.part}: {source.name}" for source in data_sources(run.recipe)]
-    lines.append(f"conversations as `{run.data.format}`, images by `{run.data.image_aspect}` (keys of the recipe)")
-    for phase in run.recipe.phases:
-        if phase.train.lora is not None:
-            lora = phase.train.lora
-            lines.append(f"phase {phase.name}: LoRA, r {lora.r}, alpha {lora.alpha:g}; merged into these weights")
-    return lines
-
-
-def _schedules(comparison: Comparison | None) -> tuple[list[str], list[list[str]], str]:
-    """Returns columns, rows and a note of the table of schedules: scores and costs, where they were measured."""
-    measured = comparison.schedules if comparison else []
-    if not measured:
-        return (
-            ["what it is"],
-            [[name, kind] for name, kind in _KINDS.items()],
-            "None of them was measured on this model.",
-        )
-    found = {row["schedule"] for row in measured}
-    rows = [[_shown(row.get(name)) for name in _COSTS] for row in measured]
-    rows += [[name, *["-"] * (len(_COSTS) - 1)] for name in SCHEDULES if name not in found]
-    note = (
-        "Measured by `python -m eval.compare`: visual token-layers and FLOPs are means over prompts, `faster` is "
-        "dense's prefill time over this one's."
-    )
-    return [_COSTS[name] for name in list(_COSTS)[1:]], rows, note
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @dataclass(frozen=True)

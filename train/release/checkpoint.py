@@ -34,6 +34,16 @@ _TEMPLATES: Final = Environment(
 )
 
 
+def _shown(value: Any) -> str:
+    """Returns a value as a table of the card shows it."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+_TEMPLATES.filters["shown"] = _shown
+
+
 def render(template: str, **values: Any) -> str:
     """Returns a file of this package with its values filled in."""
     return _TEMPLATES.get_template(template).render(values)
