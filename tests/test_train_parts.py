@@ -347,7 +347,6 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from train.checkpoints import RunLock
-from train.callbacks import start_tracking, stop_tracking
 RunLock(Path(sys.argv[1])).take()
 print("taken", flush=True)
 time.sleep(60)
@@ -384,13 +383,6 @@ def test_a_holder_on_another_host_counts_while_it_renews_the_lock(tmp_path):
 
 
 BUILD = "from train.extensions import build_lock\nwith build_lock('made'): print('built', flush=True)"
-HOLD = """
-import sys, time
-from train.extensions import build_lock
-with build_lock("made"):
-    print("held", flush=True)
-    time.sleep(3)
-"""
 
 
 def test_a_lock_that_a_killed_build_left_is_removed_and_a_held_one_waited_for(tmp_path):
