@@ -164,9 +164,8 @@ def exit_if_lost(error: RuntimeError) -> None:
         return
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
-        code = _fault_code(_Group.store)
-        if code is not None:
-            raise _told(code) from error
+        if _Group.heard is not None:
+            raise _told(_Group.heard) from error
         time.sleep(0.2)
     raise _lost("lost contact with another rank") from error
 
@@ -184,9 +183,8 @@ def barrier() -> None:
     try:
         _Group.store.add(name, 1)
         while _Group.store.add(name, 0) < count():
-            code = _fault_code(_Group.store)
-            if code is not None:
-                raise _told(code)
+            if _Group.heard is not None:
+                raise _told(_Group.heard)
             time.sleep(0.05)
     except _STORE_FAULTS as error:
         raise (_lost("lost contact with rank 0") if _Group.heard is None else _told(_Group.heard)) from error
@@ -266,16 +264,6 @@ def _choose_next_port() -> None:
     else:
         port = _free_port(address, port + 1)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-
-
-def _fault_code(store: Any) -> int | None:
-    """Returns the exit code of the rank that failed, or None where none did, or where the store is gone with rank 0."""
-    if _Group.heard is not None:
-        return _Group.heard
-    try:
-        return int(store.get(_FAULT)) if store.check([_FAULT]) else None
-    except _STORE_FAULTS:
-        return None
 
 
 def _told(code: int) -> PeerError:
