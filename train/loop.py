@@ -142,7 +142,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         _check_resumed(phase, resumed, progress, fingerprints, total)
     # before DeepSpeed's configuration takes hold of every new model
     search, estimate, metrics = _measures(recipe, phase, progress, total)
-    is_resharded = resumed is not None and progress.ranks != distributed.count()
+    is_resharded = progress.ranks != distributed.count()
     source = _reshard(resumed, progress) if resumed is not None and is_resharded else resumed
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
@@ -309,9 +309,8 @@ def _one_line_errors(trainer: FusedTrainer) -> Iterator[None]:
             raise
         distributed.exit_if_lost(error)
         if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            raise _write_failure(
-                trainer, error.__context__ if isinstance(error.__context__, OSError) else error
-            ) from error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise _write_failure(trainer, cause) from error
         if "DataLoader worker" in str(error):
             raise trainer.failure(one_line(error)) from error
         raise
