@@ -22,7 +22,7 @@ from data.rows import DataError
 from data.sources import HubSet
 from data.table import check_rows
 from recipes.schema import load_recipe
-from train.release.sources import licences
+from train.release.card import licences
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "1" * 40

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel, SiglipVis
 from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, UnsupportedModelError
 from models.schedules import Dense, Fused, StagePlan
 from tests.tiny_vlms import CLIP, SIGLIP, TEXT, TINY, VOCABULARY, Tiny, plain, square
-from train.initial import load_checkpoint
+from train.weights import load_checkpoint
 
 IMAGE, PAD = VOCABULARY, VOCABULARY + 1  # as llava-hf: the next two ids
 ORIGINAL = {

@@ -7,10 +7,9 @@ from torch import nn
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration
 from recipes.schema import LearningRates, Lora, RecipeError, load_recipe
 from tests.tiny_vlms import TINY
-from train.adapters import adapted_layers, add_adapters, merged
 from train.errors import TrainingError
-from train.groups import freeze, layer_of, trainable_counts
-from train.initial import load_checkpoint
+from train.parameters import adapted_layers, add_adapters, freeze, layer_of, merged, trainable_counts
+from train.weights import load_checkpoint
 
 LORA = Lora(r=2, alpha=4.0, dropout=0.0)
 

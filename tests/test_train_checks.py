@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from recipes.schema import RecipeError, load_recipe
+from train.arguments import deepspeed_fingerprint
 from train.checks import check_output, check_run
-from train.deepspeed_config import deepspeed_fingerprint
 from train.distributed import setup_env
 from train.preview import preview
 

@@ -23,11 +23,9 @@ from recipes.schema import (
     SparseAttention,
     load_recipe,
 )
-from train.adapters import add_adapters
-from train.cards import Card, parse_card, peak_here
-from train.deepspeed_config import read_deepspeed
-from train.estimate import Batch, Estimate
-from train.groups import freeze
+from train.arguments import read_deepspeed
+from train.estimate import Batch, Card, Estimate, parse_card, peak_here
+from train.parameters import add_adapters, freeze
 
 SAMPLES, TEXT, VISUAL, WIDTH = 4, 64, 144, 128
 WINDOW, KV = {"enter": 2, "exit": 4}, {"layers": [0, 3], "update": "kv"}

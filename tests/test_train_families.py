@@ -27,11 +27,10 @@ from recipes.schema import RecipeError, load_recipe
 from tests.tiny_processors import PROCESSORS, require
 from tests.tiny_runs import ROWS, STAGES, write_checkpoint, write_recipe, write_rows
 from train.checks import check_run
-from train.groups import freeze, parameter_groups, part_of
-from train.initial import build_initial, load_checkpoint, read_processor
+from train.parameters import freeze, parameter_groups, part_of
 from train.release.release import main as release
 from train.samples import read_samples
-from train.weights import save_model
+from train.weights import build_initial, load_checkpoint, read_processor, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

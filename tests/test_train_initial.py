@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Llama
 
 from models import FusedLlavaForConditionalGeneration
 from recipes.schema import Recipe, RecipeError
-from train.initial import build_initial, load_checkpoint, read_processor
+from train.weights import build_initial, load_checkpoint, read_processor
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes/configs/quickstart"
 WORDS = 382  # the tokenizer below without <image> and <pad>

@@ -9,8 +9,8 @@ import torch
 from data.token_batches import TokenBatches
 from recipes.schema import load_recipe
 from tests.test_train_checks import ROOT, refused
-from train.order import ShuffledSampler
 from train.preview import preview
+from train.samples import ShuffledSampler
 
 
 def batches(samples=1000, tokens=4096, passes=4, longest=512, seed=0):

@@ -14,11 +14,12 @@ import torch
 
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
-from train.arguments import split_batch
-from train.callbacks import clock_words
+from train.arguments import resolve_precision, split_batch
+from train.callbacks import Health, clock_words, start_tracking, stop_tracking
 from train.checkpoints import (
     MARKER,
     Progress,
+    RunLock,
     check_same_content,
     check_same_run,
     find_fault,
@@ -28,14 +29,10 @@ from train.checkpoints import (
     set_aside,
     whole_checkpoints,
 )
-from train.clock import Clock, rate_factor
-from train.groups import freeze, muon_groups, parameter_groups, part_of, trainable_counts
-from train.health import Health
-from train.metrics import TrainMetrics
-from train.order import ShuffledSampler, WholeBatches
-from train.precision import resolve_precision
-from train.run_lock import RunLock
-from train.tracking import start_tracking, stop_tracking
+from train.metrics import Clock, TrainMetrics
+from train.parameters import freeze, muon_groups, parameter_groups, part_of, trainable_counts
+from train.samples import ShuffledSampler, WholeBatches
+from train.trainer import rate_factor
 
 
 @pytest.fixture(autouse=True)
@@ -349,8 +346,7 @@ def test_accumulation_follows_from_the_global_batch():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from train.run_lock import RunLock
-from train.tracking import start_tracking, stop_tracking
+from train.checkpoints import RunLock
 RunLock(Path(sys.argv[1])).take()
 print("taken", flush=True)
 time.sleep(60)
@@ -387,13 +383,6 @@ def test_a_holder_on_another_host_counts_while_it_renews_the_lock(tmp_path):
 
 
 BUILD = "from train.extensions import build_lock\nwith build_lock('made'): print('built', flush=True)"
-HOLD = """
-import sys, time
-from train.extensions import build_lock
-with build_lock("made"):
-    print("held", flush=True)
-    time.sleep(3)
-"""
 
 
 def test_a_lock_that_a_killed_build_left_is_removed_and_a_held_one_waited_for(tmp_path):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from models.schedules import Dense, Fused, StagePlan
 from recipes.schema import Distill, NamedPlan, Recipe, RecipeError, load_recipe
 from train.checks import check_run
-from train.plans import PlanDraw, divergence, predicting
 from train.preview import preview
+from train.trainer import PlanDraw, divergence, predicting
 
 WINDOW = {"enter": 1, "exit": 3}
 PLANS = {

@@ -8,9 +8,9 @@ from models import StagePlan
 from models.cost import plan_cost
 from recipes.errors import RecipeError
 from recipes.schema import load_recipe
-from train.cards import parse_card
-from train.initial import read_config
+from train.estimate import parse_card
 from train.preview import preview
+from train.weights import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -40,16 +40,13 @@ from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
 from tests.serving import ask, serving, stranger
 from train.checkpoints import Progress, mark
-from train.release import hub as release_hub
+from train.errors import InputError, ReleaseError
 from train.release import proof as release_proof
 from train.release import release
-from train.release.card import plan_words, read_comparison, write_card
-from train.release.errors import InputError, ReleaseError
+from train.release.card import licences, plan_words, read_comparison, write_card
+from train.release.checkpoint import find_run, is_plain, load
 from train.release.processor import released_processor, save_processor
 from train.release.proof import picture
-from train.release.run import find_run
-from train.release.sources import licences
-from train.release.weights import is_plain, load
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"
@@ -753,29 +750,29 @@ def test_the_repository_holds_what_the_folder_holds(released):
 def test_a_push_replaces_files_only_when_forced(released, online):
     Hub.repos["someone/used"] = {".gitattributes": b"", "old.bin": b"old"}
     with pytest.raises(InputError, match=r"someone/used holds 1 files already, old\.bin among them.*--force"):
-        release_hub.check_target("someone/used", force=False)
-    release_hub.check_target("someone/used", force=True)
-    release_hub.push(released, "someone/used", force=True)
+        release.check_target("someone/used", force=False)
+    release.check_target("someone/used", force=True)
+    release.push(released, "someone/used", force=True)
     assert set(Hub.repos["someone/used"]) == {path.name for path in released.iterdir()} | {".gitattributes"}
     Hub.repos["someone/empty"] = {".gitattributes": b""}
-    release_hub.check_target("someone/empty", force=False)
+    release.check_target("someone/empty", force=False)
 
 
 def test_what_keeps_a_push_from_working_is_said_first(online, monkeypatch):
     for name in ("no-org", "a/b/c", "some one/x"):
         with pytest.raises(InputError, match="expected ORG/NAME"):
-            release_hub.check_target(name, force=False)
+            release.check_target(name, force=False)
     monkeypatch.setattr(Hub, "refused", True)
     with pytest.raises(InputError, match="expected a token that may write there"):
-        release_hub.check_target(REPO, force=False)
+        release.check_target(REPO, force=False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ReleaseError, match=r"hub at http://127\.0\.0\.1:9 cannot be reached"):
-        release_hub.check_target(REPO, force=False)
+        release.check_target(REPO, force=False)
     with pytest.raises(ReleaseError, match="is whole, `hf upload someone/tiny-fused"):
-        release_hub.push(ROOT / "data", REPO, force=False)
-    monkeypatch.setattr(release_hub, "get_token", lambda: None)
+        release.push(ROOT / "data", REPO, force=False)
+    monkeypatch.setattr(release, "get_token", lambda: None)
     with pytest.raises(InputError, match="no token of the hub"):
-        release_hub.check_target(REPO, force=False)
+        release.check_target(REPO, force=False)
 
 
 def test_a_release_that_differs_never_looks_done(llava, tmp_path, monkeypatch, capsys):

@@ -21,16 +21,14 @@ from recipes.schema import load_recipe
 from tests.serving import ask, serving
 from tests.tiny_processors import PROCESSORS, require
 from tests.tiny_runs import write_checkpoint, write_recipe, write_rows
-from train.adapters import add_adapters, merged
 from train.checks import check_run
-from train.groups import PARTS, freeze, part_of
-from train.initial import build_initial, load_checkpoint, read_processor
-from train.outcome import stop_at
+from train.final import stop_at
+from train.parameters import PARTS, add_adapters, freeze, merged, part_of
 from train.release import release
 from train.release.processor import save_processor
 from train.release.proof import prove
 from train.samples import read_samples
-from train.weights import save_model
+from train.weights import build_initial, load_checkpoint, read_processor, save_model
 
 RATES = dict.fromkeys(PARTS, 1e-2)
 WITHOUT_LINEAR = {"gemma3": "projector"}  # its projector is one matrix, no Linear layer

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from models import FusedAutoModel, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused
 from recipes.schema import load_recipe
-from train.plans import PlanDraw
+from train.trainer import PlanDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, BATCH = 12, 4

@@ -18,8 +18,8 @@ from data.config import DataConfig
 from data.dataset import Collator, ConversationDataset
 from data.rows import Fault
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
-from train.outcome import stop_at
-from train.watch import DataWatch
+from train.final import stop_at
+from train.metrics import DataWatch
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from models import FusedLlavaForConditionalGeneration
-from train.initial import load_checkpoint
-from train.weights import save_model
+from train.weights import load_checkpoint, save_model
 
 # Some of the names in llava-hf/llava-1.5-7b-hf's safetensors files.
 PUBLISHED = (

@@ -12,9 +12,9 @@ from models.schedules import Fused
 from recipes.errors import RecipeError
 from recipes.schema import Learn, Recipe, load_recipe
 from tests.conftest import LAYERS
-from train.groups import layer_of
-from train.initial import build_initial
+from train.parameters import layer_of
 from train.preview import preview
+from train.weights import build_initial
 from train.window_search import WindowSearch, check_search, draw_gates
 
 ON_STEPS = ["align=null", "train.max_seconds=null", "train.max_steps=90"]

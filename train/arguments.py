@@ -1,19 +1,40 @@
-"""transformers.TrainingArguments from a recipe."""
+"""What a recipe means for Trainer and DeepSpeed: batches, steps, precision, their arguments and configuration."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import math
 import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
 
 import torch
+from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
 from train import distributed
-from train.deepspeed_config import check_deepspeed, read_deepspeed
-from train.precision import resolve_precision
+from train.errors import one_line
 
-_ENDLESS = 10**9  # steps; a run that the clock ends
+_ENDLESS: Final = 10**9  # steps; a run that the clock ends
+# Sections that would train something else than the recipe says, or that the recipe's checkpoints do not know.
+_REFUSED: Final = {
+    "optimizer": "the recipe's learning rates, one for each part of the model, decide",
+    "scheduler": "train.scheduler decides",
+    "amp": "train.precision decides",
+    "tensor_parallel": "models are split by ZeRO alone",
+    "pipeline": "models are split by ZeRO alone",
+    "sequence_parallel_size": "sequences are not split",
+    "curriculum_learning": "the recipe's seed decides the order of the data",
+    "data_efficiency": "the recipe's seed decides the order of the data",
+    "compression_training": "the model is trained as it is",
+    "progressive_layer_drop": "the stage plan decides which layers run",
+}
+_GATHER: Final = "stage3_gather_16bit_weights_on_model_save"
+_MICRO_BATCH: Final = "train_micro_batch_size_per_gpu"
 
 
 def split_batch(train: TrainSection, num_ranks: int) -> tuple[int, int]:
@@ -36,12 +57,6 @@ def passes_per_step(train: TrainSection, num_ranks: int) -> int:
     return num_ranks * split_batch(train, num_ranks)[1]
 
 
-def check_batches(train: TrainSection, num_ranks: int) -> None:
-    """Raises RecipeError when the global batch does not come out even, or DeepSpeed cannot run the phase."""
-    per_device_batch, accumulation = split_batch(train, num_ranks)
-    check_deepspeed(train, per_device_batch=per_device_batch, accumulation=accumulation, num_ranks=num_ranks)
-
-
 def is_timed(train: TrainSection) -> bool:
     """Returns whether the learning rate follows the clock, not the steps."""
     return train.max_seconds is not None and train.max_steps is None
@@ -54,21 +69,31 @@ def total_steps(train: TrainSection, steps_an_epoch: int) -> int | None:
     return train.max_steps or math.ceil(train.epochs * steps_an_epoch)
 
 
-def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = False) -> TrainingArguments:
+def resolve_precision(train: TrainSection) -> str:
+    """Returns bf16, fp16 or fp32; `auto` is bf16 where the hardware multiplies it, as emulation is slow."""
+    if train.precision != "auto":
+        return train.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    abilities = torch.cpu.get_capabilities()
+    return "bf16" if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else "fp32"
+
+
+def resolve_dtype(train: TrainSection) -> torch.dtype:
+    """Returns the torch type of `resolve_precision`."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[resolve_precision(train)]
+
+
+def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool) -> TrainingArguments:
     """Returns the arguments of one phase; from here on, weights are loaded as its DeepSpeed configuration says.
 
-    Args:
-        recipe: the recipe.
-        phase: one of its phases.
-        is_resharded: the checkpoint to resume was written by another number of ranks and converted.
+    `is_resharded`: the checkpoint to resume was written by another number of ranks and converted.
     """
-    deepspeed = read_deepspeed(phase.train)
+    train, rates, section = phase.train, phase.train.learning_rate, phase.eval
+    deepspeed = read_deepspeed(train)
     if is_resharded:
         deepspeed["checkpoint"] = deepspeed.get("checkpoint", {}) | {"load_universal": True}
-    train = phase.train
-    rates = train.learning_rate
     micro_batch, accumulation = split_batch(train, distributed.count())
-    peak = max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(phase.folder / "tensorboard")  # read when Trainer is built
     return TrainingArguments(
         output_dir=str(phase.folder),
@@ -79,7 +104,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         gradient_accumulation_steps=accumulation,
         num_train_epochs=train.epochs,
         max_steps=_ENDLESS if is_timed(train) else train.max_steps or -1,
-        learning_rate=peak,
+        learning_rate=max(rate for rate in (rates.projector, rates.vision_tower, rates.language_model) if rate),
         lr_scheduler_type=f"{train.scheduler}_with_warmup" if train.scheduler == "constant" else train.scheduler,
         warmup_steps=train.warmup_ratio,  # below 1 it is a share
         weight_decay=train.weight_decay,
@@ -95,10 +120,10 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         save_strategy="steps",
         save_steps=train.save_steps or _ENDLESS,
         save_total_limit=None,  # ours: only once the newer checkpoint is marked as whole
-        eval_strategy="no" if phase.eval is None else "steps",
-        eval_steps=None if phase.eval is None else phase.eval.every,
-        metric_for_best_model=None if phase.eval is None else phase.eval.metric,
-        greater_is_better=None if phase.eval is None else phase.eval.metric == "accuracy",
+        eval_strategy="no" if section is None else "steps",
+        eval_steps=None if section is None else section.every,
+        metric_for_best_model=None if section is None else section.metric,
+        greater_is_better=None if section is None else section.metric == "accuracy",
         logging_steps=train.log_steps,
         logging_nan_inf_filter=False,  # the trainer stops instead
         report_to=[train.tracker],
@@ -110,3 +135,134 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool = Fal
         accelerator_config={"non_blocking": torch.cuda.is_available()},  # batches are pinned there
         restore_callback_states_from_checkpoint=False,
     )
+
+
+def read_deepspeed(train: TrainSection) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration that a phase names.
+
+    Raises:
+        RecipeError: the file is no JSON object.
+    """
+    try:
+        config = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"train.deepspeed: got '{train.deepspeed}', expected a JSON file ({one_line(error)})"
+        ) from error
+    if not isinstance(config, dict):
+        found = type(config).__name__
+        raise RecipeError(f"train.deepspeed: {train.deepspeed}: got {found}, expected an object with zero_optimization")
+    return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def deepspeed_fingerprint(config: Mapping[str, Any]) -> str:
+    """Returns a digest of a configuration's content, whatever the layout of its file."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def check_deepspeed(train: TrainSection, num_ranks: int) -> None:
+    """Raises RecipeError when DeepSpeed would refuse the configuration, or train something else than the recipe says.
+
+    And when the global batch cannot be split evenly over the ranks.
+    """
+    micro_batch, accumulation = split_batch(train, num_ranks)
+    derived = {
+        _MICRO_BATCH: micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": train.global_batch,
+        "gradient_clipping": train.max_grad_norm or 0.0,
+    }
+    fault = next(_deepspeed_faults(train, read_deepspeed(train), derived), None)
+    if fault is not None:
+        raise RecipeError(f"train.deepspeed: {train.deepspeed}: {fault}")
+
+
+def _deepspeed_faults(train: TrainSection, config: Mapping[str, Any], derived: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with a configuration, as `key: got this, expected that`."""
+    yield from (f"{key}: got a value, expected none: {reason}" for key, reason in _REFUSED.items() if key in config)
+    yield from _zero_faults(train, config.get("zero_optimization"))
+    yield from _precision_faults(train, config)
+    if _MICRO_BATCH not in config:
+        yield f'{_MICRO_BATCH}: got nothing, expected "auto"'
+    for key, value in derived.items():
+        found = config.get(key, "auto")
+        if found not in ("auto", value) or isinstance(found, bool):
+            yield f'{key}: got {found!r}, expected "auto" or {value}, the recipe\'s'
+    yield from _schema_faults(config, derived)
+
+
+def _zero_faults(train: TrainSection, zero: Any) -> Iterator[str]:
+    if not isinstance(zero, dict):
+        yield f"zero_optimization: got {type(zero).__name__}, expected an object with stage"
+        return
+    stage, gather = zero.get("stage"), zero.get(_GATHER)
+    if type(stage) is not int or stage not in (1, 2, 3):
+        yield f"zero_optimization.stage: got {stage!r}, expected 1, 2 or 3"
+    if stage == 3 and gather is not True:
+        expected = "true: without it no weights can be written at the end"
+        yield f"zero_optimization.{_GATHER}: got {gather!r}, expected {expected}"
+    if stage == 3 and train.optimizer == "muon" and zero.get("reduce_scatter", True) is not False:
+        yield "zero_optimization.reduce_scatter: got true, expected false: Muon needs whole gradients"
+    if zero.get("offload_optimizer") and not train.optimizer.startswith("adamw_torch"):
+        yield (f"zero_optimization.offload_optimizer: got one with train.optimizer {train.optimizer}, expected none")
+    for part in ("offload_optimizer", "offload_param"):
+        section = zero.get(part)
+        if isinstance(section, dict) and section.get("device") == "nvme" and not section.get("nvme_path"):
+            yield f"zero_optimization.{part}.nvme_path: got nothing, expected a folder on the NVMe"
+
+
+def _precision_faults(train: TrainSection, config: Mapping[str, Any]) -> Iterator[str]:
+    from deepspeed.accelerator import get_accelerator
+
+    precision = resolve_precision(train)
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise RecipeError("train.precision: got fp16, expected fp32 or auto: this device does not compute in it")
+    for key in ("bf16", "fp16"):
+        if precision == key and key not in config:
+            yield f'{key}.enabled: got nothing, expected "auto"'
+        section = config.get(key, {"enabled": False})
+        enabled = section.get("enabled", False) if isinstance(section, dict) else section
+        if not isinstance(section, dict) or not (enabled == "auto" or enabled is (precision == key)):
+            expected = f'"auto" or {json.dumps(precision == key)}, because train.precision is {precision} here'
+            yield f"{key}.enabled: got {enabled!r}, expected {expected}"
+
+
+def _schema_faults(config: Mapping[str, Any], derived: Mapping[str, Any]) -> Iterator[str]:
+    """Builds DeepSpeed's configuration objects for one rank, with every "auto" filled in as Trainer does."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    filled = copy.deepcopy(dict(config)) | dict(derived)
+    filled["train_batch_size"] = derived[_MICRO_BATCH] * derived["gradient_accumulation_steps"]
+    _fill_auto(filled)
+    try:
+        DeepSpeedConfig(filled)
+    except (
+        DeepSpeedConfigError,
+        AssertionError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        yield f"got what DeepSpeed refuses: {_first_reason(error)}"
+
+
+def _fill_auto(section: dict[str, Any]) -> None:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _fill_auto(value)
+        elif value == "auto":
+            section[key] = False if key == "enabled" else 1_000_000
+
+
+def _first_reason(error: Exception) -> str:
+    """Returns in one line what DeepSpeed says; of pydantic's reports the key and the reason."""
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        return f"{'.'.join(map(str, fault['loc']))}: got {fault['input']!r}: {fault['msg']}"
+    return one_line(error)

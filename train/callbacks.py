@@ -1,11 +1,16 @@
-"""What happens beside the training steps: the console line, log.jsonl, checkpoints, stopping."""
+"""What happens beside the training steps: checkpoints, stopping, health, the console line, log.jsonl, trackers."""
 
 from __future__ import annotations
 
 import json
 import math
+import netrc
+import os
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,15 +24,48 @@ from recipes.schema import Profile
 from train import distributed
 from train.checkpoints import Progress, keep_newest, mark
 from train.estimate import SEARCH, Estimate
-from train.health import Health
 from train.trainer import FusedTrainer
 from train.window_search import PICTURE, PLAN, WindowSearch, draw_gates, give_plan
 
 _PLAIN_SECONDS: Final = 10  # between two lines where the output is no terminal
+_STILL_STEPS: Final = 10  # with a gradient of exactly 0, although the batch had something to learn from
+_WORSE_STEPS: Final = 200  # with a loss above that of guessing every token alike
+_ANSWER_SECONDS: Final = 5.0  # that a tracker's server may take
 
 
 class NothingToTrain(Exception):  # noqa: N818  # no error: it ends trainer.train() before the first step
     """The run is at its last step already."""
+
+
+class Health:
+    """Whether a model still learns: a dead one trains to the end without a sign, unless it is looked for.
+
+    Args:
+        vocabulary: size of the vocabulary.
+        warmup_steps: steps at the start in which the loss may be high.
+        needs_images: only the vision tower or the projector learn, so a step without images has no gradient.
+    """
+
+    def __init__(self, *, vocabulary: int, warmup_steps: int, needs_images: bool) -> None:
+        self._guess = math.log(vocabulary)
+        self._warmup, self._needs_images = warmup_steps, needs_images
+        self._still = self._worse = 0  # steps in a row
+
+    def fault(self, *, step: int, norm: float | None, loss: float, had_images: bool) -> str | None:
+        """Returns what is wrong after a step, or None; `norm` is the gradient's, None where it is not known."""
+        if norm is not None and not math.isfinite(norm):
+            return "the gradient is nan or infinite"
+        if had_images or not self._needs_images:
+            self._still = self._still + 1 if norm == 0.0 else 0
+        self._worse = self._worse + 1 if step > self._warmup and loss > self._guess else 0
+        if self._still >= _STILL_STEPS:
+            return f"the gradient was exactly 0 in {_STILL_STEPS} steps in a row: the model is dead; lower the rates"
+        if self._worse >= _WORSE_STEPS:
+            return (
+                f"the loss was above {self._guess:.2f}, that of guessing, in {_WORSE_STEPS} steps in a row: the model "
+                "does not learn; lower the rates"
+            )
+        return None
 
 
 class RunCallback(TrainerCallback):
@@ -46,11 +84,11 @@ class RunCallback(TrainerCallback):
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)  # not the checkpoint's
         if self._is_resharded:
             self._trainer.restore_groups()
-        validation = self._trainer.validation
-        if validation is not None:
+        if self._trainer.validation is not None:
             state.eval_steps = int(args.eval_steps or 0)
-            is_due = self._is_trained or validation.is_due(state.global_step)
-            if is_due and not _is_evaluated(state):
+            is_due = self._is_trained or self._trainer.validation.is_due(state.global_step)
+            done = {line["step"] for line in state.log_history if "eval_loss" in line}
+            if is_due and state.global_step not in done:
                 self._trainer.evaluate_late()
         if self._is_trained or self._trainer.is_stalled:
             raise NothingToTrain
@@ -67,7 +105,7 @@ class RunCallback(TrainerCallback):
         trainer = self._trainer
         if trainer.too_many_faults:
             trainer.save_now()
-            raise trainer.failure(trainer.too_many_faults, step=state.global_step)
+            raise trainer.failure(trainer.too_many_faults)
         norm = trainer.deepspeed.get_global_grad_norm()
         is_skipped = args.fp16 and trainer.deepspeed.optimizer.overflow  # the loss was scaled too high: it gets lower
         fault = self._health.fault(
@@ -77,7 +115,7 @@ class RunCallback(TrainerCallback):
             had_images=trainer.last_step["image_labels"] > 0,
         )
         if fault is not None:
-            raise trainer.failure(fault, step=state.global_step)
+            raise trainer.failure(fault)
         limit = trainer.phase.train.max_seconds
         is_over = state.global_step >= state.max_steps or (limit is not None and trainer.clock.agreed >= limit)
         if is_over:
@@ -132,18 +170,10 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Opens the bar: in seconds where the clock ends the run, else in steps."""
         if state.is_world_process_zero and sys.stderr.isatty():
-            total = self._limit or state.max_steps
             form = "{percentage:3.0f}%|{bar}| {postfix}"
-            self._bar = tqdm(total=total, bar_format=form, dynamic_ncols=True)
+            self._bar = tqdm(total=self._limit or state.max_steps, bar_format=form, dynamic_ncols=True)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Writes one log line."""
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
@@ -151,8 +181,8 @@ class LogCallback(TrainerCallback):
             unknown = {"mfu": None} if "loss" in logs else {}
             file.write(json.dumps({"step": state.global_step, **unknown, **logs}) + "\n")
         if "eval_loss" in logs:
-            tqdm.write(_eval_line(state.global_step, logs), file=sys.stdout)
-            sys.stdout.flush()
+            exact = f"  exact answers {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
+            _say(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}{exact}")
             return
         line = self._line(state, logs)
         if self._bar is not None:
@@ -168,17 +198,14 @@ class LogCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, state: TrainerState, logs: dict[str, float]) -> str:
-        steps = "" if self._limit else f"/{state.max_steps}"
-        left = clock_words(self._seconds_left(state, logs["seconds"]))
-        speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
-        return f"step {state.global_step}{steps}  loss {logs['loss']:.4f}  {speed}  {left} left"
-
-    def _seconds_left(self, state: TrainerState, seconds: float) -> float:
+    def _line(self, state: TrainerState, logs: Mapping[str, float]) -> str:
         if self._limit:
-            return max(0.0, self._limit - seconds)
-        done = state.global_step - self._first_step
-        return (state.max_steps - state.global_step) * (seconds - self._first_seconds) / max(done, 1)
+            steps, left = "", max(0.0, self._limit - logs["seconds"])
+        else:
+            done, passed = state.global_step - self._first_step, logs["seconds"] - self._first_seconds
+            steps, left = f"/{state.max_steps}", (state.max_steps - state.global_step) * passed / max(done, 1)
+        speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
+        return f"step {state.global_step}{steps}  loss {logs['loss']:.4f}  {speed}  {clock_words(left)} left"
 
     def _drop_lines_after(self, step: int) -> None:
         """Drops the lines after the step that the run goes on from: they will be written again."""
@@ -208,14 +235,7 @@ class SearchCallback(TrainerCallback):
                 give_plan(self._trainer.model, plan)
                 control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Writes the plan and the picture of the gates after the last log line of the search."""
         if not state.is_world_process_zero or "window_weight" not in (logs or {}):
             return
@@ -224,8 +244,7 @@ class SearchCallback(TrainerCallback):
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         draw_gates([json.loads(line) for line in lines], folder / PICTURE)
         (folder / PLAN).write_text(json.dumps(self._search.found.to_dict()) + "\n", encoding="utf-8")
-        tqdm.write(f"step {state.global_step}: {self._search.words()}; {folder / PLAN}", file=sys.stdout)
-        sys.stdout.flush()
+        _say(f"step {state.global_step}: {self._search.words()}; {folder / PLAN}")
 
     def _count(self) -> None:
         if self._estimate is not None:
@@ -262,14 +281,10 @@ def clock_words(seconds: float) -> str:
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def _eval_line(step: int, logs: Mapping[str, float]) -> str:
-    accuracy = logs.get("eval_accuracy")
-    exact = "" if accuracy is None else f"  exact answers {accuracy:.1%}"
-    return f"step {step}  validation loss {logs['eval_loss']:.4f}{exact}"
-
-
-def _is_evaluated(state: TrainerState) -> bool:
-    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+def _say(line: str) -> None:
+    """Prints a line above the bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def _step_of_line(line: str) -> int:
@@ -278,3 +293,67 @@ def _step_of_line(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
+
+
+def start_tracking(tracker: str, name: str, folder: Path) -> None:
+    """Opens the Weights & Biases run that transformers' callback writes to, on rank 0, where this is the tracker.
+
+    It is offline unless its server answers, in five seconds, and the user is logged in; it never asks.
+    """
+    if tracker != "wandb":
+        return
+    os.environ["WANDB_DIR"] = str(folder)  # no ./wandb folder, which would pass for the package
+    os.environ.setdefault("WANDB_SILENT", "true")
+    project = os.environ.setdefault("WANDB_PROJECT", "fused-llava")
+    if "WANDB_MODE" not in os.environ and not _is_logged_in():
+        os.environ["WANDB_MODE"] = "offline"
+    if distributed.rank() != 0:
+        return
+    if os.environ.get("WANDB_MODE", "online") in ("online", "shared", "run") and not _answers():
+        print("Weights & Biases cannot be reached: this run is logged offline", flush=True)
+        os.environ["WANDB_MODE"] = "offline"
+    import wandb  # slow to import, and only rank 0 needs it
+
+    try:
+        wandb.init(project=project, name=name, settings=wandb.Settings(init_timeout=5))
+    except (wandb.Error, OSError, ValueError) as error:
+        print(f"Weights & Biases refuses ({error}): this run is logged offline", flush=True)
+        os.environ["WANDB_MODE"] = "offline"
+        wandb.init(project=project, name=name, mode="offline")
+
+
+def stop_tracking(tracker: str) -> None:
+    """Closes the Weights & Biases run."""
+    if tracker == "wandb" and distributed.rank() == 0:
+        import wandb
+
+        wandb.finish()
+
+
+def _is_logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _answers() -> bool:
+    """Returns whether the server says anything at all, through the proxy where one is set."""
+    heard = threading.Event()
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=_ANSWER_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer too
+        except (OSError, ValueError):
+            return
+        heard.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    return heard.is_set()

@@ -1,13 +1,22 @@
-"""Checkpoints that are either whole or not used: a marker with the checksums of all files is written last."""
+"""The run folder: checkpoints that are either whole or not used, and the lock that keeps two runs out of one folder.
+
+A checkpoint is whole once its marker is written, last, with the checksums of all files.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,12 +25,18 @@ from typing import Any, Final
 from data.rows import Fault
 from recipes.resolved import changes
 from recipes.schema import Recipe, RecipeError
+from train.errors import TrainingError
 
 MARKER: Final = "complete.json"
 RECIPE: Final = "recipe.yaml"
+FINAL: Final = "final"  # folder with the result of a phase
+RUN: Final = "run.json"  # its figures
 _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _LEFT_OVER: Final = re.compile(r"(incomplete|broken|deleted|resharded)-checkpoint-\d+")
 _THREADS: Final = 8
+_RESHARD_WORKERS: Final = "2"  # processes that read, and that write; each holds one rank's part in memory
+_BEAT_SECONDS: Final = 5.0
+_SILENCE_SECONDS: Final = 30.0  # after which a holder of the lock on another host counts as gone
 # What may change between a run and its continuation. The last three change losses by rounding alone; what a change of
 # max_steps does to the learning rate is said when it happens. The DeepSpeed file's content is compared, not its path.
 _MAY_CHANGE: Final = (
@@ -77,16 +92,16 @@ class Progress:
 
 def mark(folder: Path, progress: Progress) -> None:
     """Declares a checkpoint whole, after everything in it is on the disk."""
-    files = _files(folder)
+    partial = folder / f"{MARKER}.partial"
+    files = files_of(folder, but=(MARKER, partial.name))
     for file in files:
         _sync(file)
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = list(pool.map(_checksum, files))
+        sums = list(pool.map(sha256_of, files))
     listed = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, sums, strict=True)
     }
-    partial = folder / f"{MARKER}.partial"
     partial.write_text(json.dumps({**asdict(progress), "files": listed}, indent=1), encoding="utf-8")
     _sync(partial)
     partial.rename(folder / MARKER)
@@ -95,7 +110,7 @@ def mark(folder: Path, progress: Progress) -> None:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Returns the marked checkpoints of a run folder, oldest first."""
-    return sorted((path for path in _checkpoints(folder) if (path / MARKER).is_file()), key=step_of)
+    return sorted((path for path in _entries(folder, _NAME) if (path / MARKER).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -120,20 +135,20 @@ def read_progress(checkpoint: Path) -> Progress:
 def find_fault(checkpoint: Path) -> str | None:
     """Returns what is wrong with a marked checkpoint: a file that is missing, or is not what was written; or None."""
     try:
-        progress = read_progress(checkpoint)
+        step = read_progress(checkpoint).step
         listed = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
         wanted = {checkpoint / name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MARKER} cannot be read ({type(error).__name__})"
-    if progress.step != step_of(checkpoint):
-        return f"{MARKER} is of step {progress.step}"
+    if step != step_of(checkpoint):
+        return f"{MARKER} is of step {step}"
     for file, (size, _) in wanted.items():
         if not file.is_file():
             return f"{file.name} is missing"
         if file.stat().st_size != size:
             return f"{file.name} has {file.stat().st_size} bytes, expected {size}"
     with ThreadPoolExecutor(_THREADS) as pool:
-        for file, digest in zip(wanted, pool.map(_checksum, wanted), strict=True):
+        for file, digest in zip(wanted, pool.map(sha256_of, wanted), strict=True):
             if digest != wanted[file][1]:
                 return f"{file.name} is not what was written (its checksum differs)"
     return None
@@ -149,10 +164,10 @@ def set_aside(folder: Path) -> list[str]:
         One line for each that was renamed.
     """
     notes = []
-    for path in _entries(folder):
-        if path.name.startswith(("deleted-checkpoint-", "resharded-checkpoint-")):
+    for path in _entries(folder, _LEFT_OVER):
+        if path.name.startswith(("deleted-", "resharded-")):
             shutil.rmtree(path, ignore_errors=True)
-    for path in _checkpoints(folder):
+    for path in _entries(folder, _NAME):
         if not (path / MARKER).is_file():
             _rename(path, "incomplete")
             notes.append(f"incomplete-{path.name}: its writing was cut off; not resumed")
@@ -169,10 +184,9 @@ def keep_newest(folder: Path, limit: int, *, best: int | None = None) -> None:
     """Deletes all whole checkpoints but the newest `limit` and that of step `best`, and all that cannot be resumed."""
     for path in whole_checkpoints(folder)[:-limit]:
         if step_of(path) != best:
-            shutil.rmtree(_rename(path, "deleted"))
-    for path in _entries(folder):
-        if _LEFT_OVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            _rename(path, "deleted")
+    for path in _entries(folder, _LEFT_OVER):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> None:
@@ -182,8 +196,7 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
         RecipeError: naming the first key that differs, and both values.
     """
     saved = folder / RECIPE
-    parts = (folder, folder / "align")
-    if not any(whole_checkpoints(part) or (part / "final").is_dir() for part in parts):
+    if not any(whole_checkpoints(part) or (part / FINAL).is_dir() for part in (folder, folder / "align")):
         return
     if not saved.is_file():
         raise RecipeError(f"output: {folder} holds a run without {RECIPE}, expected another output, or an empty folder")
@@ -196,11 +209,7 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
 
 
 def check_same_content(checkpoint: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuses a checkpoint of other data or another DeepSpeed configuration.
-
-    Raises:
-        RecipeError: naming which.
-    """
+    """Raises RecipeError, naming which, for a checkpoint of other data or another DeepSpeed configuration."""
     words = {
         "data": "the data (rows, their length in tokens, or which of them have an image)",
         "deepspeed": "the content of train.deepspeed",
@@ -213,32 +222,53 @@ def check_same_content(checkpoint: Path, before: Mapping[str, str], now: Mapping
             )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if _NAME.fullmatch(path.name) and path.is_dir()]
+def resharded(checkpoint: Path) -> Path:
+    """Returns the folder beside a checkpoint that `reshard` writes."""
+    return checkpoint.with_name(f"resharded-{checkpoint.name}")
 
 
-def _entries(folder: Path) -> Sequence[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+def reshard(checkpoint: Path) -> None:
+    """Converts a whole checkpoint into one that any number of ranks can load; rank 0 alone calls it.
 
+    That one is deleted with the next checkpoint.
 
-def _rename(path: Path, word: str) -> Path:
-    target = path.with_name(f"{word}-{path.name}")
+    Raises:
+        TrainingError: DeepSpeed could not convert it.
+    """
+    target, tag = resharded(checkpoint), f"global_step{step_of(checkpoint)}"
     shutil.rmtree(target, ignore_errors=True)
-    return path.rename(target)
+    target.mkdir()
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":  # Trainer's states; the weights are DeepSpeed's
+            shutil.copy2(file, target)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / tag), "--output_folder", str(target / tag)]
+    command += ["--num_extract_workers", _RESHARD_WORKERS, "--num_merge_workers", _RESHARD_WORKERS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TrainingError(f"{checkpoint} cannot be converted for another number of ranks: {reason}")
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(_walk(folder))
+def files_of(folder: Path, *, but: Sequence[str]) -> list[Path]:
+    """Returns the files of a folder and all below it, those of some names excepted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent) / name for name in names if name not in (MARKER, f"{MARKER}.partial"))
-
-
-def _checksum(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _entries(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if name.fullmatch(path.name) and path.is_dir())
+
+
+def _rename(path: Path, word: str) -> None:
+    target = path.with_name(f"{word}-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
 
 
 def _sync(path: Path) -> None:
@@ -247,3 +277,76 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class RunLock:
+    """Holds a run folder from `take` to the end of the process.
+
+    flock excludes other processes of this host, and of others where the file system shares locks; it ends with its
+    process. Where it does not reach other hosts, the file's time, renewed every few seconds, tells that its holder
+    lives.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "run.lock"
+        self._handle: Any = None
+
+    def take(self) -> None:
+        """Takes the lock.
+
+        Raises:
+            RecipeError: another process holds it; the message names host, process and start.
+        """
+        self._handle = self._file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal() from None
+        except OSError:
+            pass  # a file system without locks: the file's time is all there is
+        if self._lives_elsewhere():
+            raise self._refusal()
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        self._handle.truncate(0)
+        self._handle.write(json.dumps(holder))
+        self._handle.flush()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        self._handle.truncate(0)
+        self._handle.close()
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _lives_elsewhere(self) -> bool:
+        """Returns whether a process of another host renews the file; waits for it where its last sign is recent."""
+        if self._holder().get("host") in (None, socket.gethostname()):
+            return False
+        seen = self._file.stat().st_mtime
+        while time.time() - seen < _SILENCE_SECONDS:
+            time.sleep(_BEAT_SECONDS / 5)
+            if self._file.stat().st_mtime != seen:
+                return True
+        return False
+
+    def _refusal(self) -> RecipeError:
+        holder = self._holder()
+        who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('start')}"
+        return RecipeError(
+            f"output: {self._file.parent} is in use by {who if holder else 'another process'}; "
+            "expected another output, or the end of that run"
+        )
+
+    def _beat(self) -> None:
+        while not self._handle.closed:
+            time.sleep(_BEAT_SECONDS)
+            try:
+                os.utime(self._file)
+            except OSError:
+                return

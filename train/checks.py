@@ -23,25 +23,20 @@ from models.schedules import SCHEDULES, TRAINED, plan_schedule
 from models.stage_plan import StagePlan
 from models.token_scorer import needs_scorer
 from recipes.schema import ModelSection, Phase, Recipe, RecipeError, TrainSection
-from train.adapters import adapted_layers
-from train.arguments import check_batches, passes_per_step
+from train.arguments import check_deepspeed, passes_per_step
 from train.checkpoints import check_same_run
 from train.errors import one_line
-from train.groups import tower_depth
-from train.initial import check_tokens, read_config, read_processor
-from train.tracking import check_tracking
+from train.parameters import adapted_layers, tower_depth
+from train.weights import check_tokens, read_config, read_processor
 from train.window_search import check_search
 
 _WORKERS_A_CORE = 16
+_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of Weights & Biases
 _BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these from there
 
 
 def check_run(recipe: Recipe, num_ranks: int) -> Any:
-    """Refuses what would fail later, without weights and without data; returns the model's config.
-
-    Args:
-        recipe: the recipe.
-        num_ranks: processes that it is to run on.
+    """Refuses what would fail later on so many ranks, without weights and without data; returns the model's config.
 
     Raises:
         RecipeError: the recipe cannot be run here.
@@ -49,12 +44,17 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
     check_output(Path(recipe.output))
     for phase in recipe.phases:
         with _keys_of(phase):
-            check_tracking(phase.train.tracker)
-            check_batches(phase.train, num_ranks)
-            _check_workers(phase)
+            _check_tracker(phase.train.tracker)
+            check_deepspeed(phase.train, num_ranks)
+            limit = _WORKERS_A_CORE * (os.cpu_count() or 1)
+            if phase.data.workers > limit:
+                raise RecipeError(f"data.workers: got {phase.data.workers}, expected at most {limit} on this machine")
             _check_packing(phase, num_ranks)
             _check_libraries(phase.train)
-    _check_plan_names(recipe.model)
+    for name, plan in recipe.model.plans.items() if isinstance(recipe.model.stages, list) else ():
+        if name == TRAINED or (name in SCHEDULES and not (name == "dense" and plan.plan is None)):
+            expected = "expected a name that is no schedule's; dense is for plan: null"
+            raise RecipeError(f"model.stages: got a plan named '{name}', {expected}")
     config = read_config(recipe.model)
     if recipe.model.learn is not None:
         depth = config.text_config.num_hidden_layers
@@ -98,18 +98,15 @@ def _keys_of(phase: Phase) -> Iterator[None]:
         raise
 
 
-def _check_plan_names(model: ModelSection) -> None:
-    """Refuses a plan whose name means something else wherever a schedule is chosen."""
-    for name, plan in model.plans.items() if isinstance(model.stages, list) else ():
-        if name == TRAINED or (name in SCHEDULES and not (name == "dense" and plan.plan is None)):
-            expected = "expected a name that is no schedule's; dense is for plan: null"
-            raise RecipeError(f"model.stages: got a plan named '{name}', {expected}")
-
-
-def _check_workers(phase: Phase) -> None:
-    limit = _WORKERS_A_CORE * (os.cpu_count() or 1)
-    if phase.data.workers > limit:
-        raise RecipeError(f"data.workers: got {phase.data.workers}, expected at most {limit} on this machine")
+def _check_tracker(tracker: str) -> None:
+    """Refuses a tracker that is not installed, and a WANDB_MODE that Weights & Biases does not know."""
+    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError(
+            "train.tracker: got tensorboard, which is not installed; expected wandb or none, or pip install tensorboard"
+        )
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None and mode not in _MODES:
+        raise RecipeError(f"environment: WANDB_MODE: got '{mode}', expected online, offline or disabled")
 
 
 def _check_packing(phase: Phase, num_ranks: int) -> None:
@@ -158,13 +155,13 @@ def _check_model(recipe: Recipe, config: Any) -> None:
                 visual = sum(len(image) for image in features.pooler_output)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: config.json describes no model that can be built: {one_line(error)}") from error
-    decoder = model.model.get_decoder()
-    _check_decoder(key, decoder, config)
+    _check_decoder(key, model.model.get_decoder(), config)
     _check_deepstack(recipe, model)
     _check_scorer(recipe, config)
     if visual is not None:
-        _check_visual_tokens(recipe, config, visual)
-    _check_processor(recipe, config, visual)
+        _check_visual_tokens(key, recipe, config, visual)
+    if processor_is_here(recipe.model):
+        _check_processor(key, recipe, config, visual)
     for phase in recipe.phases:
         with _keys_of(phase):
             _check_trained(phase.train, model)
@@ -205,9 +202,8 @@ def _check_decoder(key: str, decoder: nn.Module, config: Any) -> None:
         pass  # a known kind, which goes no further without weights
 
 
-def _check_visual_tokens(recipe: Recipe, config: Any, visual: int) -> None:
-    """Compares the tower's tokens of an image with the config's, the plan's and, where at hand, the processor's."""
-    key = "model.config" if recipe.model.config is not None else "model.checkpoint"
+def _check_visual_tokens(key: str, recipe: Recipe, config: Any, visual: int) -> None:
+    """Compares the tower's tokens of an image with the config's and the plan's."""
     if config.image_seq_length != visual:
         raise RecipeError(
             f"{key}: image_seq_length: got {config.image_seq_length}, expected {visual}, the tokens that the vision "
@@ -220,11 +216,8 @@ def _check_visual_tokens(recipe: Recipe, config: Any, visual: int) -> None:
                 raise RecipeError(f"{where}keep.{layer}: got {kept}, expected at most {visual}, an image's tokens")
 
 
-def _check_processor(recipe: Recipe, config: Any, visual: int | None) -> None:
-    """Compares the processor, where it is at hand, with the config and with a LLaVA's tokens of an image."""
-    key = "model.config" if recipe.model.config is not None else "model.checkpoint"
-    if not processor_is_here(recipe.model):
-        return
+def _check_processor(key: str, recipe: Recipe, config: Any, visual: int | None) -> None:
+    """Compares the processor with the config and with a LLaVA's tokens of an image."""
     processor = read_processor(recipe.model)
     check_tokens(config, processor)
     for phase in recipe.phases:

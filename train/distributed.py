@@ -29,6 +29,7 @@ _TIMEOUT: Final = timedelta(hours=2)  # rank 0 may read a 7B checkpoint from the
 _MEET_TIMEOUT: Final = timedelta(minutes=10)
 _GRACE_SECONDS: Final = 5.0  # in which a rank that hears of a fault elsewhere may end by itself
 _FAULT: Final = "fault"
+_STORE_FAULTS: Final = (distributed.DistNetworkError, distributed.DistStoreError)
 _LAUNCHED: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,10 +89,9 @@ def connect() -> None:
     """
     try:
         store, _, _ = next(rendezvous("env://", timeout=_MEET_TIMEOUT))
-    except (distributed.DistNetworkError, distributed.DistStoreError) as error:
+    except _STORE_FAULTS as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        message = f"rank {rank()} cannot meet the other ranks at {at}: {one_line(error)}"
-        raise PeerError(message, code=1, is_told=False) from error
+        raise _lost(f"cannot meet the other ranks at {at}: {one_line(error)}") from error
     # torchrun keeps one store for all its attempts: what the ranks of another one said is of no concern
     prefix = f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{count()}"
     _Group.store = PrefixStore(prefix, store)
@@ -146,9 +146,11 @@ def exit_with(text: str, *, code: int) -> int:
         if _Group.heard is None and store.add(f"{_FAULT}/count", 1) == 1:
             print(f"rank {rank()}: {line}" if rank() else line, file=stream, flush=True)
             store.set(_FAULT, str(code))
-        if rank() == 0:
-            _wait_for_others(store)
-    except (distributed.DistNetworkError, distributed.DistStoreError):
+        deadline = time.monotonic() + _GRACE_SECONDS
+        # rank 0, which holds the store, stays until the others have heard of the fault
+        while rank() == 0 and store.add(f"{_FAULT}/heard", 0) < count() - 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    except _STORE_FAULTS:
         if _Group.heard is None:  # rank 0, which holds the store, is gone without a word
             print(f"rank {rank()}: {line}", file=stream, flush=True)
     return code
@@ -162,11 +164,10 @@ def exit_if_lost(error: RuntimeError) -> None:
         return
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
-        code = _fault_code(_Group.store)
-        if code is not None:
-            raise PeerError("another rank ended the run", code=code, is_told=True) from error
+        if _Group.heard is not None:
+            raise _told(_Group.heard) from error
         time.sleep(0.2)
-    raise PeerError(f"rank {rank()} lost contact with another rank", code=1, is_told=False) from error
+    raise _lost("lost contact with another rank") from error
 
 
 def barrier() -> None:
@@ -182,14 +183,11 @@ def barrier() -> None:
     try:
         _Group.store.add(name, 1)
         while _Group.store.add(name, 0) < count():
-            code = _fault_code(_Group.store)
-            if code is not None:
-                raise PeerError("another rank ended the run", code=code, is_told=True)
+            if _Group.heard is not None:
+                raise _told(_Group.heard)
             time.sleep(0.05)
-    except (distributed.DistNetworkError, distributed.DistStoreError) as error:
-        if _Group.heard is not None:
-            raise PeerError("another rank ended the run", code=_Group.heard, is_told=True) from error
-        raise PeerError(f"rank {rank()} lost contact with rank 0", code=1, is_told=False) from error
+    except _STORE_FAULTS as error:
+        raise (_lost("lost contact with rank 0") if _Group.heard is None else _told(_Group.heard)) from error
 
 
 def any_rank(value: bool) -> bool:
@@ -268,21 +266,12 @@ def _choose_next_port() -> None:
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
-def _fault_code(store: Any) -> int | None:
-    """Returns the exit code of the rank that failed, or None where none did, or where the store is gone with rank 0."""
-    if _Group.heard is not None:
-        return _Group.heard
-    try:
-        return int(store.get(_FAULT)) if store.check([_FAULT]) else None
-    except (distributed.DistNetworkError, distributed.DistStoreError):
-        return None
+def _told(code: int) -> PeerError:
+    return PeerError("another rank ended the run", code=code, is_told=True)
 
 
-def _wait_for_others(store: Any) -> None:
-    """Keeps rank 0, which holds the store, until the others have heard of the fault."""
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while store.add(f"{_FAULT}/heard", 0) < count() - 1 and time.monotonic() < deadline:
-        time.sleep(0.1)
+def _lost(what: str) -> PeerError:
+    return PeerError(f"rank {rank()} {what}", code=1, is_told=False)
 
 
 def _watch(store: Any) -> None:

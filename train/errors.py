@@ -1,10 +1,18 @@
-"""The three ways a training ends before its end: it cannot go on, it was asked to stop, another rank failed."""
+"""How a training or a release ends before its end, and the one line that says so."""
 
 from __future__ import annotations
 
 
 class TrainingError(RuntimeError):
     """A training that cannot go on; the message is one line: what happened, and from where to go on."""
+
+
+class InputError(ValueError):
+    """What the user of a release asked for cannot be done; one line: where, what was got, what is expected."""
+
+
+class ReleaseError(RuntimeError):
+    """A release that went wrong; the message is one line, and nothing is left that looks like a release."""
 
 
 class Stopped(BaseException):

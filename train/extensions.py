@@ -9,15 +9,15 @@ some process has it open.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
+from filelock import FileLock, Timeout
 
 _PATIENCE_SECONDS: Final = 20.0  # before a wait is announced
 
@@ -51,40 +51,30 @@ def main() -> None:
     distributed.shutdown()
 
 
-def _build(builder: str, name: str, duration: str) -> Any:
+def _build(builder: str, name: str, duration: str) -> None:
     from deepspeed.accelerator import get_accelerator  # imports slowly, and only after setup_env()
 
     made = list(_root().glob(f"**/{name}/*.so"))
     with build_lock(name):
         if not made and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"compiling DeepSpeed's {name}, once ({duration})", flush=True)
-        return get_accelerator().create_op_builder(builder).load(verbose=False)
+        get_accelerator().create_op_builder(builder).load(verbose=False)
 
 
 @contextmanager
 def build_lock(name: str) -> Iterator[None]:
     """Holds the right to build one operator; waits for others with a message, and clears what a killed build left."""
     _root().mkdir(parents=True, exist_ok=True)
-    with (_root() / f"{name}.flock").open("a") as guard:
-        if not _try_lock(guard.fileno()):
-            print(f"waiting for another process that compiles DeepSpeed's {name} ({guard.name})", flush=True)
-            fcntl.flock(guard, fcntl.LOCK_EX)
+    guard = FileLock(_root() / f"{name}.flock")
+    try:
+        held = guard.acquire(timeout=_PATIENCE_SECONDS)
+    except Timeout:
+        print(f"waiting for another process that compiles DeepSpeed's {name} ({guard.lock_file})", flush=True)
+        held = guard.acquire()
+    with held:
         for lock in _root().glob(f"**/{name}/lock"):
             _clear(lock)
         yield
-
-
-def _try_lock(handle: int) -> bool:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        else:
-            return True
 
 
 def _clear(lock: Path) -> None:
@@ -102,17 +92,10 @@ def _clear(lock: Path) -> None:
 
 def _holder(lock: Path) -> int | None:
     """Returns a process of this machine that has the file open."""
-    try:
-        wanted = lock.stat()
-    except OSError:
-        return None
     for handle in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            found = handle.stat()
-        except OSError:
-            continue
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return int(handle.parts[2])
+        with suppress(OSError):  # the file or the process is gone
+            if handle.samefile(lock):
+                return int(handle.parts[2])
     return None
 
 

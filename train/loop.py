@@ -5,61 +5,45 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
+from data.dataset import Collator
 from data.rows import DataError
 from data.stream import ConversationStream
 from models.attention import SDPA_PACKED
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
-from train import distributed
-from train.adapters import add_adapters
-from train.arguments import is_timed, total_steps, training_arguments
-from train.batches import TrainCollator
-from train.callbacks import LogCallback, NothingToTrain, ProfileCallback, RunCallback, SearchCallback
-from train.cards import peak_here
-from train.checkpoints import (
-    RECIPE,
-    Progress,
-    check_same_content,
-    keep_newest,
-    read_progress,
-    set_aside,
-    whole_checkpoints,
+from train import callbacks, checkpoints, distributed
+from train.arguments import (
+    deepspeed_fingerprint,
+    is_timed,
+    read_deepspeed,
+    resolve_dtype,
+    total_steps,
+    training_arguments,
 )
+from train.checkpoints import FINAL, RECIPE, Progress
 from train.checks import check_run
-from train.clock import Clock
-from train.deepspeed_config import deepspeed_fingerprint, read_deepspeed
 from train.errors import TrainingError, one_line
-from train.estimate import Estimate
-from train.groups import freeze, trainable_counts
-from train.health import Health
-from train.initial import INITIAL, build_initial, load_checkpoint, read_config, read_processor
-from train.metrics import TrainMetrics
-from train.outcome import FINAL, ended_early, finished_steps, save_final
-from train.precision import resolve_dtype
-from train.reshard import reshard
-from train.run_lock import RunLock
-from train.samples import Samples, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
+from train.estimate import Estimate, peak_here
+from train.final import read_figures, save_final
+from train.metrics import Clock, DataWatch, TrainMetrics
+from train.parameters import add_adapters, freeze, trainable_counts
+from train.samples import Samples, collate, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
 from train.stop import StopRequest
-from train.tracking import start_tracking, stop_tracking
 from train.trainer import FusedTrainer
-from train.watch import DataWatch
+from train.weights import INITIAL, build_initial, load_checkpoint, read_config, read_processor
 from train.window_search import WindowSearch, check_search
 
 
 def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
-    """Trains one phase on this rank, or finds it done.
-
-    Args:
-        recipe: the recipe.
-        index: which of its phases.
-        stop: the stop request of this process.
+    """Trains one phase of a recipe on this rank, or finds it done.
 
     Returns:
         False when a stop request ended it before its time: the same command goes on.
@@ -78,7 +62,7 @@ def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
     distributed.init()
     processor = read_processor(recipe.model)
     if distributed.rank() == 0:  # first, because it fills the caches that the other ranks read
-        lock = RunLock(_make_folder(Path(recipe.output)))
+        lock = checkpoints.RunLock(_make_folder(Path(recipe.output)))
         lock.take()
         dataset = read_samples(phase, processor, seed=recipe.seed)
         for note in sample_notes(phase, dataset):
@@ -100,19 +84,20 @@ def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
 def _is_finished(recipe: Recipe, index: int) -> bool:
     """Returns whether the phase's final/ is there, and of all the steps that the recipe wants by now."""
     phase = recipe.phases[index]
-    steps, wanted = finished_steps(phase), phase.train.max_steps
-    if steps is None:
+    figures, wanted = read_figures(phase), phase.train.max_steps
+    if figures is None:
         return False
-    if wanted is None or wanted <= steps or is_timed(phase.train) or ended_early(phase):
+    steps = figures["steps"]
+    if wanted is None or wanted <= steps or is_timed(phase.train) or figures.get("ended_early"):
         return True
     key = "align.train.max_steps" if phase.name == "align" else "train.max_steps"
-    if not whole_checkpoints(phase.folder):
+    if not checkpoints.whole_checkpoints(phase.folder):
         raise RecipeError(
             f"{key}: got {wanted}, but {phase.folder / FINAL} is of step {steps} and no checkpoint is left to train "
             f"on from; expected {steps}, or another output with {phase.folder / FINAL} as model.checkpoint"
         )
     for later in recipe.phases[index + 1 :]:
-        if whole_checkpoints(later.folder) or finished_steps(later) is not None:
+        if checkpoints.whole_checkpoints(later.folder) or read_figures(later) is not None:
             raise RecipeError(
                 f"{key}: got {wanted}, but {later.name} started from {phase.folder / FINAL}, of step {steps}; expected "
                 f"{steps}, or another output"
@@ -132,11 +117,11 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
     """Writes the recipe and the initial checkpoint; sets aside checkpoints that cannot be resumed."""
     folder = Path(recipe.output)
     phase.folder.mkdir(parents=True, exist_ok=True)
-    for note in set_aside(phase.folder):
+    for note in checkpoints.set_aside(phase.folder):
         print(note, flush=True)
     (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     if phase.folder == recipe.phases[0].folder:
-        if not whole_checkpoints(phase.folder):  # what an earlier try left may be of another recipe
+        if not checkpoints.whole_checkpoints(phase.folder):  # what an earlier try left may be of another recipe
             shutil.rmtree(folder / INITIAL, ignore_errors=True)
         build_initial(recipe, folder / INITIAL)
 
@@ -144,27 +129,27 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
 def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, stop: StopRequest) -> bool:
     """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
     dataset, validation = hold_out(phase, dataset, seed=recipe.seed)
-    checkpoints = whole_checkpoints(phase.folder)
-    resumed = checkpoints[-1] if checkpoints else None
-    progress = read_progress(resumed) if resumed else Progress(ranks=distributed.count())
+    resumed = next(reversed(checkpoints.whole_checkpoints(phase.folder)), None)
+    progress = checkpoints.read_progress(resumed) if resumed else Progress(ranks=distributed.count())
     order = sample_order(phase, dataset, seed=recipe.seed)
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
     fingerprints = {
         "data": data_fingerprint(phase, dataset, validation),
         "deepspeed": deepspeed_fingerprint(read_deepspeed(phase.train)),
-        "schedule": _schedule(phase, total),
+        "schedule": _rate_words(phase, total),
     }
     if resumed is not None:
         _check_resumed(phase, resumed, progress, fingerprints, total)
     # before DeepSpeed's configuration takes hold of every new model
     search, estimate, metrics = _measures(recipe, phase, progress, total)
-    source, is_resharded = _loadable(resumed, progress)
+    is_resharded = progress.ranks != distributed.count()
+    source = _reshard(resumed, progress) if resumed is not None and is_resharded else resumed
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
         dataset.skip = progress.step * arguments.gradient_accumulation_steps
-    model, vocabulary = _load_model(phase, initial, seed=recipe.seed)
-    _announce(phase, model, resumed)
-    processor = dataset.processor
+    model = _load_model(phase, initial, seed=recipe.seed)
+    if resumed is not None:
+        distributed.print_rank0(f"{phase.name}: goes on from {resumed}")
     trainer = FusedTrainer(
         phase=phase,
         order=order,
@@ -178,32 +163,27 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=TrainCollator(
-            processor.tokenizer.pad_token_id,
-            model.config.image_token_id,
+        data_collator=partial(
+            collate,
+            collator=Collator(dataset.processor.tokenizer.pad_token_id),
+            image_token=model.config.image_token_id,
             packed=phase.train.tokens_per_step is not None,
         ),
-        processing_class=processor,
-        callbacks=_profilers(phase),
+        processing_class=dataset.processor,
     )
-    is_trained = _is_trained(phase, progress, total)
-    health = Health(
-        vocabulary=vocabulary,
-        warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
-        needs_images=phase.train.learning_rate.language_model is None,
-    )
-    _add_callbacks(
-        trainer, RunCallback(trainer, health, is_trained=is_trained, is_resharded=is_resharded), progress, estimate
-    )
+    limit = phase.train.max_seconds
+    is_trained = (total is not None and progress.step >= total) or (limit is not None and progress.seconds >= limit)
+    run = callbacks.RunCallback(trainer, _health(phase, model, total), is_trained=is_trained, is_resharded=is_resharded)
+    _add_callbacks(trainer, run, progress, estimate)
     with stop.deferred(), _one_line_errors(trainer):
         if not is_trained:
-            start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
+            callbacks.start_tracking(phase.train.tracker, arguments.run_name, phase.folder)
         try:
             trainer.train(resume_from_checkpoint=str(source) if source else None)
-        except NothingToTrain:
+        except callbacks.NothingToTrain:
             trainer.clock.agreed = progress.seconds
         if not is_trained:
-            stop_tracking(phase.train.tracker)
+            callbacks.stop_tracking(phase.train.tracker)
         if trainer.is_stopping:
             where = phase.folder / f"checkpoint-{trainer.state.global_step}"
             reason = stop.reason or "a signal to another rank"
@@ -215,21 +195,31 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     return True
 
 
-def _profilers(phase: Phase) -> list[TrainerCallback]:
-    if phase.train.profile is None or distributed.rank() != 0:
-        return []
-    return [ProfileCallback(phase.train.profile, phase.folder / "profile")]
+def _check_resumed(
+    phase: Phase, resumed: Path, progress: Progress, fingerprints: Mapping[str, str], total: int | None
+) -> None:
+    """Refuses a checkpoint of something else; says what a change of max_steps does to the learning rate."""
+    checkpoints.check_same_content(resumed, progress.fingerprints, fingerprints)
+    if total is not None and progress.step > total:
+        raise RecipeError(
+            f"train.max_steps: got {total}, but {resumed} is there; expected at least {progress.step}, or another "
+            "output"
+        )
+    before, now = progress.fingerprints.get("schedule"), fingerprints["schedule"]
+    if before != now:
+        distributed.print_rank0(
+            f"{phase.name}: learning rate: {before} up to step {progress.step}, {now} from here on; "
+            "the run is not the one that it would have been with this setting from the start"
+        )
 
 
-def _add_callbacks(trainer: FusedTrainer, run: RunCallback, progress: Progress, estimate: Estimate | None) -> None:
-    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
-    trainer.add_callback(run)
-    phase = trainer.phase
-    trainer.add_callback(
-        LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
-    )
-    if trainer.search is not None:
-        trainer.add_callback(SearchCallback(trainer, trainer.search, estimate))
+def _rate_words(phase: Phase, total: int | None) -> str:
+    """Returns how the learning rate changes over the run."""
+    train = phase.train
+    length = f"{train.max_seconds:g} s" if total is None else f"{total} steps"
+    if train.scheduler == "constant" and train.warmup_ratio == 0:
+        return "constant"
+    return f"{train.scheduler} over {length}, warm-up {train.warmup_ratio:g}"
 
 
 def _measures(
@@ -254,60 +244,50 @@ def _measures(
     return search, estimate, metrics
 
 
-def _load_model(phase: Phase, initial: Path, *, seed: int) -> tuple[Any, int]:
-    """Returns the model with what the recipe lets learn, and its vocabulary's size."""
+def _reshard(resumed: Path, progress: Progress) -> Path:
+    """Returns a checkpoint for this number of ranks."""
+    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
+    if distributed.rank() == 0:
+        checkpoints.reshard(resumed)
+    distributed.barrier()
+    return checkpoints.resharded(resumed)
+
+
+def _load_model(phase: Phase, initial: Path, *, seed: int) -> Any:
+    """Returns the model with what the recipe lets learn, and says how much that is."""
     bits = phase.train.lora.bits if phase.train.lora is not None else None
-    model: Any = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
-    vocabulary = model.config.text_config.vocab_size
+    model = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     if phase.train.tokens_per_step is not None and model.config.text_config._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": SDPA_PACKED})
     if phase.train.lora is not None:
         set_seed(seed)  # adapters are random, whatever this process did before
         model = add_adapters(model, phase.train.lora)
     freeze(model, phase.train)
-    return model, vocabulary
+    counts = [f"{part} {count:,}" for part, count in trainable_counts(model).items() if count]
+    distributed.print_rank0(f"{phase.name}: trainable parameters: {', '.join(counts)}")
+    return model
 
 
-def _check_resumed(
-    phase: Phase, resumed: Path, progress: Progress, fingerprints: Mapping[str, str], total: int | None
+def _health(phase: Phase, model: Any, total: int | None) -> callbacks.Health:
+    return callbacks.Health(
+        vocabulary=model.config.text_config.vocab_size,
+        warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
+        needs_images=phase.train.learning_rate.language_model is None,
+    )
+
+
+def _add_callbacks(
+    trainer: FusedTrainer, run: callbacks.RunCallback, progress: Progress, estimate: Estimate | None
 ) -> None:
-    """Refuses a checkpoint of something else; says what a change of max_steps does to the learning rate."""
-    check_same_content(resumed, progress.fingerprints, fingerprints)
-    if total is not None and progress.step > total:
-        raise RecipeError(
-            f"train.max_steps: got {total}, but {resumed} is there; expected at least {progress.step}, or another "
-            "output"
-        )
-    before, now = progress.fingerprints.get("schedule"), fingerprints["schedule"]
-    if before != now:
-        distributed.print_rank0(
-            f"{phase.name}: learning rate: {before} up to step {progress.step}, {now} from here on; "
-            "the run is not the one that it would have been with this setting from the start"
-        )
-
-
-def _schedule(phase: Phase, total: int | None) -> str:
-    train = phase.train
-    length = f"{train.max_seconds:g} s" if total is None else f"{total} steps"
-    if train.scheduler == "constant" and train.warmup_ratio == 0:
-        return "constant"
-    return f"{train.scheduler} over {length}, warm-up {train.warmup_ratio:g}"
-
-
-def _is_trained(phase: Phase, progress: Progress, total: int | None) -> bool:
-    """Returns whether the checkpoint is of the last step already."""
-    limit = phase.train.max_seconds
-    return (total is not None and progress.step >= total) or (limit is not None and progress.seconds >= limit)
-
-
-def _loadable(resumed: Path | None, progress: Progress) -> tuple[Path | None, bool]:
-    """Returns a checkpoint for this number of ranks, and whether it had to be converted."""
-    if resumed is None or progress.ranks == distributed.count():
-        return resumed, False
-    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
-    target = reshard(resumed) if distributed.rank() == 0 else resumed.with_name(f"resharded-{resumed.name}")
-    distributed.barrier()
-    return target, True
+    phase = trainer.phase
+    log = callbacks.LogCallback(phase.folder / "log.jsonl", limit_seconds=phase.train.max_seconds, progress=progress)
+    trainer.remove_callback(PrinterCallback)  # LogCallback's line is the one
+    trainer.add_callback(run)
+    trainer.add_callback(log)
+    if trainer.search is not None:
+        trainer.add_callback(callbacks.SearchCallback(trainer, trainer.search, estimate))
+    if phase.train.profile is not None and distributed.rank() == 0:
+        trainer.add_callback(callbacks.ProfileCallback(phase.train.profile, phase.folder / "profile"))
 
 
 @contextmanager
@@ -317,40 +297,32 @@ def _one_line_errors(trainer: FusedTrainer) -> Iterator[None]:
         yield
     except DataError as error:  # of a worker too, whose message torch puts behind a traceback
         reason = str(error).strip().splitlines()[-1].partition("DataError: ")[2] or one_line(error)
-        good = whole_checkpoints(trainer.phase.folder)
+        good = checkpoints.whole_checkpoints(trainer.phase.folder)
         last = f"; last good checkpoint: {good[-1]}" if good else ""
         raise RecipeError(f"{trainer.phase.name}: {reason}{last}") from error
     except torch.OutOfMemoryError as error:
-        what = "out of GPU memory; lower train.per_device_batch"
-        raise trainer.failure(what, step=trainer.state.global_step) from error
+        raise trainer.failure("out of GPU memory; lower train.per_device_batch") from error
     except (OSError, SafetensorError) as error:
-        raise _write_failure(trainer, one_line(error)) from error
+        raise _write_failure(trainer, error) from error
     except RuntimeError as error:
         if isinstance(error, TrainingError):
             raise
         distributed.exit_if_lost(error)
         if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise _write_failure(trainer, one_line(cause)) from error
+            raise _write_failure(trainer, cause) from error
         if "DataLoader worker" in str(error):
-            raise trainer.failure(one_line(error), step=trainer.state.global_step) from error
+            raise trainer.failure(one_line(error)) from error
         raise
 
 
-def _write_failure(trainer: FusedTrainer, reason: str) -> TrainingError:
+def _write_failure(trainer: FusedTrainer, error: BaseException) -> TrainingError:
     """Returns the error of a checkpoint that cannot be written, and makes room again: it is of no use."""
     folder = trainer.phase.folder
     if distributed.rank() == 0:
-        set_aside(folder)
-        if whole_checkpoints(folder):
-            keep_newest(folder, trainer.phase.train.save_total_limit)
+        checkpoints.set_aside(folder)
+        if checkpoints.whole_checkpoints(folder):
+            checkpoints.keep_newest(folder, trainer.phase.train.save_total_limit)
         shutil.rmtree(folder / f"{FINAL}.partial", ignore_errors=True)
     free = shutil.disk_usage(folder).free
-    return trainer.failure(f"cannot write: {reason} ({free / 2**20:,.0f} MiB are free)", step=trainer.state.global_step)
-
-
-def _announce(phase: Phase, model: Any, resumed: Path | None) -> None:
-    counts = [f"{group} {count:,}" for group, count in trainable_counts(model).items() if count]
-    distributed.print_rank0(f"{phase.name}: trainable parameters: {', '.join(counts)}")
-    if resumed is not None:
-        distributed.print_rank0(f"{phase.name}: goes on from {resumed}")
+    return trainer.failure(f"cannot write: {one_line(error)} ({free / 2**20:,.0f} MiB are free)")

@@ -14,13 +14,11 @@ from data.sources import missing_paths
 from data.stream import ConversationStream
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
-from train.arguments import is_timed, passes_per_step, split_batch
-from train.cards import Card
+from train.arguments import is_timed, passes_per_step, read_deepspeed, split_batch
 from train.checks import check_run, processor_is_here
-from train.deepspeed_config import read_deepspeed
-from train.estimate import Batch, Estimate
-from train.initial import read_processor
+from train.estimate import Batch, Card, Estimate
 from train.samples import hold_out, read_samples
+from train.weights import read_processor
 from train.window_search import check_search
 
 _KEPT_BACK: Final = 0.08  # share of a card's memory
@@ -32,7 +30,7 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
 
     Args:
         recipe: the recipe.
-        num_ranks: processes that it is to run on.
+        num_ranks: processes that it is to run on, where `card` does not say.
         card: the GPUs that it is to run on; None says neither whether it fits nor how long it takes.
         mfu: share of the cards' peak that the run is assumed to reach.
 
@@ -47,24 +45,20 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
         if place is not None and not Path(place).exists():
             yield f"note: model.{part}: {place} is no folder here; the run needs it, as a folder or from the hub"
     for phase in recipe.phases:
-        rows, visual, text, note = _measure(recipe, phase, config)
-        length = None if text is None or visual is None else visual + text
-        steps = _steps(phase, rows, length)
+        rows, batch, note = _measure(recipe, phase, config)
+        steps = _steps(phase.train, rows, batch)
         if phase.learn is not None:
             check_search(phase.learn, num_layers=config.text_config.num_hidden_layers, steps=steps)
         estimate = Estimate(config, phase.train, phase.plans, phase.learn, steps)
         yield f"{phase.name}:"
-        yield from _preview_phase(phase, estimate, steps, (visual, text, note))
-        if text is not None and visual is not None:
-            batch = Batch(_samples(phase.train, visual + text), visual, text)
+        yield from _size(phase, estimate, steps, note)
+        if batch is not None:
+            yield from _costs(phase, estimate, batch, steps)
             yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
             yield from _hours(estimate, batch, steps=steps, card=card, mfu=mfu)
 
 
-def _preview_phase(
-    phase: Phase, estimate: Estimate, steps: int | None, measured: tuple[int | None, int | None, str]
-) -> Iterator[str]:
-    config, (visual, text, note) = estimate.config, measured
+def _size(phase: Phase, estimate: Estimate, steps: int | None, note: str) -> Iterator[str]:
     counts = [f"{group} {count:,}" for group, count in estimate.counts.items() if count]
     yield f"  trainable parameters: {', '.join(counts)}"
     if note:
@@ -80,12 +74,14 @@ def _preview_phase(
     if phase.eval is not None:
         what = "held-out files" if phase.eval.files is not None else f"{phase.eval.share:.3g} of the rows, held out"
         yield f"  validation: {what}, every {phase.eval.every:,} steps and at the end"
-    if text is None or visual is None:
-        return
+
+
+def _costs(phase: Phase, estimate: Estimate, batch: Batch, steps: int | None) -> Iterator[str]:
+    text_config, visual, text = estimate.config.text_config, batch.visual, batch.text
     costs = estimate.costs(visual=visual, text=text)
-    dense = plan_cost(config.text_config, None, visual=visual, text=text)
+    dense = plan_cost(text_config, None, visual=visual, text=text)
     if phase.learn is not None:
-        depth = config.text_config.num_hidden_layers
+        depth = text_config.num_hidden_layers
         width = phase.learn.width(depth)
         yield f"  stages: the first {phase.learn.steps:,} steps find the window, {width} of {depth} layers"
     yield f"  a sample: {visual} visual + {text} text tokens"
@@ -98,7 +94,7 @@ def _preview_phase(
             f"({cost.flops / dense.flops:.0%} of dense)"
         )
     if steps is not None:
-        samples = steps * _samples(phase.train, visual + text)
+        samples = steps * batch.samples
         flops, without = samples * estimate.decoder_flops(costs), samples * estimate.passes * dense.flops
         yield (
             f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
@@ -153,12 +149,12 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
-def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int | None, int | None, str]:
-    """Returns rows, visual tokens of a sample with images, text tokens of a mean sample, and a note on their source."""
+def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, Batch | None, str]:
+    """Returns the rows, a step's batch of mean samples with an image, each None if not known, and a note on both."""
     rows = phase.data.expected_rows
     if rows is not None and phase.eval is not None and phase.eval.files is None:
         rows -= round(rows * (phase.eval.share or 0.0))
-    expected = rows, _typical_visual(recipe, phase, config), phase.data.expected_text_tokens
+    expected = rows, _batch(phase.train, _typical_visual(recipe, phase, config), phase.data.expected_text_tokens)
     missing = missing_paths(phase.data)
     if missing:
         return *expected, f"data: {missing[0]} is not here; rows and text tokens are the recipe's"
@@ -168,9 +164,18 @@ def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, int
     dataset, _ = hold_out(phase, read_samples(phase, read_processor(recipe.model)), seed=recipe.seed)
     if isinstance(dataset, ConversationStream):
         return *expected, "data: streamed, so not read; rows and text tokens are the recipe's"
-    with_image = sum(dataset.has_image)
-    text = (sum(dataset.lengths) - dataset.visual_tokens) / len(dataset)
-    return len(dataset), round(dataset.visual_tokens / max(1, with_image)), round(text), ""
+    visual = round(dataset.visual_tokens / max(1, sum(dataset.has_image)))
+    text = round((sum(dataset.lengths) - dataset.visual_tokens) / len(dataset))
+    return len(dataset), _batch(phase.train, visual, text), ""
+
+
+def _batch(train: TrainSection, visual: int | None, text: int | None) -> Batch | None:
+    """Returns the samples of an optimizer step, where each has so many tokens."""
+    if visual is None or text is None:
+        return None
+    tokens = train.tokens_per_step
+    samples = train.global_batch if tokens is None else max(1, round(tokens / (visual + text)))
+    return Batch(samples, visual, text)
 
 
 def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
@@ -186,19 +191,14 @@ def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
         raise RecipeError(f"{phase.name}: {error}") from error
 
 
-def _samples(train: TrainSection, length: int) -> int:
-    """Returns the samples of an optimizer step, where each has `length` tokens."""
-    return train.global_batch if train.tokens_per_step is None else max(1, round(train.tokens_per_step / length))
-
-
-def _steps(phase: Phase, rows: int | None, length: int | None) -> int | None:
-    """Returns the optimizer steps over samples of `length` tokens; None where they are not known."""
-    train = phase.train
+def _steps(train: TrainSection, rows: int | None, batch: Batch | None) -> int | None:
+    """Returns the optimizer steps over so many rows; None where they are not known."""
     if train.max_steps is not None:
         return train.max_steps
-    if rows is None or is_timed(train) or (train.tokens_per_step is not None and length is None):
+    tokens = train.tokens_per_step
+    if rows is None or is_timed(train) or (tokens is not None and batch is None):
         return None
-    batches = (
-        rows / train.global_batch if train.tokens_per_step is None else rows * (length or 0) / train.tokens_per_step
-    )
-    return math.ceil(train.epochs * math.ceil(batches))
+    each = rows / train.global_batch
+    if tokens is not None and batch is not None:
+        each = rows * (batch.visual + batch.text) / tokens
+    return math.ceil(train.epochs * math.ceil(each))

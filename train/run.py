@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         if found is not None and not getattr(arguments, other):
             raise RecipeError(f"--{given}: got '{found}' without --{other}, expected both or neither")
     if arguments.check:
-        from train.cards import parse_card
+        from train.estimate import parse_card
         from train.preview import preview
 
         if distributed.rank() == 0:

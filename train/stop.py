@@ -39,7 +39,8 @@ class StopRequest:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Notes signals instead of raising Stopped: for training and for writing its result."""
-        self.check()
+        if self.is_requested():
+            raise Stopped
         self._is_deferred = True
         try:
             yield
@@ -51,11 +52,6 @@ class StopRequest:
         if self.reason is None and self._launchers and _deepspeed_launchers() != self._launchers:
             self.reason = "the end of the launcher"
         return self.reason is not None
-
-    def check(self) -> None:
-        """Raises Stopped where a stop was requested."""
-        if self.is_requested():
-            raise Stopped
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker: its parent decides

@@ -1,8 +1,9 @@
-"""transformers.Trainer with our groups of learning rates, order of data, clock and agreement between ranks."""
+"""transformers.Trainer with our groups of learning rates, order of data, stage plans, clock, and agreeing ranks."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,20 +15,17 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from data.token_batches import TokenBatches
-from models.schedules import AttentionSpread, Gated, Schedule
-from recipes.schema import Distill, Phase
+from models.batch_facts import IGNORE_INDEX, next_labels
+from models.schedules import AttentionSpread, Gated, Schedule, plan_schedule
+from recipes.schema import Distill, NamedPlan, Phase
 from train.arguments import is_timed
 from train.checkpoints import whole_checkpoints
-from train.clock import Clock, rate_factor
 from train.errors import TrainingError
 from train.extensions import build_cpu_adam
-from train.groups import base_of, muon_groups, parameter_groups
-from train.metrics import TrainMetrics
-from train.order import WholeBatches
-from train.plans import PlanDraw, divergence, predicting
+from train.metrics import Clock, DataWatch, TrainMetrics
+from train.parameters import base_of, muon_groups, parameter_groups
+from train.samples import WholeBatches
 from train.stop import StopRequest, ignore_signals
-from train.validation import Validation
-from train.watch import DataWatch
 from train.window_search import WindowSearch
 
 
@@ -35,15 +33,11 @@ class FusedTrainer(Trainer):
     """Trains one phase of a recipe.
 
     Attributes:
-        phase: what to train, and how.
         order: the order of the samples; None for a stream, which has its own.
         clock: training time, agreed between the ranks once a step.
-        metrics: sums of the run.
         plans: which stage plan each step runs under; None: the model's.
         search: the search for the stage plan; None without one.
-        watch: the rows that were passed over, and the loss of each source.
-        validation: the held-out samples; None without.
-        stop: the stop request of this process.
+        validation: the held-out samples (Validation); None without.
         fingerprints: what checkpoints say about the run.
         last_step: sums of the last step over all ranks, by name.
         is_stopping: some rank was asked to stop; the same on every rank.
@@ -64,7 +58,7 @@ class FusedTrainer(Trainer):
         metrics: TrainMetrics,
         watch: DataWatch,
         search: WindowSearch | None,
-        validation: Validation | None,
+        validation: Any,
         stop: StopRequest,
         fingerprints: Mapping[str, str],
         **kwargs: Any,
@@ -76,17 +70,15 @@ class FusedTrainer(Trainer):
         self.last_step: dict[str, float] = {}
         watch.watch_loss(self.model)
         self.is_stopping, self.too_many_faults = False, ""
+        self.keeps_best = phase.eval is not None and phase.eval.final == "best"
         self._shared: tuple[Tensor, Any] | None = None  # values on their way between the ranks
-        self.keeps_best = validation is not None and validation.section.final == "best"
         self._group_settings: list[dict[str, Any]] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns this rank's share of the forward passes, in the recipe's order."""
+        batches: dict[str, Any] = {"batch_size": self.args.per_device_train_batch_size, "sampler": self.order}
         if isinstance(self.order, TokenBatches):
-            share = self.order.of_rank(self.args.process_index, self.args.world_size)
-            batches: dict[str, Any] = {"batch_sampler": share}
-        else:
-            batches = {"batch_size": self.args.per_device_train_batch_size, "sampler": self.order}
+            batches = {"batch_sampler": self.order.of_rank(self.args.process_index, self.args.world_size)}
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             **batches,
@@ -100,20 +92,19 @@ class FusedTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Returns this rank's share of the held-out samples."""
-        return self._validation.loader(self.data_collator, batch=self.args.per_device_train_batch_size)
+        return self.validation.loader(self.data_collator, batch=self.args.per_device_train_batch_size)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Adds a held-out batch to the sums of the evaluation."""
         inputs, gates = self._prepare_inputs(inputs), self._gates()
-        self._validation.add(model, inputs if gates is None else {**inputs, "schedule": gates})
+        self.validation.add(model, inputs if gates is None else {**inputs, "schedule": gates})
         return None, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Returns the held-out loss and accuracy of all ranks; training time stands still meanwhile."""
-        self.watch.leave()
-        with self.clock.paused():
+        with self.clock.paused(), self.watch.paused():
             output = super().evaluation_loop(*args, **kwargs)
-            output.metrics.update(self._validation.report())
+            output.metrics.update(self.validation.report())
         return output
 
     def evaluate_late(self) -> None:
@@ -125,27 +116,25 @@ class FusedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the recipe's optimizer over its groups; DeepSpeed's AdamW where the states are kept on the CPU."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = parameter_groups(
-                model,
-                self.phase.train.learning_rate,
-                decayed=self.get_decay_parameter_names(model),
-                weight_decay=self.args.weight_decay,
-            )
-            chosen, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if self._is_offloaded():
-                build_cpu_adam()
-                from deepspeed.ops.adam import DeepSpeedCPUAdam
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        decayed, decay = self.get_decay_parameter_names(model), self.args.weight_decay
+        groups = parameter_groups(model, self.phase.train.learning_rate, decayed=decayed, weight_decay=decay)
+        chosen, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        adam = {"betas": options.get("betas"), "eps": options.get("eps")}
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.hf_ds_config.is_offload():
+            build_cpu_adam()
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-                chosen, options = DeepSpeedCPUAdam, {"betas": options["betas"], "eps": options["eps"]}
-            elif self.phase.train.optimizer == "muon":
-                from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+            chosen, options = DeepSpeedCPUAdam, adam
+        elif self.phase.train.optimizer == "muon":
+            from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-                groups = muon_groups(model, groups, betas=options["betas"], eps=options["eps"])
-                chosen, options = MuonWithAuxAdam, {}
-            self.optimizer = chosen(groups, **options)
-            self._group_settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            chosen, options, groups = MuonWithAuxAdam, {}, muon_groups(model, groups, **adam)
+        self.optimizer = chosen(groups, **options)
+        self._group_settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return self.optimizer
 
     def restore_groups(self) -> None:
@@ -182,20 +171,22 @@ class FusedTrainer(Trainer):
     ) -> Any:
         """Returns the loss of one forward pass; at the last one of a step the ranks start to agree."""
         self.watch.take(inputs)
-        schedule, teacher = self._schedules()
+        schedule, distill = self._schedule()
         measure = None
         if self.phase.train.sparse_attention is not None:
             schedule = measure = AttentionSpread(schedule or base_of(self.model).schedule)
         if schedule is not None:
             inputs = {**inputs, "schedule": schedule}
-        loss, distilled = self._losses(model, inputs, num_items_in_batch, teacher)
+        loss, distilled = self._losses(model, inputs, num_items_in_batch, distill)
         part = loss.detach() / self.accelerator.num_processes  # Trainer scaled it for the mean over ranks
         spread = None if measure is None else measure.mean()
         self.metrics.add(inputs, part, items=1 if num_items_in_batch is None else num_items_in_batch, spread=spread)
         if self.accelerator.sync_gradients:
             self._start_sync()
-        if spread is not None:
-            loss = loss + self._penalty(spread[0])
+        if self.phase.train.sparse_attention is not None and spread is not None:
+            # this pass' part of the penalty, the mean over the global batch
+            weight = self.phase.train.sparse_attention.weight / self.phase.train.global_batch
+            loss = loss + self.accelerator.num_processes * weight * spread[0].sum()
         return loss if distilled is None else loss + distilled
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -210,12 +201,60 @@ class FusedTrainer(Trainer):
             self._shared = None
         return loss
 
-    def _schedules(self) -> tuple[Schedule | None, Distill | None]:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""
+        if "loss" in logs or "eval_loss" in logs:
+            logs["seconds"] = round(self.clock.agreed, 3)
+        if "loss" in logs:
+            logs.update(self.metrics.report(self.clock.agreed))
+            logs.update(self.watch.report())
+            if self.search is not None and self.state.global_step <= self.search.learn.steps:
+                logs.update(self.search.report(self.state.global_step))
+            rates = self.phase.train.learning_rate.model_dump()
+            factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
+            logs.update({f"learning_rate_{name}": rate * factor for name, rate in rates.items() if rate})
+        super().log(logs, start_time)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the run ends because its evaluations no longer get better; those of a search do not count."""
+        first = 0 if self.search is None else self.search.learn.steps
+        history = [line for line in self.state.log_history if line["step"] >= first]
+        return self.validation is not None and self.validation.is_stalled(history)
+
+    def failure(self, what: str, *, step: int | None = None) -> TrainingError:
+        """Returns the error of a run that cannot go on, with the checkpoint to go back to."""
+        good = whole_checkpoints(self.phase.folder)
+        last = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written before"
+        return TrainingError(f"step {self.state.global_step if step is None else step}: {what}; {last}")
+
+    def save_now(self) -> None:
+        """Writes a checkpoint of the last whole step, unless there is one; every rank calls it."""
+        step = self.state.global_step
+        if step > 0 and self.phase.folder / f"checkpoint-{step}" not in whole_checkpoints(self.phase.folder):
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self._gates() is not None:  # not of the model that is trained
+            return False
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.keeps_best:
+            self.control.should_save = True
+        return is_best
+
+    def _schedule(self) -> tuple[Schedule | None, Distill | None]:
         """Returns what the current step runs under, None: the model's; and what it learns from another plan."""
         if self.plans is None:
             return self._gates(), None
         plan = self.plans.of_step(self.state.global_step)
         return self.plans.schedule(plan.name), plan.distill
+
+    def _gates(self) -> Gated | None:
+        """Returns the gates of the current step while the search for the stage plan goes on."""
+        if self.search is None or self.search.plan is not None:
+            return None
+        return self.search.schedule(self.state.global_step, self.args.device)
 
     def _losses(
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None, distill: Distill | None
@@ -230,60 +269,6 @@ class FusedTrainer(Trainer):
         loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         scale = self.accelerator.num_processes / (len(teacher) if items is None else items)
         return loss, scale * divergence(output.logits, teacher, distill)
-
-    def _penalty(self, spread: Tensor) -> Tensor:
-        """Returns this pass' part of the penalty on the spread of attention (B,), the mean over the global batch."""
-        train = self.phase.train
-        weight = 0.0 if train.sparse_attention is None else train.sparse_attention.weight
-        return self.accelerator.num_processes * weight / train.global_batch * spread.sum()
-
-    def _gates(self) -> Gated | None:
-        """Returns the gates of the current step while the search for the stage plan goes on."""
-        if self.search is None or self.search.plan is not None:
-            return None
-        return self.search.schedule(self.state.global_step, self.args.device)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""
-        if "loss" in logs:
-            logs["seconds"] = round(self.clock.agreed, 3)
-            logs.update(self.metrics.report(self.clock.agreed))
-            logs.update(self.watch.report())
-            if self.search is not None and self.state.global_step <= self.search.learn.steps:
-                logs.update(self.search.report(self.state.global_step))
-            rates = self.phase.train.learning_rate.model_dump()
-            factor = logs["learning_rate"] / self.optimizer.param_groups[0]["initial_lr"]
-            logs.update({f"learning_rate_{name}": rate * factor for name, rate in rates.items() if rate})
-        elif "eval_loss" in logs:
-            logs["seconds"] = round(self.clock.agreed, 3)
-        super().log(logs, start_time)
-
-    @property
-    def is_stalled(self) -> bool:
-        """Whether the run ends because its evaluations no longer get better; those of a search do not count."""
-        first = 0 if self.search is None else self.search.learn.steps
-        history = [line for line in self.state.log_history if line["step"] >= first]
-        return self.validation is not None and self.validation.is_stalled(history)
-
-    def failure(self, what: str, *, step: int) -> TrainingError:
-        """Returns the error of a run that cannot go on, with the checkpoint to go back to."""
-        good = whole_checkpoints(self.phase.folder)
-        last = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written before"
-        return TrainingError(f"step {step}: {what}; {last}")
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if self._gates() is not None:  # not of the model that is trained
-            return False
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self._validation.section.final == "best":
-            self.control.should_save = True
-        return is_best
-
-    @property
-    def _validation(self) -> Validation:
-        if self.validation is None:
-            raise ValueError("eval: got an evaluation of a recipe without the section")
-        return self.validation
 
     def _start_sync(self) -> None:
         """Shares between the ranks, in one message: stop requests, seconds on rank 0, bad rows, sums of the step.
@@ -306,13 +291,45 @@ class FusedTrainer(Trainer):
         if not math.isfinite(self.last_step["loss"]):
             raise self.failure("the loss is nan or infinite", step=self.state.global_step + 1)
 
-    def save_now(self) -> None:
-        """Writes a checkpoint of the last whole step, unless there is one; every rank calls it."""
-        step = self.state.global_step
-        if step > 0 and self.phase.folder / f"checkpoint-{step}" not in whole_checkpoints(self.phase.folder):
-            self._save_checkpoint(self.model, trial=None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _is_offloaded(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return plugin is not None and plugin.hf_ds_config.is_offload()
+class PlanDraw:
+    """Draws a plan for each optimizer step, with the recipe's weights.
+
+    The draw depends on seed and step alone, so it is the same on all ranks, in all forward passes of a step and in a
+    resumed run.
+    """
+
+    def __init__(self, plans: Mapping[str, NamedPlan], seed: int) -> None:
+        self.seed, self.plans = seed, dict(plans)
+        self._weights = [plan.weight for plan in plans.values()]
+
+    def of_step(self, step: int) -> NamedPlan:
+        """Returns the plan of a step, counted from 0."""
+        return random.Random(f"{self.seed} {step}").choices(list(self.plans.values()), self._weights)[0]
+
+    def schedule(self, name: str) -> Schedule:
+        """Returns a plan as a schedule."""
+        return plan_schedule(self.plans[name].stages)
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Returns (B, S) bool, the positions whose next token is labelled."""
+    return next_labels(labels) != IGNORE_INDEX
+
+
+def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:
+    """Returns the weighted sum over rows of KL(teacher || student), of logits (R, vocabulary)."""
+    learns, says = student.float().log_softmax(dim=-1), teacher.float().log_softmax(dim=-1)
+    return distill.weight * torch.nn.functional.kl_div(learns, says, reduction="sum", log_target=True)
+
+
+def rate_factor(kind: str, share: float, *, warmup: float) -> float:
+    """Returns the learning rate as a share of its peak, after a `share` of the run, of which the first is `warmup`.
+
+    Source: transformers.get_scheduler's cosine, linear and constant schedules, over time in place of steps.
+    """
+    share = min(share, 1.0)
+    if share < warmup:
+        return share / warmup
+    left = (1.0 - share) / (1.0 - warmup)
+    return {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[kind]

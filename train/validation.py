@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 import torch
@@ -33,7 +34,7 @@ class Validation:
         self.section, self.samples = section, samples
         self._names = samples.config.names
         self._sums: Tensor | None = None
-        if section.metric == "accuracy" and not any(_has_short_answer(labels) for labels in samples.rows["labels"]):
+        if section.metric == "accuracy" and not any(map(_has_short_answer, samples.rows["labels"])):
             raise RecipeError(
                 f"eval.metric: got accuracy, but no held-out answer has up to {SHORT_ANSWER} tokens; expected loss"
             )
@@ -151,9 +152,5 @@ class _WithFillers(Dataset[dict[str, Any]]):
 
 def _has_short_answer(labels: Sequence[int]) -> bool:
     """Returns whether some run of labels has up to SHORT_ANSWER of them."""
-    size = 0
-    for label in [*labels, IGNORE_INDEX]:
-        if label == IGNORE_INDEX and 0 < size <= SHORT_ANSWER:
-            return True
-        size = 0 if label == IGNORE_INDEX else size + 1
-    return False
+    runs = groupby(labels, lambda label: label != IGNORE_INDEX)
+    return any(is_answer and len(list(run)) <= SHORT_ANSWER for is_answer, run in runs)

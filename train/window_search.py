@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from models.schedules import Gated, window_gates
 from models.stage_plan import StagePlan
 from recipes.schema import Learn, RecipeError
-from train.groups import base_of
+from train.parameters import base_of
 
 PLAN: Final = "stages.json"
 PICTURE: Final = "gates.png"
@@ -58,13 +58,7 @@ class WindowSearch:
 
     Source: ours; Hedge is Freund and Schapire's (1997), with AdaGrad's scale.
 
-    Args:
-        learn: what the recipe says.
-        num_layers: the decoder's depth.
-        state: what `state` returned, of the run that goes on.
-
-    Attributes:
-        plan: the window that was found; None while the search goes on.
+    A run that goes on gives what `state` returned. `plan` is the window that was found; None while the search goes on.
     """
 
     def __init__(self, learn: Learn, num_layers: int, state: Mapping[str, Any] | None = None) -> None:
@@ -155,12 +149,7 @@ def give_plan(model: Any, plan: StagePlan) -> None:
 
 
 def draw_gates(lines: list[Mapping[str, Any]], file: Path) -> None:
-    """Draws the gates of log lines over the steps, a row a layer.
-
-    Args:
-        lines: those of log.jsonl.
-        file: PNG to write.
-    """
+    """Draws the gates in the lines of log.jsonl over the steps, a row a layer, as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")  # before pyplot: there may be no display

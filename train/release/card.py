@@ -1,4 +1,4 @@
-"""The model card of a release: README.md with the hub's metadata."""
+"""What a release says of itself: the model card, README.md, with the hub's metadata, and the licences of its parts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from data import easy_vqa, scenes
+from data.sources import HUB, HubSet
 from models import StagePlan
 from models.schedules import SCHEDULES, TRAINED
-from train.release.errors import InputError
-from train.release.run import Run
-from train.release.sources import data_sources, model_sources
-from train.release.weights import OLDEST, render
+from recipes.schema import Recipe
+from train.errors import InputError, one_line
+from train.release.checkpoint import OLDEST, Run, render
 
 TABLE: Final = "table.json", "table.md"  # what eval.compare writes
 TASK: Final = "image-text-to-text"
@@ -37,6 +38,27 @@ _KINDS: Final = {
     name: " ".join((kind.__doc__ or "").split()).partition(". ")[0].rstrip(".") for name, kind in SCHEDULES.items()
 }
 _TRAINING: Final = ("steps", "seconds", "samples", "samples_per_second", "tokens", "loss", "ranks", "precision")
+_LLAMA2: Final = "Llama 2 Community License"
+_MODELS: Final = (  # pattern of a hub id, what is known
+    (r"lmsys/vicuna-.*v1\.5.*", f"{_LLAMA2}: Vicuna v1.5 is a fine-tuned Llama 2"),
+    (r"meta-llama/llama-2-.*", _LLAMA2),
+    (r"(llava-hf/llava-1\.5|liuhaotian/llava-v1\.5)-.*", f"{_LLAMA2}: LLaVA-1.5 is a fine-tuned Vicuna v1.5"),
+    (r"openai/clip-.*", "CLIP's repository, github.com/openai/CLIP, is under the MIT licence; read its model card too"),
+)
+_DATA: Final = {  # file name: dataset of the hub, what is known
+    "llava_v1_5_mix665k.json": (
+        "liuhaotian/LLaVA-Instruct-150K",
+        "written in part by GPT-4: OpenAI's terms of use, beside the licence on the dataset's card; images under the "
+        "terms of COCO, GQA, OCR-VQA, TextVQA and Visual Genome",
+    ),
+    "blip_laion_cc_sbu_558k.json": (
+        "liuhaotian/LLaVA-Pretrain",
+        "captions by BLIP on images of LAION, CC-3M and SBU: the terms of each, beside the dataset's card",
+    ),
+}
+_EASY_VQA: Final = "the easy-vqa package, github.com/vzhou842/easy-VQA: MIT licence"
+_SCENES: Final = "made by this project's generator: the terms of its code"
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -55,12 +77,7 @@ class Comparison:
 
 
 def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None = None) -> Comparison:
-    """Returns the comparison in a folder of eval.compare.
-
-    Args:
-        folder: of the comparison.
-        run: whose rows are wanted.
-        schedule: that the release starts under; None is the trained plan.
+    """Returns what a folder of eval.compare says of a run that is released under a schedule; None is the trained plan.
 
     Raises:
         InputError: it holds none, or none of this run.
@@ -73,7 +90,7 @@ def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None =
         runs = sorted({str(row["run"]) for row in rows})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--comparison: {folder}: {' '.join(str(error).split())}, expected a folder that eval.compare wrote"
+            f"--comparison: {folder}: {one_line(error)}, expected a folder that eval.compare wrote"
         ) from None
     wanted: tuple[str, ...]
     if schedule is not None:
@@ -93,18 +110,11 @@ def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None =
 def write_card(
     folder: Path, run: Run, config: Any, comparison: Comparison | None, *, repo: str | None, plain: bool
 ) -> None:
-    """Writes README.md.
+    """Writes README.md of a release; without a `repo`, its id on the hub, its examples have a placeholder.
 
-    Args:
-        folder: of the release.
-        run: what is released.
-        config: its config.
-        comparison: what it is worth next to others; None where it was not compared.
-        repo: hub id that it will have; None leaves a placeholder in the examples.
-        plain: it is a plain Hugging Face checkpoint.
+    `plain`: it is a plain Hugging Face checkpoint.
     """
-    place = repo or "path/to/this/folder"
-    values = _values(run, config, comparison, place=place, plain=plain)
+    values = _values(run, config, comparison, place=repo or "path/to/this/folder", plain=plain)
     text = render("card.md.jinja", **values, packages=_packages(folder))
     metadata = _metadata(run, comparison, plain=plain)
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
@@ -170,30 +180,27 @@ def _metadata(run: Run, comparison: Comparison | None, *, plain: bool) -> ModelC
 def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str, plain: bool) -> dict[str, Any]:
     """Returns what card.md.jinja is filled with."""
     depth = config.text_config.num_hidden_layers
-    heads, rows, note = _schedules(comparison)
     return {
         "name": run.recipe.name,
-        "run": run.name,
+        "run": run,
         "place": place,
         "plain": plain,
         "staged": config.stages is not None,
         "plan": _words(config.stages, depth),
         "plans": [(name, _words(fields, depth)) for name, fields in (config.plans or {}).items()],
         "schedule": TRAINED if config.schedule is None else config.schedule["name"],
-        "schedule_heads": heads,
-        "schedule_rows": rows,
-        "schedule_note": note,
+        "kinds": _KINDS,
+        "costs": _COSTS,
+        "scores": _SCORES,
+        "training": _TRAINING,
+        "comparison": comparison,
+        # its headings go below the card's
+        "table": comparison and re.sub("^#+", "###", comparison.table.strip(), flags=re.MULTILINE),
         "oldest": OLDEST,
         "trust": "" if plain else ", trust_remote_code=True",
-        "sources": _sources(run),
-        "figure_heads": [name.replace("_", " ") for name in _TRAINING],
-        "figure_rows": [
-            [figures.get("phase", "-"), *(_shown(figures.get(name)) for name in _TRAINING)] for figures in run.figures
-        ],
+        "models": model_sources(run.recipe),
+        "data": data_sources(run.recipe),
         "skipped": sum(len(figures.get("skipped") or []) for figures in run.figures),
-        # its headings go below the card's
-        "comparison": comparison and re.sub("^#+", "###", comparison.table.strip(), flags=re.MULTILINE),
-        "score_rows": [[_shown(row.get(name)) for name in _SCORES] for row in (comparison.rows if comparison else [])],
         "captions": run.data.format == "plain",
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
@@ -204,38 +211,66 @@ def _words(fields: Mapping[str, Any] | None, depth: int) -> str:
     return plan_words(None if fields is None else StagePlan.from_dict(fields), depth)
 
 
-def _sources(run: Run) -> list[str]:
-    lines = [f"{source.part}: {source.name}" for source in model_sources(run.recipe)]
-    lines = lines or ["weights: random at the start"]
-    lines += [f"{source.part}: {source.name}" for source in data_sources(run.recipe)]
-    lines.append(f"conversations as `{run.data.format}`, images by `{run.data.image_aspect}` (keys of the recipe)")
-    for phase in run.recipe.phases:
-        if phase.train.lora is not None:
-            lora = phase.train.lora
-            lines.append(f"phase {phase.name}: LoRA, r {lora.r}, alpha {lora.alpha:g}; merged into these weights")
-    return lines
+@dataclass(frozen=True)
+class Source:
+    """One part of a model.
+
+    Attributes:
+        part: what it is, for people.
+        name: hub id, or the last part of a local path: a card names no folder of the machine that trained.
+        hub: hub id, or None.
+        licence: what is known of its licence.
+    """
+
+    part: str
+    name: str
+    hub: str | None
+    licence: str
 
 
-def _schedules(comparison: Comparison | None) -> tuple[list[str], list[list[str]], str]:
-    """Returns columns, rows and a note of the table of schedules: scores and costs, where they were measured."""
-    measured = comparison.schedules if comparison else []
-    if not measured:
-        return (
-            ["what it is"],
-            [[name, kind] for name, kind in _KINDS.items()],
-            "None of them was measured on this model.",
-        )
-    found = {row["schedule"] for row in measured}
-    rows = [[_shown(row.get(name)) for name in _COSTS] for row in measured]
-    rows += [[name, *["-"] * (len(_COSTS) - 1)] for name in SCHEDULES if name not in found]
-    note = (
-        "Measured by `python -m eval.compare`: visual token-layers and FLOPs are means over prompts, `faster` is "
-        "dense's prefill time over this one's."
-    )
-    return [_COSTS[name] for name in list(_COSTS)[1:]], rows, note
+def model_sources(recipe: Recipe) -> list[Source]:
+    """Returns the pretrained models that a run started from; none where all weights started at random."""
+    parts = {"checkpoint": "whole model", "language_model": "language model", "vision_tower": "vision tower"}
+    given = {words: getattr(recipe.model, key) for key, words in parts.items()}
+    return [_model_source(words, place) for words, place in given.items() if place is not None]
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def data_sources(recipe: Recipe) -> list[Source]:
+    """Returns the data of all phases of a run, each once, the earliest phase first."""
+    files = dict.fromkeys(source.path for phase in recipe.phases for source in phase.data.sources)
+    return [_data_source(file) for file in files]
+
+
+def licences(recipe: Recipe, *, code: bool) -> str:
+    """Returns LICENSES.md: a note on the licence of each part; `code`: the release holds this project's code."""
+    unknown = "no licence is named in this folder: ask the project's owner"
+    licence = "see LICENSE" if licence_file() else unknown
+    parts = {"models": model_sources(recipe), "data": data_sources(recipe)}
+    return render("licenses.md.jinja", **parts, code=code, licence=licence)
+
+
+def licence_file() -> Path | None:
+    """Returns the project's own licence, where it has one."""
+    file = Path(__file__).resolve().parents[2] / "LICENSE"
+    return file if file.is_file() else None
+
+
+def _model_source(part: str, place: str) -> Source:
+    if Path(place).exists() or not _HUB_ID.fullmatch(place):
+        name = Path(place).name
+        return Source(part, f"a local folder, {name}", None, f"check the licence of {name}")
+    known = [words for pattern, words in _MODELS if re.fullmatch(pattern, place, re.IGNORECASE)]
+    return Source(part, place, place, known[0] if known else f"check the licence of {place}")
+
+
+def _data_source(file: str) -> Source:
+    if scenes.is_built_in(file):
+        return Source("data", f"drawn scenes and questions about them: `{file}`", None, _SCENES)
+    if easy_vqa.is_built_in(file):
+        return Source("data", f"easy-VQA, questions about coloured shapes: `{file}`", None, _EASY_VQA)
+    if file.startswith(HUB):
+        name = HubSet.of(file).name
+        return Source("data", name, name, f"check the licence of {name}, and of its images")
+    name = Path(file).name
+    hub, words = _DATA.get(name, (None, f"check the licence of {name}, and of its images"))
+    return Source("data", f"{name} ({hub})" if hub else name, hub, words)

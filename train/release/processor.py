@@ -13,61 +13,7 @@ from data.config import DataConfig
 from data.processor import ProcessorError, VisionProcessor, load_processor
 from data.processor import save_processor as save_parts
 from data.rows import IMAGE_MARK, Turn
-from train.release.errors import InputError, ReleaseError
-
-# Messages whose content is a list of parts (pipelines, servers) become messages whose content is text, as training
-# had them: first a mark and a newline for each image, then the text. Whatever follows need not know of parts. The
-# closing `{{- '' }}` keeps the white space that what follows begins with.
-_PARTS_TO_TEXT: Final = """\
-{%- set plain = namespace(messages=[]) -%}
-{%- for message in messages -%}
-    {%- set said = namespace(marks='', texts=[]) -%}
-    {%- if message['content'] is string -%}
-        {%- set said.texts = [message['content']] -%}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'text' -%}
-                {%- set said.texts = said.texts + [part['text'] | replace('IMAGE', '')] -%}
-            {%- elif part['type'] in ['image', 'image_url'] -%}
-                {%- set said.marks = said.marks + 'IMAGE\\n' -%}
-            {%- else -%}
-                {{- raise_exception('got a part of type ' ~ part['type'] ~ ', expected text, image') -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {%- set text = said.texts | join('\\n') -%}
-    {%- set text = said.marks + (text | trim if said.marks else text) -%}
-    {%- set plain.messages = plain.messages + [dict(message, content=text)] -%}
-{%- endfor -%}
-{%- set messages = plain.messages -%}
-{{- '' }}""".replace("IMAGE", IMAGE_MARK)
-
-# data/render.py's vicuna. A system message takes the place of LLaVA's own.
-_VICUNA: Final = """\
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {%- set system = messages[0]['content'] -%}
-    {%- set messages = messages[1:] -%}
-{%- else -%}
-    {%- set system = SYSTEM -%}
-{%- endif -%}
-{{- system + ' ' -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'USER: ' + message['content'] + ' ASSISTANT:' -}}
-    {%- else -%}
-        {%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}""".replace("SYSTEM", repr(VICUNA_SYSTEM))
-
-# data/render.py's plain: a question is its images alone.
-_PLAIN: Final = """\
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'IMAGE' * (message['content'].split('IMAGE') | length - 1) + '\\n' -}}
-    {%- else -%}
-        {%- generation -%}{{- message['content'] + '\\n' -}}{%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}""".replace("IMAGE", IMAGE_MARK)
+from train.errors import InputError, ReleaseError
 
 _BEGIN: Final = "{{- bos_token -}}"
 
@@ -104,10 +50,6 @@ def released_processor(final: Path, data: DataConfig) -> Any:
 
     The chat template renders what `data.format` trained with, from texts or from parts. With `data.image_aspect: pad`
     the image processor is LLaVA's, which pads to a square by itself. Prompts are padded on the left, for generation.
-
-    Args:
-        final: folder of the checkpoint.
-        data: the recipe's data section.
 
     Raises:
         ReleaseError: no template makes the tokens that the model was trained with.
@@ -193,11 +135,23 @@ def released_ids(processor: Any) -> list[int]:
 def _templates(chat_format: str, tokenizer: Any, image: ImageText) -> list[str]:
     """Returns the templates that may fit, the best first.
 
+    Messages whose content is a list of parts (pipelines, servers) first become messages whose content is text, as
+    training had them: a mark and a newline for each image, then the text. Whatever follows need not know of parts.
+
     Without a written beginning the processor adds what training added. With one the tokenizer alone does so too: the
     better one for vicuna_v1, but a tokenizer that puts a space before the first word may not do so behind it.
     """
     if chat_format == "chat_template":
-        parts = _PARTS_TO_TEXT.replace(IMAGE_MARK, image.token)
+        parts = _read("parts", image.token)
         return [parts + str(image.template or tokenizer.get_chat_template()).removeprefix(parts)]
-    parts, vicuna, plain = (text.replace(IMAGE_MARK, image.mark) for text in (_PARTS_TO_TEXT, _VICUNA, _PLAIN))
-    return [parts + plain] if chat_format == "plain" else [_BEGIN + parts + vicuna, parts + vicuna]
+    parts = _read("parts", image.mark)
+    if chat_format == "plain":
+        return [parts + _read("plain", image.mark)]
+    vicuna = _read("vicuna", image.mark)
+    return [_BEGIN + parts + vicuna, parts + vicuna]
+
+
+def _read(name: str, mark: str) -> str:
+    """Returns a template of this folder; vicuna's system message, LLaVA's, is one that messages may replace."""
+    text = Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    return text.replace("IMAGE", mark).replace("SYSTEM", repr(VICUNA_SYSTEM))

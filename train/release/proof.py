@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.processor import VisionProcessor
-from train.release.errors import ReleaseError
+from train.checkpoints import files_of, sha256_of
+from train.errors import ReleaseError
 from train.release.processor import CONVERSATION, trained_ids
 
 SUMS: Final = "SHA256SUMS"
@@ -52,11 +52,7 @@ class Released:
 def expect(model: Any, processor: Any, data: DataConfig, image: Image.Image) -> dict[str, Tensor]:
     """Returns what the run's model makes of CONVERSATION with an image, asked as training asked.
 
-    Args:
-        model: the run's.
-        processor: the run's own, not the release's.
-        data: how it was trained.
-        image: RGB.
+    The processor is the run's, not the release's.
 
     Returns:
         input_ids (1, S), pixel_values as the family has them, in float32, logits (1, 8, vocabulary) of the last
@@ -109,7 +105,7 @@ def prove(*releases: Released) -> None:
 
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS over all files of a folder, as `sha256sum -c` reads it."""
-    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    lines = [f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder, but=(SUMS,))]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -117,9 +113,9 @@ def check_sums(folder: Path) -> None:
     """Raises ReleaseError unless a folder holds exactly the files of its SHA256SUMS, unchanged."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    files = {path.relative_to(folder).as_posix(): path for path in files_of(folder, but=(SUMS,))}
     for name in sorted(sums.keys() | files.keys()):
-        if name not in files or sums.get(name) != _sha256(files[name]):
+        if name not in files or sums.get(name) != sha256_of(files[name]):
             raise ReleaseError(f"{folder / name}: is not what {SUMS} says")
 
 
@@ -155,12 +151,3 @@ def _error(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import transformers
@@ -17,38 +17,23 @@ from models.families import family_of
 from recipes.resolved import dump_recipe
 from recipes.schema import Phase, Recipe, RecipeError
 from train import distributed
-from train.adapters import merged
-from train.checkpoints import find_fault
+from train.arguments import resolve_dtype, resolve_precision
+from train.checkpoints import FINAL, RECIPE, RUN, find_fault
 from train.errors import TrainingError, one_line
-from train.groups import trainable_counts
-from train.initial import checkpoint_config, refuse_faults
-from train.precision import resolve_dtype, resolve_precision
+from train.parameters import merged, trainable_counts
 from train.release.processor import save_processor
 from train.samples import Samples
 from train.trainer import FusedTrainer
-from train.weights import save_model
+from train.weights import checkpoint_config, refuse_faults, save_model
 from train.window_search import give_plan
 
-FINAL: Final = "final"
-RUN: Final = "run.json"
 
-
-def finished_steps(phase: Phase) -> int | None:
-    """Returns the steps of the phase's final/, or None where there is none; it appears in one move, so it is whole.
+def read_figures(phase: Phase) -> dict[str, Any] | None:
+    """Returns run.json of the phase's final/, or None where there is none; it appears in one move, so it is whole.
 
     Raises:
-        RecipeError: its run.json cannot be read.
+        RecipeError: it cannot be read.
     """
-    figures = _read_figures(phase)
-    return None if figures is None else figures["steps"]
-
-
-def ended_early(phase: Phase) -> bool:
-    """Returns whether the phase's final/ is of a run that ended because its evaluations no longer got better."""
-    return bool((_read_figures(phase) or {}).get("ended_early"))
-
-
-def _read_figures(phase: Phase) -> dict[str, Any] | None:
     file = phase.folder / FINAL / RUN
     if not file.is_file():
         return None
@@ -62,16 +47,12 @@ def _read_figures(phase: Phase) -> dict[str, Any] | None:
 def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset: Samples) -> None:
     """Writes final/: weights, config with the stage plan, processor, recipe.yaml and run.json. Every rank calls it.
 
-    Args:
-        trainer: after training.
-        recipe: the recipe.
-        initial: checkpoint that the phase started from; adapters are merged into it.
-        dataset: for the list of rows that were skipped.
+    Adapters are merged into `initial`, the checkpoint that the phase started from.
 
     Raises:
         TrainingError: what was written does not load as it should.
     """
-    phase = trainer.phase
+    phase, dtype = trainer.phase, resolve_dtype(trainer.phase.train)
     figures = _figures(trainer, dataset)
     best = _best_checkpoint(trainer)
     weights = {} if best is not None else trainer.accelerator.get_state_dict(trainer.deepspeed)
@@ -80,33 +61,27 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
     if best is not None:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        dtype = resolve_dtype(phase.train)
         weights = {name: one.to(dtype) for name, one in get_fp32_state_dict_from_zero_checkpoint(best).items()}
-    partial = phase.folder / f"{FINAL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    unset_hf_deepspeed_config()  # from here on rank 0 is alone: nothing may be split over ranks
     model: Any = trainer.model
     if phase.train.lora is not None:
-        learned = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        unset_hf_deepspeed_config()  # from here on rank 0 is alone: nothing may be split over ranks
-        weights = {name: weights[name] for name in learned}
-        dtype = resolve_dtype(phase.train)
-        model = merged(weights, phase.train.lora, initial=initial, dtype=dtype)
+        learned = {name: weights[name] for name, weight in model.named_parameters() if weight.requires_grad}
+        model = merged(learned, phase.train.lora, initial=initial, dtype=dtype)
         weights = model.state_dict()
         if trainer.search is not None:
             give_plan(model, trainer.search.found)
-    unset_hf_deepspeed_config()
     stop_at(model, dataset.encoder.stop_ids)
+    final, partial = phase.folder / FINAL, phase.folder / f"{FINAL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     save_model(model, partial, weights=weights)
     save_processor(trainer.processing_class, phase.data, partial)
-    (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (partial / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     (partial / RUN).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     _check_loads(partial)
-    if (phase.folder / FINAL).is_dir():  # of fewer steps
-        old = (phase.folder / FINAL).rename(phase.folder / f"{FINAL}.old")
-        partial.rename(phase.folder / FINAL)
+    old = final.rename(phase.folder / f"{FINAL}.old") if final.is_dir() else None  # of fewer steps
+    partial.rename(final)
+    if old is not None:
         shutil.rmtree(old)
-    else:
-        partial.rename(phase.folder / FINAL)
 
 
 def _best_checkpoint(trainer: FusedTrainer) -> Path | None:
@@ -133,38 +108,34 @@ def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
 def _check_loads(folder: Path) -> None:
     """Loads names and shapes of a checkpoint, no weights, and refuses any that do not fit its config."""
     config = checkpoint_config(folder)
-    _, report = family_of(config.model_type).model_class.from_pretrained(
-        folder,
-        config=config,
-        device_map="meta",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    kind = family_of(config.model_type).model_class
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, report = kind.from_pretrained(folder, config=config, **options)
     try:
         refuse_faults(folder, report)
-    except ValueError as error:
+    except RecipeError as error:
         raise TrainingError(f"{folder} was not written whole: {error}") from error
 
 
 def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
-    samples, tokens = trainer.metrics.samples, trainer.metrics.tokens
-    seconds = trainer.clock.agreed
+    metrics, seconds = trainer.metrics, trainer.clock.agreed
+    passed = max(seconds, 1e-9)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "phase": trainer.phase.name,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 3),
-        "samples": samples,
-        "samples_per_second": round(samples / max(seconds, 1e-9), 2),
-        "tokens": tokens,
-        "visual_tokens": trainer.metrics.visual,
-        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "samples": metrics.samples,
+        "samples_per_second": round(metrics.samples / passed, 2),
+        "tokens": metrics.tokens,
+        "visual_tokens": metrics.visual,
+        "tokens_per_second": round(metrics.tokens / passed, 1),
         "loss": losses[-1] if losses else None,
         **_eval_figures(trainer),
         "ranks": distributed.count(),
         "precision": resolve_precision(trainer.phase.train),
         "trainable": trainable_counts(trainer.model),
-        "skipped": [_plain(fault) for fault in [*dataset.skipped, *trainer.watch.all_faults()]],
+        "skipped": [asdict(fault) for fault in [*dataset.skipped, *trainer.watch.all_faults()]],
         "sources": dict(zip(trainer.phase.data.names, dataset.source_rows, strict=False)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -179,7 +150,3 @@ def _eval_figures(trainer: FusedTrainer) -> dict[str, Any]:
     kept = ("eval_loss", "eval_accuracy")
     chosen = {name: value for name, value in evaluations[step].items() if name.startswith(kept)}
     return {"eval_step": step, **chosen, "ended_early": trainer.is_stalled}
-
-
-def _plain(fault: Any) -> Any:
-    return asdict(fault) if is_dataclass(fault) and not isinstance(fault, type) else str(fault)
