@@ -8,7 +8,7 @@ from a cache that does not have them. Letters: B batch, S sequence, P prefix, T 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Prefix:
         ]
         ids = self.batch.ids.gather(1, self._behind)
         steps = (self._valid.long().cumsum(dim=1) - 1).clamp(min=0)
-        positions = self._all[0].next_position[:, None] + steps
+        positions = cast("Tensor", self._all[0].next_position)[:, None] + steps
         decoder = unwrap(self.model.model.get_decoder())
         output = run_decoder(
             decoder,
