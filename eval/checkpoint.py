@@ -58,7 +58,7 @@ class Checkpoint:
         """Returns the checkpoint of a run folder (its `final/`), of a folder with the weights, or of the hub.
 
         `chat_format` and `aspect` are by default what its recipe.yaml says; without one, its chat template and its
-        processor's own way. Of a hub name (`llava-hf/llava-1.5-7b-hf`) the files are fetched.
+        processor's way. Of a hub name (`llava-hf/llava-1.5-7b-hf`) the files are fetched.
 
         Raises:
             CheckpointError: there is none, says where it looked; or its recipe asks no questions.

@@ -1,7 +1,7 @@
 """The visual tokens that each layer really ran on: which they are, their cost, and how they lie in the image.
 
 `python -m eval.live CHECKPOINT --out DIR` draws them, one picture a schedule, over test questions of easy-VQA: every
-schedule with its published settings, layer numbers scaled to the decoder, and the checkpoint's own plan where it has
+schedule with its published settings, layer numbers scaled to the decoder, and the checkpoint's plan where it has
 one.
 """
 

@@ -370,7 +370,7 @@ def test_plans_in_words():
     assert plan_words(None, 8).startswith("Dense: visual tokens run through all 8")
     words = plan_words(StagePlan(enter=2, exit=8, update="kv", keep={4: 10, 6: 0.25}), 8)
     assert "never leave (layers count from 0): 6 of 8" in words
-    assert "only lends keys and values" in words
+    assert "only gives keys and values" in words
     assert "From layer 4 on 10 visual tokens stay. From layer 6 on 0.25 of the visual tokens stay." in words
     assert words.endswith("They are chosen by attention.")
     learned = StagePlan(enter=2, exit=8, keep={2: 0.1}, select="learned")
@@ -804,7 +804,7 @@ def test_the_proof_looks_at_everything(released, monkeypatch, tmp_path):
     }
 
     def prove(folder=released, **found):
-        monkeypatch.setattr(release_proof, "_fresh", lambda *_: [expected | found])
+        monkeypatch.setattr(release_proof, "ask_fresh_process", lambda *_: [expected | found])
         release_proof.prove(release_proof.Released(folder, expected, image, plain=False))
 
     prove()
@@ -833,7 +833,7 @@ def test_code_that_does_not_load_alone_is_refused(released, tmp_path):
 
 
 def test_only_a_release_is_replaced(released, llava, quickstart, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(release, "_write", lambda partial, *_: (partial / "SHA256SUMS").write_text(""))
+    monkeypatch.setattr(release, "write_release", lambda partial, *_: (partial / "SHA256SUMS").write_text(""))
     shutil.copytree(released, tmp_path / "old")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.png").write_text("dear")

@@ -127,7 +127,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool) -> T
         logging_steps=train.log_steps,
         logging_nan_inf_filter=False,  # the trainer stops instead
         report_to=[train.tracker],
-        disable_tqdm=True,  # train/callbacks.py has its own line
+        disable_tqdm=True,  # train/callbacks.py prints a line instead
         remove_unused_columns=False,
         ignore_data_skip=phase.data.streaming,  # a stream skips by itself, without opening images
         dataloader_num_workers=phase.data.workers,

@@ -123,7 +123,7 @@ class RunCallback(TrainerCallback):
             control.should_evaluate = trainer.validation is not None
         if is_over or trainer.is_stopping:
             control.should_save = control.should_training_stop = True
-        if trainer.is_stopping:  # who stops the run may not wait: the same command makes it up
+        if trainer.is_stopping:  # a stop does not wait for it: the same command makes up for it
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -151,7 +151,7 @@ def exit_with(text: str, *, code: int) -> int:
         while rank() == 0 and store.add(f"{_FAULT}/heard", 0) < count() - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
     except _STORE_FAULTS:
-        if _Group.heard is None:  # rank 0, which holds the store, is gone without a word
+        if _Group.heard is None:  # rank 0, which holds the store, is gone, and nothing was heard of it
             print(f"rank {rank()}: {line}", file=stream, flush=True)
     return code
 
@@ -213,7 +213,7 @@ def shutdown() -> None:
 
 
 def run_next(phase: int) -> NoReturn:
-    """Replaces this process by a fresh one that runs the given phase under its own DeepSpeed configuration."""
+    """Replaces this process by a fresh one that runs the given phase under that phase's DeepSpeed configuration."""
     _choose_next_port()
     shutdown()
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 holds the store from here on

@@ -18,7 +18,7 @@ class ReleaseError(RuntimeError):
 class Stopped(BaseException):
     """A stop request that came before the first step or after the last: nothing is left to save.
 
-    A BaseException, as KeyboardInterrupt is, so that no library takes it for a fault of its own.
+    A BaseException, as KeyboardInterrupt is, so that no library takes it for one of its faults.
     """
 
 

@@ -97,7 +97,7 @@ def _best_checkpoint(trainer: FusedTrainer) -> Path | None:
 
 
 def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
-    """Makes generation stop at the tokens that training labelled as the end of an answer, and at the config's own."""
+    """Makes generation stop at the tokens that training labelled as the end of an answer, and at the config's."""
     config = model.config.text_config.eos_token_id
     known = config if isinstance(config, list) else [] if config is None else [config]
     if stop_ids:

@@ -117,9 +117,9 @@ def muon_groups(model: nn.Module, groups: Iterable[Mapping[str, Any]], **adam: A
             weight.use_muon = id(weight) in matrices
             rows, columns = shape if weight.use_muon else (1, 1)
             scale = 0.2 * math.sqrt(max(rows, columns) / max(1.0, rows / columns)) if weight.use_muon else 1.0
-            own = {"lr": group["lr"] * scale, "use_muon": weight.use_muon, **({} if weight.use_muon else adam)}
+            options = {"lr": group["lr"] * scale, "use_muon": weight.use_muon, **({} if weight.use_muon else adam)}
             key = number, weight.use_muon, scale
-            split.setdefault(key, {**group, **own, "params": []})["params"].append(weight)
+            split.setdefault(key, {**group, **options, "params": []})["params"].append(weight)
     return list(split.values())
 
 
@@ -165,11 +165,11 @@ def adapted_layers(model: Any, lora: Lora) -> dict[str, nn.Linear]:
         and (part_of(model, name) != "language_model" or layer_of(name) in numbers)
     }
     for part in lora.parts:
-        own = sorted({name.rpartition(".")[2] for name in linear if part_of(model, name) == part})
-        if not own:
+        linears = sorted({name.rpartition(".")[2] for name in linear if part_of(model, name) == part})
+        if not linears:
             raise RecipeError(f"train.lora.parts: got {part}, which has no Linear layer in this model, expected others")
         if not any(part_of(model, name) == part for name in chosen):
-            raise RecipeError(f"train.lora.modules: got none of {part}, expected one of {', '.join(own)}")
+            raise RecipeError(f"train.lora.modules: got none of {part}, expected one of {', '.join(linears)}")
     return chosen
 
 

@@ -33,7 +33,7 @@ class FusedTrainer(Trainer):
     """Trains one phase of a recipe.
 
     Attributes:
-        order: the order of the samples; None for a stream, which has its own.
+        order: the order of the samples; None for a stream, which has one.
         clock: training time, agreed between the ranks once a step.
         plans: which stage plan each step runs under; None: the model's.
         search: the search for the stage plan; None without one.

@@ -112,7 +112,7 @@ def load_checkpoint(
 
     Args:
         source: folder or hub id.
-        config: in place of the checkpoint's own. Where it has no plan that reads the checkpoint's scorer of visual
+        config: in place of the checkpoint's. Where it has no plan that reads the checkpoint's scorer of visual
             tokens, that is left out.
         dtype: of the weights.
         bits: 4 or 8 keeps the language model's weights in so many, by bitsandbytes; None in `dtype`.
@@ -259,7 +259,7 @@ def save_model(
     """Writes config.json, generation_config.json and the weights of a model, whatever trained it.
 
     A dense model becomes an ordinary one of its family, which transformers loads without this repository; one with a
-    stage plan keeps its own model type.
+    stage plan keeps its model type.
 
     `weights` are by their names in the model; None takes the model's.
     """

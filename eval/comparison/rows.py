@@ -1,6 +1,6 @@
 """The rows of a comparison, made from its cells alone: scores with their errors, costs, and differences to dense.
 
-Runs that differ in their seed alone have a row together; their own rows say `pooled_in`.
+Runs that differ in their seed alone have a row together; the rows of each say `pooled_in`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def _pool(label: str, runs: Mapping[int, str], rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Adds to `rows` those of several seeds together, before their own; returns their members by (run, schedule)."""
+    """Adds rows of several seeds together before those of each; returns their members by (run, schedule)."""
     found: dict[tuple[str, str], list[Row]] = {}
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         done = {row["run"]: row for row in rows if row["schedule"] == schedule and row["status"] == "done"}

@@ -25,7 +25,7 @@ class Analysis:
         asker: makes its batches.
         samples: at least two, about different images.
         batch: samples of one forward pass.
-        plan: the checkpoint's own; None is dense.
+        plan: the checkpoint's; None is dense.
         window: layers of the sliding window.
     """
 

@@ -184,10 +184,10 @@ class Insight:
     def _lens(self, states: Tensor, answers: Tensor) -> dict[str, Tensor]:
         logits = self.model.lm_head(self.model.model.get_decoder().norm(states)).float()
         logs = logits.log_softmax(dim=-1)
-        own = logits.gather(1, answers[:, None])
+        answer = logits.gather(1, answers[:, None])
         return {
             "lens_probability": logs.gather(1, answers[:, None])[:, 0].exp(),
-            "lens_rank": 1 + (logits > own).sum(dim=1),
+            "lens_rank": 1 + (logits > answer).sum(dim=1),
             "lens_entropy": -(logs.exp() * logs).sum(dim=1),
         }
 
@@ -239,7 +239,7 @@ class Firing:
 
 
 def firings(model: Any, batch: Batch, plan: StagePlan | None) -> list[Firing]:
-    """Returns what VisiPruner does with each sample, inside the checkpoint's own plan.
+    """Returns what VisiPruner does with each sample, inside the checkpoint's plan.
 
     Its settings are the published ones, `shallow_end` scaled to the depth. A layer that fires its middle test and
     keeps every token cannot be told from one that does not.
@@ -250,15 +250,15 @@ def firings(model: Any, batch: Batch, plan: StagePlan | None) -> list[Firing]:
     found = []
     for sample, (text, visual) in enumerate(zip(batch.text_tokens, batch.visual.sum(dim=1).tolist(), strict=True)):
         counts = [len(layer[sample]) - text for layer in output.live]
-        own = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
-        found.append(firing_of(counts, own))
+        planned = [visual] * depth if plan is None else plan.visual_counts(visual, depth)
+        found.append(firing_of(counts, planned))
     return found
 
 
-def firing_of(counts: Sequence[int], own: Sequence[int]) -> Firing:
-    """Returns what happened, from the live visual tokens with the pruner and by the checkpoint's own plan."""
-    dropped = next((layer for layer, count in enumerate(counts) if count < own[layer]), None)
+def firing_of(counts: Sequence[int], planned: Sequence[int]) -> Firing:
+    """Returns what happened, from the live visual tokens with the pruner and by the checkpoint's plan."""
+    dropped = next((layer for layer, count in enumerate(counts) if count < planned[layer]), None)
     if dropped is None:
         return Firing(None, None, None)
-    gone = next((layer for layer, count in enumerate(counts) if count == 0 < own[layer]), None)
+    gone = next((layer for layer, count in enumerate(counts) if count == 0 < planned[layer]), None)
     return Firing(dropped - 1, counts[dropped], gone)

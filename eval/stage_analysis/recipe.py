@@ -1,4 +1,4 @@
-"""The recipe of the proposed stages: the checkpoint's own with other stages, or LLaVA's that starts from it."""
+"""The recipe of the proposed stages: the checkpoint's with other stages, or LLaVA's that starts from it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def starting_recipe(checkpoint: Checkpoint, given: str) -> Recipe:
         given: what it was called by: a folder or a hub name.
 
     Raises:
-        RecipeError: its own cannot be used any more.
+        RecipeError: that recipe cannot be used any more.
     """
-    own = checkpoint.weights / "recipe.yaml"
-    if own.is_file():
-        return load_recipe(own)
+    recipe = checkpoint.weights / "recipe.yaml"
+    if recipe.is_file():
+        return load_recipe(recipe)
     is_llava = checkpoint.family == "llava"
     foreign = load_recipe(FOREIGN if is_llava else READY).model_dump()
     if not is_llava:

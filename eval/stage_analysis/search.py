@@ -49,7 +49,7 @@ class Trials:
     """What was answered right in each trial; a trial is run once, however many ranges of layers come down to it.
 
     Args:
-        plan: the checkpoint's own; None is dense.
+        plan: the checkpoint's; None is dense.
         depth: the decoder's layers.
     """
 

@@ -41,7 +41,7 @@ _ALL = (
     Benchmark("mmvet", "gpt_eval_score", scale=100.0, folder="mmvet"),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
-JUDGED = ("mmvet",)  # scored by a model behind an interface, with lmms-eval's own settings
+JUDGED = ("mmvet",)  # scored by a model behind an interface, with lmms-eval's settings
 _JUDGE_KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
 
 

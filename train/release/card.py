@@ -97,14 +97,14 @@ def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None =
         wanted = (schedule["name"],) if len(schedule) == 1 else ()  # other settings than were measured
     else:
         wanted = (TRAINED,) if run.recipe.plan else (TRAINED, "dense")  # two names of one schedule
-    own = [row for row in rows if row["run"] == run.name]
-    if not own:
+    ours = [row for row in rows if row["run"] == run.name]
+    if not ours:
         raise InputError(f"--comparison: {folder}: got runs {', '.join(runs)}, expected one with {run.name}")
     kept: dict[tuple[Any, Any], dict[str, Any]] = {}
-    for row in own:
+    for row in ours:
         if row.get("schedule") in wanted and isinstance(row.get("score"), int | float):
             kept.setdefault((row.get("task"), row.get("metric")), row)
-    return Comparison(text, list(kept.values()), [row for row in own if isinstance(row.get("score"), int | float)])
+    return Comparison(text, list(kept.values()), [row for row in ours if isinstance(row.get("score"), int | float)])
 
 
 def write_card(
@@ -140,7 +140,7 @@ def plan_words(plan: StagePlan | None, depth: int) -> str:
         words = f"Visual tokens are live at decoder layers {', '.join(map(str, layers))}"
     words += f" (layers count from 0): {len(layers)} of {depth} layers see the image, the others run on text alone."
     if plan.update == "kv":
-        words += " There a visual token only lends keys and values to the text, and never changes."
+        words += " There a visual token only gives keys and values to the text, and never changes."
     for layer, amount in plan.keep.items():
         some = f"{amount:.4g} of the" if isinstance(amount, float) else str(amount)
         words += f" From layer {layer} on {some} visual tokens stay."
@@ -250,7 +250,7 @@ def licences(recipe: Recipe, *, code: bool) -> str:
 
 
 def licence_file() -> Path | None:
-    """Returns the project's own licence, where it has one."""
+    """Returns the project's licence, where it has one."""
     file = Path(__file__).resolve().parents[2] / "LICENSE"
     return file if file.is_file() else None
 

@@ -1,4 +1,4 @@
-"""What a stranger does with releases: loads them where the repository is not, and asks them.
+"""Loads releases where the repository is not, and asks them, as their users do.
 
 Run as a script in a fresh, isolated process by proof.py; imports nothing of the repository.
 """
@@ -27,12 +27,12 @@ def _processor(release: str, trust: dict[str, bool]) -> Any:
     kind = getattr(transformers, fields["processor_class"])
     names = [name for name in kind.get_attributes() if name != "video_processor"]
     kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: names)})
-    own = {name: value for name, value in fields.items() if name != "processor_class" and not isinstance(value, dict)}
+    other = {name: value for name, value in fields.items() if name != "processor_class" and not isinstance(value, dict)}
     processor = kind(
         image_processor=AutoImageProcessor.from_pretrained(release),
         tokenizer=AutoTokenizer.from_pretrained(release),
         video_processor=None,
-        **own,
+        **other,
     )
     processor.chat_template = (Path(release) / "chat_template.jinja").read_text(encoding="utf-8")
     return processor

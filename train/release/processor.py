@@ -72,7 +72,7 @@ def released_processor(final: Path, data: DataConfig) -> Any:
 def save_processor(processor: Any, data: DataConfig, folder: Path) -> None:
     """Writes the processor of a checkpoint; its chat template asks as training did, from texts or from parts.
 
-    Where no template makes the tokens of the training, it keeps its own.
+    Where no template makes the tokens of the training, it keeps its template.
     """
     take_parts(processor, data)
     save_parts(processor, folder)
@@ -95,7 +95,7 @@ def take_parts(processor: Any, data: DataConfig) -> bool:
     """Gives a processor the chat template that renders what `data.format` trains with, from texts or from parts.
 
     Returns:
-        Whether one makes the very tokens; otherwise the processor keeps its own.
+        Whether one makes the very tokens; otherwise the processor keeps its template.
 
     Raises:
         TokenizerError: the tokenizer does not go with the format.
@@ -104,7 +104,7 @@ def take_parts(processor: Any, data: DataConfig) -> bool:
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     text, wanted = VisionProcessor(processor).text, trained_ids(processor, data)
     if data.format == "chat_template" and text.has_parts and released_ids(processor) == wanted:
-        return True  # the family's own, which takes parts
+        return True  # the family's, which takes parts
     for template in _templates(data.format, processor.tokenizer, text):
         processor.chat_template = processor.tokenizer.chat_template = template
         if released_ids(processor) == wanted:

@@ -90,7 +90,7 @@ def prove(*releases: Released) -> None:
         ReleaseError: one does not load there, or gives something else, or a file is not what was written.
     """
     with tempfile.TemporaryDirectory() as name:
-        results = _fresh(releases, Path(name))
+        results = ask_fresh_process(releases, Path(name))
     limits = {"input_ids": 0.0, "pixel_values": _PIXEL_TOLERANCE, "logits": _TOLERANCE, "tokens": 0.0}
     for release, found in zip(releases, results, strict=True):
         for part, limit in limits.items():  # causes before what follows from them
@@ -119,7 +119,7 @@ def check_sums(folder: Path) -> None:
             raise ReleaseError(f"{folder / name}: is not what {SUMS} says")
 
 
-def _fresh(releases: Sequence[Released], folder: Path) -> list[dict[str, Tensor]]:
+def ask_fresh_process(releases: Sequence[Released], folder: Path) -> list[dict[str, Tensor]]:
     """Returns what a process that knows the releases alone makes of the conversation."""
     jobs = []
     for number, release in enumerate(releases):
@@ -131,11 +131,11 @@ def _fresh(releases: Sequence[Released], folder: Path) -> list[dict[str, Tensor]
     (folder / "jobs.json").write_text(json.dumps({**shared, "jobs": jobs}), encoding="utf-8")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     # an empty cache: no code of an earlier release; offline: nothing but the folders; no GPU: as the run's model here
-    own = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    changed = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-I", str(_PROBE), str(folder / "jobs.json")],
         cwd=folder,
-        env=inherited | own,
+        env=inherited | changed,
         capture_output=True,
         text=True,
         check=False,

@@ -93,7 +93,7 @@ def _release(options: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"--out: {partial}: {error.strerror}, expected a folder that can be written") from None
     try:
-        _write(partial, run, schedule, comparison, options)
+        write_release(partial, run, schedule, comparison, options)
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -102,7 +102,7 @@ def _release(options: argparse.Namespace) -> None:
         print(f"{out}: uploaded to {push(out, options.push, force=options.force)}")
 
 
-def _write(
+def write_release(
     partial: Path,
     run: Run,
     schedule: Mapping[str, Any] | None,
@@ -112,9 +112,9 @@ def _write(
     """Writes the whole release and proves it."""
     print(f"{run.final}: loading")
     model = load(run, schedule)
-    own, processor = read_processor(run.final), released_processor(run.final, run.data)
-    image = picture(own.image_processor)
-    expected = expect(model, own, run.data, image)
+    trained, processor = read_processor(run.final), released_processor(run.final, run.data)
+    image = picture(trained.image_processor)
+    expected = expect(model, trained, run.data, image)
     print(f"{options.out}: writing")
     write_model(model, partial, max_shard_size=options.max_shard_size)
     save_released(processor, partial)
@@ -210,7 +210,7 @@ def push(release: Path, repo: str, *, force: bool) -> str:
             commit_message=f"Release {release.name}",
             delete_patterns="*" if force else None,
         )
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # HfHubHTTPError; and the upload's own
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # HfHubHTTPError; and the upload's
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (_UNAUTHORIZED, _FORBIDDEN):
             raise _refused(repo, error) from None
         raise ReleaseError(
