@@ -28,7 +28,7 @@ from eval.comparison.cells import run_cell
 from eval.live import Loaded
 from eval.lmms import Harness
 from eval.measure import default_batch, dtype
-from eval.study_results import Record, Results, fingerprint, lacking, record_of, write_report
+from eval.study_results import Record, Results, fingerprint, lacking, record_of, tables, write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.fused import require_nothing_more, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
@@ -182,6 +182,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
     parser.add_argument("--limit", type=positive, help="only the first N questions of a task; nothing is kept of it")
     parser.add_argument("--report", action="store_true", help="only write the tables of the results that are there")
+    parser.add_argument("--reference", metavar="ARM", help="only print the tables, differences to this arm")
     return parser.parse_args(given)
 
 
@@ -195,6 +196,8 @@ def chosen(study: Study, args: argparse.Namespace) -> tuple[list[str], list[int]
                 raise UsageError(f"{option}: got '{name}', expected {', '.join(known)}")
         return names
 
+    if args.reference not in (None, *study.arms):
+        raise UsageError(f"--reference: got '{args.reference}', expected {', '.join(study.arms)}")
     seeds = named("--seeds", args.seeds, [str(seed) for seed in study.seeds])
     return list(named("--arms", args.arms, list(study.arms))), [int(seed) for seed in seeds]
 
@@ -259,7 +262,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     logging.disable_progress_bar()
-    runs = [run for run in every if run.arm in arms and run.seed in seeds and not args.report]
+    runs = [run for run in every if run.arm in arms and run.seed in seeds and not (args.report or args.reference)]
     try:
         code = run_all(study, runs, results, args) if runs else 0
     except KeyboardInterrupt:
@@ -267,8 +270,11 @@ def main(given: Sequence[str] | None = None) -> int:
         return 130
     records = _whole(study, every, results)
     if records:
-        print(write_report(Path(study.results), study.name, study.reference, list(study.arms), records))
-        print(f"written: {study.results}/table.md and pictures")
+        text = tables(study.name, args.reference or study.reference, list(study.arms), records)
+        print(text)
+        if args.reference is None:
+            write_report(Path(study.results), text, list(study.arms), records)
+            print(f"written: {study.results}/table.md and pictures")
     return code
 
 

@@ -194,11 +194,9 @@ def cells_of(task: str, arms: Sequence[str], records: Sequence[Record]) -> list[
     """Returns a task's cells, arm by arm; arms without a result are left out."""
     cells = []
     for arm in arms:
-        asked: dict[str, list[Record]] = {}
-        for record in members_of(arm, records):
-            for schedule in record["scores"][task]:
-                asked.setdefault(schedule, []).append(record)
-        cells += [_cell(task, arm, schedule, members) for schedule, members in asked.items()]
+        members = members_of(arm, records)
+        schedules = members[0]["scores"][task] if members else ()
+        cells += [_cell(task, arm, schedule, members) for schedule in schedules]
     return cells
 
 
@@ -268,23 +266,26 @@ def _to_reference(cell: Cell, base: Cell | None, images: Sequence[str]) -> tuple
     return mean, f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
 
 
-def write_report(folder: Path, name: str, reference: str, arms: Sequence[str], records: Sequence[Record]) -> str:
-    """Writes table.md, accuracy.png and curves.png of a study's records, at least one; returns the tables as text.
+def tables(name: str, reference: str, arms: Sequence[str], records: Sequence[Record]) -> str:
+    """Returns the tables of a study's records, at least one, as Markdown.
 
     `reference` is the arm that the others are compared with, `arms` are in the order of the rows.
     """
     parts = [f"# {name}"]
-    tasks = list(records[0]["scores"])
-    for task in tasks:
+    for task in records[0]["scores"]:
         cells = cells_of(task, arms, records)
         images = [question.image.name for question in questions_of(task)[: cells[0].right.shape[1]]]
         parts += [f"## {task}", markdown(score_table(cells, reference, images)).rstrip()]
     parts += [_notes(arms, records), _made(records)]
-    text = "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(folder: Path, text: str, arms: Sequence[str], records: Sequence[Record]) -> None:
+    """Writes table.md, accuracy.png and curves.png; `text` is what `tables` returned."""
     (folder / "table.md").write_text(text, encoding="utf-8")
-    draw_accuracy(arms, cells_of(tasks[0], arms, records), tasks[0], folder / "accuracy.png")
+    task = next(iter(records[0]["scores"]))
+    draw_accuracy(arms, cells_of(task, arms, records), task, folder / "accuracy.png")
     draw_curves(arms, records, folder / "curves.png")
-    return text
 
 
 def _notes(arms: Sequence[str], records: Sequence[Record]) -> str:

@@ -160,6 +160,12 @@ def test_a_study_of_the_first_questions_asks_those_and_says_so(study, monkeypatc
     assert asked == [3, 3]
     assert "| window | 1 | 66.67 % |" in told
     assert "Asked: the first 3 questions." in told
+    written = (study.parent / "results/table.md").read_text()
+    assert main([str(study), "--out", str(study.parent / "out"), "--reference", "window"]) == 0
+    assert "| to window, points |" in capsys.readouterr().out
+    assert (study.parent / "results/table.md").read_text() == written
+    assert main([str(study), "--out", str(study.parent / "out"), "--reference", "narrow"]) == 2
+    assert "--reference: got 'narrow', expected dense, window" in capsys.readouterr().err
     study.write_text(yaml.safe_dump({**fields, "limit": 4}))
     assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
     assert "dense-seed0.json: got a result of another limit" in capsys.readouterr().err
@@ -179,14 +185,6 @@ def test_the_table_counts_seeds_and_pairs_questions():
     assert row["over images"] == "+0.00 to +75.00"
     assert (row["training"], row["of dense"], row["prompt of dense"]) == ("0.5 TFLOP", "25.0 %", "25.0 %")
     assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
-
-
-def test_a_schedule_that_only_some_seeds_answered_under_has_their_row():
-    one, two = (record("dense", seed, right) for seed, right in enumerate(("1100", "1111")))
-    two["scores"]["easy_vqa"]["vtw"] = two["scores"]["easy_vqa"]["trained"]
-    for records in ([one, two], [{**one, "seed": 2}, two]):
-        cells = cells_of("easy_vqa", ["dense"], records)
-        assert sorted((cell.name, len(cell.seeds)) for cell in cells) == [("dense", 2), ("dense, vtw", 1)]
 
 
 def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(study, monkeypatch, capsys):
