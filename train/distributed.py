@@ -39,6 +39,8 @@ class _Group:
     store: Any = None
     barriers = 0
     heard: int | None = None  # exit code of another rank that failed
+    watch: threading.Thread | None = None  # listens for it, until `left` is set
+    left = threading.Event()
 
 
 def setup_env() -> None:
@@ -97,7 +99,8 @@ def connect() -> None:
     _Group.store = PrefixStore(prefix, store)
     if count() > 1:
         watched = PrefixStore(prefix, store.clone())
-        threading.Thread(target=_watch, args=(watched,), daemon=True).start()
+        _Group.watch = threading.Thread(target=_watch, args=(watched,), daemon=True)
+        _Group.watch.start()
 
 
 def init() -> None:
@@ -208,6 +211,9 @@ def shutdown() -> None:
         deadline = time.monotonic() + _GRACE_SECONDS
         while rank() == 0 and _Group.store.add("left", 0) < count() and time.monotonic() < deadline:
             time.sleep(0.05)
+    if _Group.watch is not None:  # a thread inside the store while Python ends would abort the process
+        _Group.left.set()
+        _Group.watch.join(_GRACE_SECONDS)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -278,7 +284,8 @@ def _watch(store: Any) -> None:
     """Ends this rank soon after another one failed, even where it waits in a collective call for ever."""
     try:
         while not store.check([_FAULT]):
-            time.sleep(1.0)
+            if _Group.left.wait(1.0):
+                return
         _Group.heard = code = int(store.get(_FAULT))
         if rank() > 0:  # rank 0 hears itself too, and would leave before the others have heard
             store.add(f"{_FAULT}/heard", 1)
