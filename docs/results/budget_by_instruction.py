@@ -4,7 +4,7 @@ For one checkpoint with three plans (64, 16 and 4 visual tokens): each plan for 
 question's text, and takes for each text the plan with the best accuracy - price x cost on half of the images; and the
 cheapest plan that answers a question right, which no router can know. Scores are of the other half of the images.
 
-python docs/results/budget_by_instruction.py docs/results/easy_vqa/elastic_tokens_0_3-seed*.json
+python docs/results/budget_by_instruction.py docs/results/easy_vqa
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PLANS = ("trained", "fast", "tiny")
 PRICES = (0.05, 0.1, 0.2, 0.4)
 
 
-def curve(file: str) -> list[tuple[str, float, float]]:
+def curve(file: Path) -> list[tuple[str, float, float]]:
     """Returns (what chooses, accuracy, decoder FLOPs of a prompt as a share of dense) of one seed's record."""
-    answers = json.loads(Path(file).read_text(encoding="utf-8"))["scores"]["easy_vqa"]
+    answers = json.loads(file.read_text(encoding="utf-8"))["scores"]["easy_vqa"]
     right = np.array([[int(digit) for digit in answers[plan]["right"]] for plan in PLANS])
     cost = np.array([answers[plan]["flops"] / answers[plan]["dense_flops"] for plan in PLANS])
     questions = easy_vqa.questions("test")
@@ -44,7 +44,7 @@ def curve(file: str) -> list[tuple[str, float, float]]:
 
 
 if __name__ == "__main__":
-    curves = [curve(file) for file in sys.argv[1:]]
+    curves = [curve(file) for file in sorted(Path(sys.argv[1]).glob("elastic_tokens_0_3-seed*.json"))]
     for points in zip(*curves, strict=True):
         scores, costs = ([point[axis] for point in points] for axis in (1, 2))
         print(f"| {points[0][0]} | {np.mean(scores):.2f} % | {np.mean(costs):.1f} % |")
