@@ -321,7 +321,7 @@ def draw_accuracy(arms: Sequence[str], cells: Sequence[Cell], task: str, file: P
             whisker = None if error is None else 100 * error
             axes.errorbar([cost], [100 * cell.score], whisker, fmt="D", color=colour, capsize=4, label=cell.name)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.figure.legend(fontsize=7, loc="outside right upper")
 
 
 def draw_curves(arms: Sequence[str], records: Sequence[Record], file: Path) -> None:
