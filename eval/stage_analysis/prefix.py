@@ -36,7 +36,6 @@ class Prefix:
     """
 
     def __init__(self, model: Any, batch: Batch, plan: StagePlan | None) -> None:
-        self.model, self.batch = model, batch
         size = batch.ids.shape[1]
         places = torch.arange(size, device=batch.ids.device)
         ends = (places * batch.visual).amax(dim=1, keepdim=True) + 1  # (B, 1): where the text behind begins
@@ -44,16 +43,29 @@ class Prefix:
         longest = int((ends - begins).max())
         before = torch.arange(longest, device=ends.device) + ends - longest  # (B, P), images end in one column
         behind = torch.arange(int((size - ends).max()), device=ends.device) + ends  # (B, T)
-        self._behind, self._valid = behind.clamp(max=size - 1), behind < size
-        self._valid &= batch.mask.gather(1, self._behind).bool()
-        valid = (before >= 0) & batch.mask.gather(1, before.clamp(min=0)).bool()
-        self._seen = valid.long()
-        self._inputs = {
+        seen = ((before >= 0) & batch.mask.gather(1, before.clamp(min=0)).bool()).long()
+        inputs = {
             name: value.gather(1, before.clamp(min=0)) if getattr(value, "shape", None) == batch.ids.shape else value
             for name, value in batch.inputs.items()
-        } | {"attention_mask": self._seen}
-        self._all = self._cache(plan_schedule(plan))
-        self._text = self._cache(knocked_out(plan, range(len(self._all))))
+        } | {"attention_mask": seen}
+
+        def cached(schedule: Schedule) -> list[StagedLayer]:
+            output = model(**inputs, schedule=schedule, use_cache=True, logits_to_keep=1)
+            return output.past_key_values.layers
+
+        # what each layer's cache holds after the prefix, with vision and without
+        self._all = cached(plan_schedule(plan))
+        self._text = cached(knocked_out(plan, range(len(self._all))))
+        # the text behind the images, the same in every knock-out
+        behind, is_inside = behind.clamp(max=size - 1), behind < size
+        valid = is_inside & batch.mask.gather(1, behind).bool()
+        following = cast("Tensor", self._all[0].next_position)[:, None]
+        positions = following + (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+        self._decoder = unwrap(model.model.get_decoder())
+        self._embeds = model.get_input_embeddings()(batch.ids.gather(1, behind))
+        self._mask = torch.cat([seen, valid.long()], dim=1)
+        self._positions = positions.expand(3, -1, -1) if uses_mrope(self._decoder) else positions
+        self._predicts = batch.predicts.gather(1, behind) & valid
 
     @staticmethod
     def can_share(model: Any, batch: Batch, plan: StagePlan | None) -> bool:
@@ -75,25 +87,15 @@ class Prefix:
         cache.layers = [
             _copied((self._text if number in layers else self._all)[number]) for number in range(len(self._all))
         ]
-        ids = self.batch.ids.gather(1, self._behind)
-        steps = (self._valid.long().cumsum(dim=1) - 1).clamp(min=0)
-        positions = cast("Tensor", self._all[0].next_position)[:, None] + steps
-        decoder = unwrap(self.model.model.get_decoder())
         output = run_decoder(
-            decoder,
-            self.model.get_input_embeddings()(ids),
-            torch.zeros_like(self._valid),
-            attention_mask=torch.cat([self._seen, self._valid.long()], dim=1),
-            position_ids=positions.expand(3, -1, -1) if uses_mrope(decoder) else positions,
+            self._decoder,
+            self._embeds,
+            torch.zeros_like(self._predicts),
+            attention_mask=self._mask,
+            position_ids=self._positions,
             past_key_values=cache,
         )
-        asked = self.batch.predicts.gather(1, self._behind) & self._valid
-        return output.last_hidden_state[asked]
-
-    def _cache(self, schedule: Schedule) -> list[StagedLayer]:
-        """Returns what each layer's cache holds after the prefix."""
-        output = self.model(**self._inputs, schedule=schedule, use_cache=True, logits_to_keep=1)
-        return output.past_key_values.layers
+        return output.last_hidden_state[self._predicts]
 
 
 def _copied(layer: StagedLayer) -> StagedLayer:

@@ -101,9 +101,13 @@ class Trials:
         if trial == self.whole:
             return plan_schedule(self.plan)
         if trial[0] == MASKED:
-            return knocked_out(self.plan, range(self.depth) if trial == self.nothing else trial[1:])
+            return knocked_out(self.plan, self._layers(trial))
         plan = narrowed(self.plan, *trial[1:])
         return plan_schedule(plan)
+
+    def _layers(self, trial: Trial) -> Sequence[int]:
+        """Returns the layers in which a trial masks vision; all of them where none sees any."""
+        return range(self.depth) if trial == self.nothing else trial[1:]
 
     def run(self, model: Any, batch: Batch, trials: Sequence[Trial], on_trial: Callable[[], object]) -> None:
         """Notes what each trial answers right in one more batch; calls `on_trial` after each."""
@@ -112,7 +116,7 @@ class Trials:
         prefix = Prefix(model, batch, self.plan) if is_shared else None
         for trial in trials:
             if prefix is not None and trial[0] == MASKED:
-                hidden = prefix.predicting(range(self.depth) if trial == self.nothing else trial[1:])
+                hidden = prefix.predicting(self._layers(trial))
             else:
                 hidden = batch.predicting(model, self.schedule(trial))
             self.right.setdefault(trial, []).extend(answered(model, batch, hidden))
