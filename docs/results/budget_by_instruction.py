@@ -29,15 +29,15 @@ def curve(file: Path) -> list[tuple[str, float, float]]:
     cost = np.array([answers[plan]["flops"] / answers[plan]["dense_flops"] for plan in PLANS])
     questions = easy_vqa.questions("test")
     texts = np.unique([question.text for question in questions], return_inverse=True)[1]
-    asked = np.array([int(question.image.stem) % 2 == 0 for question in questions])  # what the router learns from
+    learned = np.array([int(question.image.stem) % 2 == 0 for question in questions])  # what the router learns from
 
     def point(name: str, chosen: np.ndarray) -> tuple[str, float, float]:
         scores = right[chosen, np.arange(len(chosen))]
-        return name, 100 * scores[~asked].mean(), 100 * cost[chosen][~asked].mean()
+        return name, 100 * scores[~learned].mean(), 100 * cost[chosen][~learned].mean()
 
     found = [point(f"always {plan}", np.full(len(texts), number)) for number, plan in enumerate(PLANS)]
     for price in PRICES:
-        worth = [right[:, asked & (texts == text)].mean(axis=1) - price * cost for text in range(texts.max() + 1)]
+        worth = [right[:, learned & (texts == text)].mean(axis=1) - price * cost for text in range(texts.max() + 1)]
         found.append(point(f"by the text, price {price}", np.argmax(worth, axis=1)[texts]))
     cheapest_first = right[::-1].argmax(axis=0)  # 0, the cheapest, also where none is right
     return [*found, point("cheapest that is right", len(PLANS) - 1 - cheapest_first)]

@@ -119,7 +119,7 @@ def prepare_model(shape: Shape) -> tuple[Any, dict[str, Tensor]]:
 
 
 def prefills(shape: Shape) -> measure.Calls:
-    """Returns prefill and decode steps of each row, on a model of their own."""
+    """Returns prefill and decode steps of each row, all on one fresh model."""
     model, batch = prepare_model(shape)
     return measure.runs(model, batch, schedules(model, batch), DECODE_STEPS)
 
