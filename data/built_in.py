@@ -10,7 +10,7 @@ from typing import Any, Final
 from data import easy_vqa, scenes
 
 _SETS: Final = (easy_vqa, scenes)
-NAMES: Final = (*(f"easy_vqa:{name}" for name in easy_vqa.NAMES), *(f"scenes:{name}" for name in scenes.NAMES))
+NAMES: Final = (*(f"easy_vqa:{name}" for name in easy_vqa.NAMES), *(f"scenes:{name}" for name in scenes.FILES))
 
 
 def is_built_in(file: str) -> bool:

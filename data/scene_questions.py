@@ -31,6 +31,7 @@ _CELLS: Final = tuple(product(range(GRID), range(GRID)))
 _COLOURS: Final = tuple(COLOURS)
 _SIZES: Final = tuple(RADII)
 _SIDES: Final = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+_ROWS: Final = ("top", "center", "bottom")  # of a caption
 _BESIDE: Final = {
     "left": "directly to the left of",
     "right": "directly to the right of",
@@ -133,6 +134,14 @@ def is_held_out(pair: Pair) -> bool:
     of each word and three of the fifteen words of each number.
     """
     return pair in _HELD_OUT
+
+
+def caption(scene: Scene) -> str:
+    """Returns what is in each cell of a scene, in reading order."""
+    cells = {(sign.column, sign.row): f"{sign.word} {sign.number}" for sign in scene.signs}
+    cells |= {(one.column, one.row): f"{one.size} {one.colour} {one.shape}" for one in scene.things}
+    rows = [", ".join(cells.get((column, row), "nothing") for column in range(GRID)) for row in range(GRID)]
+    return ". ".join(f"{place}: {row}" for place, row in zip(_ROWS, rows, strict=True)) + "."
 
 
 def generate(seed: str, row: int, *, compositional: bool) -> tuple[Scene, list[SceneQuestion]]:

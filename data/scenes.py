@@ -23,13 +23,16 @@ from tqdm import tqdm
 from data import easy_vqa
 from data.rows import DataError
 from data.scene_images import Scene, draw, montage
-from data.scene_questions import FAMILIES, SceneQuestion, generate
+from data.scene_questions import FAMILIES, SceneQuestion, caption, generate
 
-VERSION: Final = "1"  # another one wherever a row or a pixel changes
+VERSION: Final = "2"  # another one wherever a row or a pixel changes
 ROWS: Final = {"train": 13_500, "test": 1_500, "compositional": 1_500}  # images, each with four questions
 NAMES: Final = tuple(ROWS)
+CAPTIONS: Final = "captions"  # the training images, with what each cell holds in place of questions
+FILES: Final = (*NAMES, CAPTIONS)
 _SET: Final = "scenes"
-_RECORDS: Final = "records.jsonl"  # beside the images: the questions of each
+_DESCRIBE: Final = "describe the picture."
+_RECORDS: Final = "records.jsonl"  # beside the images: the questions and the caption of each
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Question(easy_vqa.Question):
 
 def is_built_in(file: str) -> bool:
     """Returns whether a recipe's file name means this set."""
-    return file in (_SET, *(f"{_SET}:{name}" for name in NAMES))
+    return file in (_SET, *(f"{_SET}:{name}" for name in FILES))
 
 
 def name_of(file: str) -> str:
@@ -62,6 +65,7 @@ def image_folder(name: str) -> Path:
         DataError: the folder cannot be written.
     """
     root = Path(os.environ.get("SCENES_CACHE") or Path(__file__).parents[1] / ".cache" / _SET)
+    name = "train" if name == CAPTIONS else name
     folder = root / VERSION / name
     if not folder.is_dir():
         try:
@@ -78,10 +82,11 @@ def image_folder(name: str) -> Path:
 
 
 def conversations(name: str) -> Iterator[dict[str, Any]]:
-    """Yields LLaVA rows, one an image with its questions: 13,500 for `train`, 1,500 for the others."""
+    """Yields LLaVA rows, one an image: 13,500 with questions for `train` or a caption for `captions`, else 1,500."""
     for record in _records(name):
-        turns = []
-        for place, asked in enumerate(record["questions"]):
+        turns: list[dict[str, str]] = []
+        said = [{"text": _DESCRIBE, "answer": record["caption"]}] if name == CAPTIONS else record["questions"]
+        for place, asked in enumerate(said):
             mark = "<image>\n" if place == 0 else ""
             turns += [{"from": "human", "value": mark + asked["text"]}, {"from": "gpt", "value": asked["answer"]}]
         number = Path(record["image"]).stem
@@ -130,7 +135,8 @@ def _write(name: str, folder: Path) -> None:
         rows = tqdm(generate_rows(name), desc=f"drawing {_SET}:{name}", total=ROWS[name], leave=False, disable=None)
         for image, scene, asked in rows:
             draw(scene).save(partial / image, compress_level=1)
-            records.write(json.dumps({"image": image, "questions": list(map(asdict, asked))}) + "\n")
+            record = {"image": image, "caption": caption(scene), "questions": list(map(asdict, asked))}
+            records.write(json.dumps(record) + "\n")
     partial.rename(folder)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -113,8 +114,7 @@ def train(study: Study, run: Run) -> bool:
     """
     if (run.folder / "final").is_dir():
         return True
-    launcher = "deepspeed" if torch.cuda.is_available() else "python"
-    command = [str(Path(sys.executable).with_name(launcher)), str(_ROOT / "train/run.py"), study.recipe, *run.overrides]
+    command = [*_launcher(), str(_ROOT / "train/run.py"), study.recipe, *run.overrides]
     file = run.folder.with_suffix(".txt")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as told:
@@ -123,6 +123,15 @@ def train(study: Study, run: Run) -> bool:
         last = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UsageError(f"{run.arm}, seed {run.seed}: exit code {code}: {last} (all of it in {file})")
     return (run.folder / "final").is_dir()
+
+
+def _launcher() -> list[str]:
+    """Returns what starts a training: on several GPUs DeepSpeed, at a port of its own so that two studies can run."""
+    if torch.cuda.device_count() < 2:
+        return [sys.executable]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port)]
 
 
 def finish(child: subprocess.Popen[bytes]) -> int:
@@ -161,7 +170,8 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int | None, limit:
         TokenizerError: it cannot be asked.
     """
     checkpoint = Checkpoint.find(run.folder)
-    model, processor = checkpoint.load(dtype())
+    trained_in = {phase.train.precision for phase in run.recipe.phases}  # a small fp32 model is another one in bf16
+    model, processor = checkpoint.load(torch.float32 if trained_in == {"fp32"} else dtype())
     loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch or default_batch())
     cells: dict[str, dict[str, Record]] = {}
     for task in study.tasks:

@@ -16,7 +16,7 @@ from data import built_in, scenes
 from data.images import open_image
 from data.rows import DataError
 from data.scene_images import COLOURS, SHAPES, SIDE, draw
-from data.scene_questions import FAMILIES, NUMBERS, WORDS, is_held_out
+from data.scene_questions import FAMILIES, NUMBERS, WORDS, caption, is_held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,9 +157,9 @@ def test_rows_and_pixels_are_the_same_on_every_machine(rows):
     digest = hashlib.sha256()
     for name in scenes.NAMES:
         for file, scene, asked in rows[name][:60]:
-            digest.update(repr((file, [(one.text, one.answer) for one in asked])).encode())
+            digest.update(repr((file, [(one.text, one.answer) for one in asked], caption(scene))).encode())
             digest.update(draw(scene).tobytes())
-    assert digest.hexdigest()[:16] == "47f47569c837cc1c", "another set needs another scenes.VERSION"
+    assert digest.hexdigest()[:16] == "8eaaea4210ae6bdc", "another set needs another scenes.VERSION"
 
 
 def test_objects_and_signs_lie_inside_and_apart(rows):
@@ -193,6 +193,20 @@ def test_a_set_is_made_on_first_use_and_read_after(small):
         assert open_image(folder, name).tobytes() == draw(scene).tobytes()
 
 
+def test_a_caption_names_what_each_cell_shows_in_reading_order(small):
+    captions, asked = (list(scenes.conversations(name)) for name in (scenes.CAPTIONS, "train"))
+    assert [row["image"] for row in captions] == [row["image"] for row in asked]  # the training images
+    assert scenes.image_folder(scenes.CAPTIONS) == scenes.image_folder("train")
+    for (_, scene, _), row in zip(scenes.generate_rows("train"), captions, strict=True):
+        question, answer = (turn["value"] for turn in row["conversations"])
+        assert question == "<image>\ndescribe the picture."
+        cells = [cell for line in answer.removesuffix(".").split(". ") for cell in line.split(": ")[1].split(", ")]
+        assert [line.split(":")[0] for line in answer.split(". ")] == ["top", "center", "bottom"]
+        drawn = {(one.row, one.column): f"{one.size} {one.colour} {one.shape}" for one in scene.things}
+        drawn |= {(one.row, one.column): f"{one.word} {one.number}" for one in scene.signs}
+        assert cells == [drawn.get(place, "nothing") for place in product(range(3), range(3))]
+
+
 def test_a_set_cut_off_while_it_was_made_is_made_anew(small):
     folder = scenes.image_folder("test")
     partial = folder.with_name("train.partial")
@@ -212,7 +226,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_names():
     assert scenes.is_built_in("scenes")
     assert scenes.name_of("scenes") == "train"
-    for name in scenes.NAMES:
+    for name in scenes.FILES:
         assert built_in.is_built_in(f"scenes:{name}")
         assert scenes.name_of(f"scenes:{name}") == name
         assert f"scenes:{name}" in built_in.NAMES

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from eval.checkpoint import Checkpoint, CheckpointError
-from eval.study import check_names, finish, main, runs_of
+from eval.study import check_names, finish, main, runs_of, train
 from eval.study_results import Results, cells_of, fingerprint, record_of, score_table
 from eval.tasks.built_in import questions_of
 from models import StagePlan
@@ -277,6 +278,29 @@ def test_a_stopped_study_waits_until_its_training_has_saved(number, reaches):
         timer.join()
         assert (child.returncode, child.stdout.read()) == (0, f"{number.name}\n".encode())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_studies_beside_each_other_on_several_gpus_meet_at_different_ports(study, monkeypatch):
+    started = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, command, **_):
+            started.append(command)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    loaded = load_study(study)
+    for run in runs_of(loaded, study.parent / "out", ["dense", "window"], [0]):
+        assert not train(loaded, run)
+    ports = {command[command.index("--master_port") + 1] for command in started}
+    assert [Path(command[0]).name for command in started] == ["deepspeed", "deepspeed"]
+    assert len(ports) == 2
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not train(loaded, run)
+    assert started[-1][0] == sys.executable
 
 
 @pytest.mark.slow

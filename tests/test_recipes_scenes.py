@@ -8,10 +8,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from data import scenes
+from data.scene_questions import caption
 from recipes.schema import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("scenes_dense", "scenes_fused", "smollm2_dense", "smollm2_fused")
+PLANS = {"scenes": ("fused",), "smollm2": ("fused", "kv", "pyramid", "fast")}  # beside dense
+NAMES = [f"{kind}_{way}" for kind, plans in PLANS.items() for way in ("dense", *plans)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +29,9 @@ def test_every_key_is_explained(name):
         assert key is None or "#" in line or above.lstrip().startswith("#"), line
 
 
-@pytest.mark.parametrize("kind", ["scenes", "smollm2"])
-def test_dense_and_fused_differ_in_the_plan_alone(kind):
-    dense, fused = (load_recipe(f"recipes/{kind}_{way}.yaml") for way in ("dense", "fused"))
+@pytest.mark.parametrize(("kind", "way"), [(kind, way) for kind, plans in PLANS.items() for way in plans])
+def test_a_recipe_differs_from_its_dense_twin_in_the_plan_alone(kind, way):
+    dense, fused = (load_recipe(f"recipes/{kind}_{one}.yaml") for one in ("dense", way))
     assert dense.plan is None
     assert fused.plan is not None
     same = {"name": "", "output": "", "model": fused.model.model_copy(update={"stages": None})}
@@ -59,3 +61,5 @@ def test_the_tokenizer_spells_every_question_and_gives_an_answer_one_token():
                 assert tokenizer.decode(tokenizer(one.text).input_ids) == one.text
                 assert len(tokenizer(one.answer).input_ids) == 1, one.answer
                 assert len(tokenizer(one.text).input_ids) <= 12, one.text
+    for _, scene, _ in scenes.generate_rows("train", 20):
+        assert tokenizer.decode(tokenizer(caption(scene)).input_ids) == caption(scene)

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 
+from eval import measure
 from models import FusedAutoModel, StagePlan
 
 IMAGE_TOKEN, VOCABULARY = 8000, 8192
@@ -75,13 +76,13 @@ def family_config(family: str, shape: Shape) -> Any:
 def build(
     shape: Shape, *, plan: StagePlan | None = None, hugging_face: bool = False, family: str = "llava"
 ) -> PreTrainedModel:
-    """Returns a VLM whose random weights depend on shape and family alone."""
-    config = family_config(family, shape)
+    """Returns a VLM on the GPU where there is one, whose random weights depend on shape and family alone."""
+    config, given = family_config(family, shape), {"dtype": measure.dtype(), "attn_implementation": "sdpa"}
     torch.manual_seed(0)
-    if hugging_face:
-        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
-    stages = None if plan is None else plan.to_dict()
-    return FusedAutoModel.from_config(config, stages=stages, attn_implementation="sdpa")
+    with measure.device():  # the billions of weights of a GPU's shapes would take minutes on a CPU
+        if hugging_face:
+            return AutoModelForImageTextToText.from_config(config, **given)
+        return FusedAutoModel.from_config(config, stages=None if plan is None else plan.to_dict(), **given)
 
 
 def make_sample(visual: int, text: int, random: Generator, family: str = "llava") -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def step_of(shape: Shape, plan: StagePlan | None, batches: Sequence[dict[str, Te
     model.model.vision_tower.requires_grad_(False)
     if way == "packed":
         model.set_attn_implementation({"text_config": SDPA_PACKED})
-    model.train().to(measure.device(), measure.dtype())
+    model.train()
     inputs = []
     for batch in batches:
         facts = BatchFacts.of(batch, IMAGE_TOKEN)

@@ -112,7 +112,7 @@ def replay(model: Any, batch: dict[str, Tensor], schedule: VisiPruner) -> Replay
 
 def prepare_model(shape: Shape) -> tuple[Any, dict[str, Tensor]]:
     """Returns the model and the prompt of one sample."""
-    model = build(shape).eval().to(measure.device(), measure.dtype())
+    model = build(shape).eval()
     batch = {name: tensor.to(measure.device()) for name, tensor in make_batch(shape).items() if name != "labels"}
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     return model, batch

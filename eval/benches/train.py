@@ -57,7 +57,7 @@ def steps(shape: Shape, family: str) -> measure.Calls:
         model = build(shape, plan=row.plan, hugging_face=row.hugging_face, family=family)
         if family == "llava":
             model.model.vision_tower.requires_grad_(False)  # as LLaVA-1.5 tunes
-        model.train().to(measure.device(), measure.dtype())
+        model.train()
         batch = make_batch(shape, text_only=row.text_only, family=family)
         moved = {name: tensor.to(measure.device()) for name, tensor in batch.items()}
         calls[row.name] = partial(step, model, moved)
