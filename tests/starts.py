@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more}
+    """Returns the environment of a process that no launcher started; a training in this process set its own ranks."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more}
 
 
 def free_port():
