@@ -25,6 +25,7 @@ from transformers import (
 
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from recipes.schema import Recipe
+from tests.starts import LAUNCHED
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"
@@ -84,7 +85,7 @@ def write_run(folder, stages):
 def ranks_are_forgotten():
     """A test that trains in this process fills in what launchers and Trainer set; the next test starts without it."""
     yield
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHED:
         os.environ.pop(name, None)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
@@ -144,7 +145,7 @@ def train_here(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHED:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

@@ -4,10 +4,10 @@
     python tests/kill_matrix.py --kills 100 [--seed 0]
 
 Each chain of starts is one setting: 1 or 2 ranks, ZeRO-2 or ZeRO-3, full or LoRA, an align phase before the tune phase.
-A start is killed (SIGKILL; all processes, or one rank alone) when something appears in its folder, at a random moment
-soon after, or at any moment before. After every kill the checkpoints that were whole must still be there, and the next
-start must go on from the newest. In the end losses, gradient norms and weights must be those of the run that was not
-killed, bit for bit. Exit code 0: all of them are.
+A start is killed (SIGKILL; all processes, or one rank alone) soon after something new appears in its folder, or at any
+moment; five kills go from the beginning of a chain to its end. After every kill the checkpoints that were whole must
+still be there, and the next start must go on from the newest. In the end losses, gradient norms and weights must be
+those of the run that was not killed, bit for bit. Exit code 0: all of them are.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-TRIGGERS = (
-    "",  # any moment of the start
+KILLS = 5  # of one chain
+TRIGGERS = (  # in the order in which they appear
     "init.partial",
     "init",
     "align/log.jsonl",
@@ -78,14 +78,18 @@ def main():
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
         recipe = write_recipe(folder)
+        seconds = {}
         for setting in settings:
+            began = time.monotonic()
             whole = start(recipe, setting, folder / f"{setting.name}-whole")
             assert whole.wait() == 0, output_of(whole)
+            seconds[setting] = time.monotonic() - began
         kills, chain = 0, 0
         while kills < options.kills:
             setting = settings[chain % len(settings)]
             output = folder / f"{setting.name}-{chain}"
-            killed = run_chain(recipe, setting, output, chance, at_most=min(4, options.kills - kills))
+            at_most = min(KILLS, options.kills - kills)
+            killed = run_chain(recipe, setting, output, chance, at_most=at_most, seconds=seconds[setting])
             compare(output, folder / f"{setting.name}-whole")
             kills, chain = kills + killed, chain + 1
             shutil.rmtree(output)
@@ -93,14 +97,18 @@ def main():
     print(f"{kills} kills in {chain} chains: nothing saved was lost, every result is equal to the last bit")
 
 
-def run_chain(recipe, setting, output, chance, *, at_most):
-    """Starts a run again and again, kills it `at_most` times, and lets the last one finish; returns the kills."""
+def run_chain(recipe, setting, output, chance, *, at_most, seconds):
+    """Starts a run again and again, kills it `at_most` times, and lets the last one finish; returns the kills.
+
+    `seconds` is how long the run takes that nobody kills.
+    """
     killed = 0
     while True:
         before = newest_checkpoints(output)
         unfinished = [phase for phase in (output, output / "align") if not (phase / "final").is_dir()]
         process = start(recipe, setting, output)
-        if killed < at_most and kill_somewhere(process, setting, output, chance):
+        trigger = choose_trigger(output, chance, kills=at_most - killed) if killed < at_most else None
+        if trigger is not None and kill_somewhere(process, setting, output, chance, trigger, seconds):
             killed += 1
             now = newest_checkpoints(output)
             for phase, path in before.items():
@@ -123,7 +131,7 @@ def start(recipe, setting, output):
     command += ["train/run.py", str(recipe), f"output={output}"]
     command += [f"train.deepspeed=recipes/deepspeed/zero{setting.zero}.json"]
     command += ["train.lora={r: 4, alpha: 8, dropout: 0.1}"] if setting.lora else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = output.with_suffix(".txt").open("w")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
     process.told = output.with_suffix(".txt")
@@ -134,15 +142,21 @@ def output_of(process):
     return process.told.read_text()
 
 
-def kill_somewhere(process, setting, output, chance):
-    """Kills a run at a random moment; returns False where it was done before."""
-    trigger = chance.choice(TRIGGERS)
+def choose_trigger(output, chance, *, kills):
+    """Returns what to wait for, "" for any moment: something still to come that leaves moments for the other kills."""
+    seen = max((number for number, name in enumerate(TRIGGERS) if (output / name).exists()), default=-1)
+    ahead = TRIGGERS[seen + 1 :]
+    return chance.choice(["", *ahead[: max(1, len(ahead) // kills)]])
+
+
+def kill_somewhere(process, setting, output, chance, trigger, seconds):
+    """Kills a run soon after `trigger` appears, or at any moment; returns False where it was done before."""
     if trigger:
         while process.poll() is None and not (output / trigger).exists():
             time.sleep(0.002)
         pause = chance.uniform(0, 0.1)
     else:
-        pause = chance.uniform(0, 8 + 6 * setting.ranks)
+        pause = chance.uniform(0, seconds / 2)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(pause)
     if process.poll() is not None:
@@ -236,7 +250,7 @@ def write_recipe(folder):
     rates = {"projector": 2e-3, "vision_tower": None, "language_model": 1e-3}
     train = {"deepspeed": "recipes/deepspeed/zero2.json", "learning_rate": rates, "global_batch": 4}
     train |= {"per_device_batch": 1, "max_steps": 6, "save_steps": 2, "log_steps": 3, "precision": "fp32"}
-    train |= {"gradient_checkpointing": False}
+    train |= {"gradient_checkpointing": False, "tracker": "none"}
     align = {"data": data, "train": {**train, "max_steps": 3}}
     model = {"config": str(folder / "config"), "stages": {"enter": 1, "exit": 3}}
     recipe = {"name": "kills", "output": "x", "model": model, "data": data, "train": train, "align": align}

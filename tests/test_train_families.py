@@ -1,11 +1,6 @@
 """Every family trains from LLaVA rows with two images, one and none, through its processor."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +19,7 @@ from eval.stage_analysis.recipe import starting_recipe
 from eval.stages import main as find_stages
 from models import FusedAutoModel
 from recipes.schema import RecipeError, load_recipe
+from tests.starts import run
 from tests.tiny_processors import PROCESSORS, require
 from tests.tiny_runs import ROWS, STAGES, write_checkpoint, write_recipe, write_rows
 from train.checks import check_run
@@ -31,8 +27,6 @@ from train.parameters import freeze, parameter_groups, part_of
 from train.release.release import main as release
 from train.samples import read_samples
 from train.weights import build_initial, load_checkpoint, read_processor, save_model
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +131,9 @@ def test_a_checkpoint_whose_flags_of_tied_embeddings_disagree_is_one_line_that_n
         load_checkpoint(tmp_path, dtype=torch.float32)
 
 
-def command(name, *arguments, ranks=None):
-    """Runs one of the project's commands; returns its output."""
-    words = [sys.executable]
-    if ranks is not None:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            port = listening.getsockname()[1]
-        words = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        words += ["--master_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run(
-        [*words, *name, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+def train(recipe, **more):
+    done = run(recipe, "train.tracker=none", **more)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def losses_of_one_process(folder, recipe):
@@ -198,7 +181,7 @@ def test_zero3_on_two_ranks_of_which_one_has_only_text_gives_the_losses_of_one(t
         model__stages=STAGES | choice,
     )
     expected = losses_of_one_process(tmp_path, load_recipe(recipe))
-    command(["train/run.py"], recipe, ranks=2)
+    train(recipe, ranks=2)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
     assert expected[2] < expected[0]
@@ -210,7 +193,7 @@ def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"finished-{request.param}")
     write_checkpoint(folder / "checkpoint", request.param)
     write_rows(folder)
-    command(["train/run.py"], write_recipe(folder))
+    train(write_recipe(folder))
     return folder / "run"
 
 

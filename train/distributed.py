@@ -53,6 +53,8 @@ def setup_env() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # DeepSpeed loads torch's compiler, which only its Muon uses, into every run: a second of each start.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port("127.0.0.1", 0)))
@@ -103,9 +105,14 @@ def connect() -> None:
         _Group.watch.start()
 
 
+def is_initialized() -> bool:
+    """Returns whether this process is in the process group of the run."""
+    return distributed.is_initialized()
+
+
 def init() -> None:
     """Joins the process group of the run, unless this process is in it; returns when all ranks are there."""
-    if distributed.is_initialized():
+    if is_initialized():
         return
     build_communication()
     import deepspeed  # imports slowly, and only after setup_env()
