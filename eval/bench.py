@@ -56,10 +56,10 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def setting(what: str) -> str:
     """Returns precision, machine and version of this process's figures, in words."""
-    rows = "" if what == "packing" else "batch 1, sdpa, "
+    kernel = "" if what == "packing" else "sdpa, "
     if torch.cuda.is_available():
-        return f"bfloat16, {rows}{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"float32, {rows}{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+        return f"bfloat16, {kernel}{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"float32, {kernel}{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,16 @@ def test_hugging_face_and_dense_compute_the_same_loss(family):
     assert theirs(**batch).loss.item() == pytest.approx(ours(**batch).loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_batch_has_its_sample_as_often_as_the_shape_says(family):
+    several = dataclasses.replace(SHAPE, batch=3)
+    one, three = (models.make_batch(shape, family=family) for shape in (SHAPE, several))
+    assert len(three["input_ids"]) == 3
+    model = build(train.variants(SHAPE, family)[1], family=family)
+    assert model(**three).loss.item() == pytest.approx(model(**one).loss.item(), rel=1e-5)
+    assert str(several) == "4 layers x 64, 3 samples of 16 visual + 24 text tokens"
+
+
 def test_a_step_leaves_no_gradients():
     model = build(train.variants(SHAPE)[2])
     train.step(model, models.make_batch(SHAPE))
@@ -114,8 +124,9 @@ def test_visipruner_fires_keeps_a_tenth_and_lets_go(prompt):
 
 
 @pytest.mark.parametrize("modes", [("shallow", "middle", "deep"), ("middle", "deep")])
-def test_the_given_choice_computes_what_visipruner_computes(prompt, modes):
-    model, batch = prompt
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_given_choice_computes_what_visipruner_computes(prompt, modes, rows):
+    model, batch = prompt[0], {name: torch.cat([tensor] * rows) for name, tensor in prompt[1].items()}
     fired = prefill.firing_visipruner(model, batch)
     pruner = dataclasses.replace(fired, modes=modes)
     twin = prefill.replay(model, batch, pruner)

@@ -28,15 +28,20 @@ WIDE = 1024  # decoders from this width on have heads of 128
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of one benchmark: layers x width, visual and text tokens of the sample; `visual` is a square number."""
+    """The size of one benchmark: layers x width, visual and text tokens of a sample, and how often the batch has it.
+
+    `visual` is a square number.
+    """
 
     layers: int
     width: int
     visual: int
     text: int
+    batch: int = 1
 
     def __str__(self) -> str:
-        return f"{self.layers} layers x {self.width}, {self.visual} visual + {self.text} text tokens"
+        rows = f"{self.batch} samples of " if self.batch > 1 else ""
+        return f"{self.layers} layers x {self.width}, {rows}{self.visual} visual + {self.text} text tokens"
 
 
 def text_config(shape: Shape) -> LlamaConfig:
@@ -108,7 +113,8 @@ def make_sample(visual: int, text: int, random: Generator, family: str = "llava"
 
 
 def make_batch(shape: Shape, *, text_only: bool = False, family: str = "llava") -> dict[str, Tensor]:
-    """Returns the shape's sample as a batch, or its text alone."""
+    """Returns the shape's sample, or its text alone, as often as the batch has it."""
     sample = make_sample(0 if text_only else shape.visual, shape.text, Generator().manual_seed(1), family)
     per_token = ("input_ids", "labels", "mm_token_type_ids")
-    return {name: tensor[None] if name in per_token else tensor for name, tensor in sample.items()}
+    batch = {name: tensor[None] if name in per_token else tensor for name, tensor in sample.items()}
+    return {name: torch.cat([tensor] * shape.batch) for name, tensor in batch.items()}

@@ -21,7 +21,7 @@ from models.value_remap import ValueRemap
 DECODE_STEPS = 32
 KEPT_SHARE = 0.1  # of the visual tokens, that VisiPruner keeps here
 SHAPES, QUICK = (Shape(32, 512, 576, 64),), (Shape(8, 256, 144, 32),)
-GPU_SHAPES = (Shape(32, 4096, 576, 64),)  # LLaVA-1.5-7B's decoder
+GPU_SHAPES = (Shape(32, 4096, 576, 64), Shape(32, 4096, 576, 64, batch=16))  # LLaVA-1.5-7B's decoder
 TITLE = "Prefill and decode steps, side by side"
 NOTE = f"""{measure.MEMORY_NOTE}
 
@@ -29,7 +29,8 @@ Columns: "to token-layers" is the time as a multiple of what the live token-laye
 predicted, below 1 = faster), "to FLOPs" the same with the cost model's decoder FLOPs. VisiPruner's thresholds are set
 so that a random model fires (first tested layer, a tenth of the visual tokens kept, gone a quarter of the depth
 later); "choice given" runs on the same live tokens without choosing them, so the difference is the price of the tests.
-The other pruners have their published settings, layer numbers scaled to the depth.
+The other pruners have their published settings, layer numbers scaled to the depth. Token-layers and KV cache are of one
+sample.
 """
 HEADING = ["schedule", "prefill (s, median)", "quartiles", "dense / this", "to token-layers", "to FLOPs"]
 HEADING += [f"{DECODE_STEPS} steps (s, median)", "peak memory", "token-layers", "KV cache (bf16)"]
