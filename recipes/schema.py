@@ -266,7 +266,8 @@ class TrainSection(_Section):
         neftune: NEFTune's alpha, the noise on embedded text; null for none.
         sparse_attention: a penalty that makes the instruction attend to few visual tokens; null for none.
         precision: bf16, fp32, fp16 with loss scaling, or auto: bf16 where the hardware multiplies it, else fp32.
-        tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere.
+        tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere. Of an align phase that says none,
+            the recipe's.
         profile: steps to write a trace of; null for none.
         save_steps: steps between two checkpoints; null saves at the end alone.
     """
@@ -430,8 +431,10 @@ class Recipe(_Section):
         mine: dict[str, Any] = {"learn": self.model.learn, "data": self.data, "train": self.train, "eval": self.eval}
         phases = [Phase(name=last, folder=folder, plans=plans, **mine)]
         if self.align is not None:
-            align = self.align
-            more: dict[str, Any] = {"data": align.data, "train": align.train, "eval": align.eval}
+            align, train = self.align, self.align.train
+            if "tracker" not in train.model_fields_set:  # one run, one tracker
+                train = train.model_copy(update={"tracker": self.train.tracker})
+            more: dict[str, Any] = {"data": align.data, "train": train, "eval": align.eval}
             first = Phase(name="align", folder=folder / "align", plans=plans, **more)
             phases.insert(0, first)
         return phases

@@ -107,6 +107,15 @@ def test_the_first_phase_writes_below_the_run_folder():
     assert [phase.name for phase in load_recipe("recipes/llava_pretrain.yaml").phases] == ["train"]
 
 
+def test_an_align_phase_has_the_tracker_of_the_recipe_unless_it_names_one():
+    def trackers(*overrides):
+        return [phase.train.tracker for phase in load_recipe("recipes/llava_fused.yaml", overrides).phases]
+
+    assert trackers() == ["wandb", "wandb"]
+    assert trackers("train.tracker=none") == ["none", "none"]
+    assert trackers("train.tracker=none", "align.train.tracker=wandb") == ["wandb", "none"]
+
+
 def test_a_stream_needs_an_end():
     path = "recipes/quickstart.yaml"
     with pytest.raises(

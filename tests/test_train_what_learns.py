@@ -75,10 +75,12 @@ def test_a_tracker_by_name(train_here, tiny_recipe):
     assert {"train/loss", "train/tokens_per_second", "eval/loss"} <= names
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
-def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe):
-    with pytest.raises(RecipeError, match=r"train.tracker: got tensorboard, which is not installed"):
-        check_run(Recipe.model_validate(tiny_recipe("refused", tracker="tensorboard")), 1)
+@pytest.mark.parametrize(("tracker", "others"), [("tensorboard", "wandb or none"), ("wandb", "tensorboard or none")])
+def test_a_tracker_that_is_not_installed_is_refused(tracker, others, tiny_recipe, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else found(name))
+    with pytest.raises(RecipeError, match=rf"train.tracker: got {tracker}, which is not installed; expected {others}"):
+        check_run(Recipe.model_validate(tiny_recipe("refused", tracker=tracker)), 1)
 
 
 @pytest.mark.parametrize(

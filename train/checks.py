@@ -100,9 +100,10 @@ def _keys_of(phase: Phase) -> Iterator[None]:
 
 def _check_tracker(tracker: str) -> None:
     """Refuses a tracker that is not installed, and a WANDB_MODE that Weights & Biases does not know."""
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        others = " or ".join(name for name in ("wandb", "tensorboard", "none") if name != tracker)
         raise RecipeError(
-            "train.tracker: got tensorboard, which is not installed; expected wandb or none, or pip install tensorboard"
+            f"train.tracker: got {tracker}, which is not installed; expected {others}, or pip install {tracker}"
         )
     mode = os.environ.get("WANDB_MODE")
     if mode is not None and mode not in _MODES:
