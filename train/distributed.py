@@ -69,6 +69,7 @@ def setup_env() -> None:
     disable_progress_bar()  # of reading and writing weights: the one bar is the training's
     for module in ("torch.distributed", "transformers.modeling_utils"):  # DeepSpeed's and peft's calls
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # the rank's
     # Trainer counts accumulation itself, so accelerate's count of 1 is no mismatch.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     if not torch.cuda.is_available():  # a machine with nvcc and no GPU is no reason to warn
