@@ -141,10 +141,10 @@ def _write(name: str, folder: Path) -> None:
 
 
 def export(name: str, out: Path) -> Path:
-    """Writes a set as OUT/NAME.json, LLaVA rows, and OUT/NAME/*.png; returns the JSON file."""
-    folder, file = out / name, out / f"{name}.json"
-    shutil.copytree(image_folder(name), folder, ignore=shutil.ignore_patterns(_RECORDS), dirs_exist_ok=True)
-    rows = [{**row, "image": f"{name}/{row['image']}"} for row in conversations(name)]
+    """Writes a set as OUT/NAME.json, LLaVA rows, and OUT/NAME/*.png, of captions OUT/train; returns the JSON file."""
+    images, file = image_folder(name), out / f"{name}.json"
+    shutil.copytree(images, out / images.name, ignore=shutil.ignore_patterns(_RECORDS), dirs_exist_ok=True)
+    rows = [{**row, "image": f"{images.name}/{row['image']}"} for row in conversations(name)]
     file.write_text(json.dumps(rows, indent=0), encoding="utf-8")
     return file
 
@@ -175,7 +175,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
-            for name in NAMES:
+            for name in FILES:
                 print(export(name, args.out))
         if args.montage is not None:
             shown = [draw(scene) for name in NAMES[1:] for _, scene, _ in generate_rows(name, 6)]

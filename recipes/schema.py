@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from data.config import DataConfig, Files
 from models.stage_plan import StagePlan
@@ -422,6 +432,17 @@ class Recipe(_Section):
             if section and section.lora and section.lora.layers == "window":
                 raise ValueError("got lora.layers window with model.stages.learn, expected all or numbers of layers")
 
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        if self._has_one_tracker:  # what was dumped is loaded with it too, with an override of train.tracker as well
+            fields["align"]["train"].pop("tracker", None)
+        return fields
+
+    @property
+    def _has_one_tracker(self) -> bool:
+        return self.align is not None and "tracker" not in self.align.train.model_fields_set
+
     @property
     def phases(self) -> list[Phase]:
         """The trainings of this recipe in their order; the last one writes into `output` itself."""
@@ -432,7 +453,7 @@ class Recipe(_Section):
         phases = [Phase(name=last, folder=folder, plans=plans, **mine)]
         if self.align is not None:
             align, train = self.align, self.align.train
-            if "tracker" not in train.model_fields_set:  # one run, one tracker
+            if self._has_one_tracker:
                 train = train.model_copy(update={"tracker": self.train.tracker})
             more: dict[str, Any] = {"data": align.data, "train": train, "eval": align.eval}
             first = Phase(name="align", folder=folder / "align", plans=plans, **more)

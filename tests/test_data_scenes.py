@@ -237,10 +237,11 @@ def test_names():
 def test_the_command_writes_llava_rows_and_checks_them(small, tmp_path, capsys):
     out = tmp_path / "out"
     assert scenes.main(["--out", str(out), "--montage", str(tmp_path / "montage.png")]) == 0
-    for name in scenes.NAMES:
+    for name in scenes.FILES:
         found = json.loads((out / f"{name}.json").read_text())
         assert len(found) == 15
         assert all(open_image(out, row["image"]).size == (SIDE, SIDE) for row in found)
+    assert {path.name for path in out.iterdir() if path.is_dir()} == set(scenes.NAMES)  # captions are of train's images
     with Image.open(tmp_path / "montage.png") as montage:
         assert montage.width > 6 * SIDE
     capsys.readouterr()

@@ -304,9 +304,14 @@ def test_studies_beside_each_other_on_several_gpus_meet_at_different_ports(study
 
 
 @pytest.mark.slow
-def test_a_study_trains_keeps_and_goes_on(study, capsys):
+def test_a_study_trains_keeps_and_goes_on(study, capsys, monkeypatch):
     """One arm is trained and answers; whole results are read again without training; the table has both arms."""
     out = study.parent / "out"
+
+    def machines():
+        pytest.fail("a run that was trained in fp32 answers in the machine's precision")
+
+    monkeypatch.setattr("eval.study.dtype", machines)
     options = [str(study), "--out", str(out)]
     assert main([*options, "--arms", "window", "--seeds", "0", "--limit", "16"]) == 0
     assert "window, seed 0: easy_vqa trained " in capsys.readouterr().out

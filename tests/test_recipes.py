@@ -107,12 +107,19 @@ def test_the_first_phase_writes_below_the_run_folder():
     assert [phase.name for phase in load_recipe("recipes/llava_pretrain.yaml").phases] == ["train"]
 
 
-def test_an_align_phase_has_the_tracker_of_the_recipe_unless_it_names_one():
-    def trackers(*overrides):
-        return [phase.train.tracker for phase in load_recipe("recipes/llava_fused.yaml", overrides).phases]
+def test_an_align_phase_has_the_tracker_of_the_recipe_unless_it_names_one(tmp_path):
+    saved = tmp_path / "recipe.yaml"
+
+    def trackers(*overrides, recipe="recipes/llava_fused.yaml"):
+        loaded = load_recipe(recipe, overrides)
+        found = [phase.train.tracker for phase in loaded.phases]
+        saved.write_text(dump_recipe(loaded))
+        assert [phase.train.tracker for phase in load_recipe(saved).phases] == found
+        return found
 
     assert trackers() == ["wandb", "wandb"]
     assert trackers("train.tracker=none") == ["none", "none"]
+    assert trackers("train.tracker=tensorboard", recipe=saved) == ["tensorboard", "tensorboard"]
     assert trackers("train.tracker=none", "align.train.tracker=wandb") == ["wandb", "none"]
 
 

@@ -19,7 +19,7 @@ from models import FusedAutoModel, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused
 from recipes.schema import RecipeError, load_recipe
 from tests.starts import environment, free_port, run
-from train.trainer import PlanDraw
+from train.trainer import PlanDraw, rate_factor
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, BATCH = 12, 4
@@ -63,6 +63,14 @@ def fsync(handle):
     _sync(handle)
 
 os.fsync = fsync
+"""
+NO_NEXT = """
+import os
+
+def execv(*_):
+    raise SystemExit("a phase in a new process")
+
+os.execv = execv
 """
 STOPPER = """
 import os, pathlib, signal
@@ -541,10 +549,12 @@ def test_align_then_lora_in_one_command(folder, recipe):
     assert torch.equal(final["lm_head.weight"], aligned["lm_head.weight"])
     timed = log(folder / "both/align")
     assert 1.0 <= timed[-1]["seconds"] < 20.0
-    assert timed[-1]["learning_rate"] < 0.2 * max(line["learning_rate"] for line in timed)
+    seconds = [0.0, *(line["seconds"] for line in timed[:-1])]  # at the start of each step
+    rates = [1e-3 * rate_factor("cosine", one, warmup=load_recipe(both).align.train.warmup_ratio) for one in seconds]
+    assert [line["learning_rate"] for line in timed] == pytest.approx(rates, abs=2e-6)
     before = losses(folder / "both")
     shutil.rmtree(folder / "both/final")
-    again = run(both)
+    again = run(both, PYTHONPATH=with_site(folder / "no-next", NO_NEXT))  # align is done: tune needs no new process
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("not run again") == 1
     assert "goes on from" in again.stdout

@@ -79,8 +79,14 @@ def test_a_tracker_by_name(train_here, tiny_recipe):
 def test_a_tracker_that_is_not_installed_is_refused(tracker, others, tiny_recipe, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else found(name))
-    with pytest.raises(RecipeError, match=rf"train.tracker: got {tracker}, which is not installed; expected {others}"):
-        check_run(Recipe.model_validate(tiny_recipe("refused", tracker=tracker)), 1)
+    recipe, align = tiny_recipe("refused"), tiny_recipe("refused")
+    for key, changed in (("align.train.tracker", align), ("train.tracker", recipe)):
+        recipe["train"]["tracker"] = "none"
+        changed["train"]["tracker"] = tracker
+        whole = recipe | {"align": {"data": align["data"], "train": align["train"]}}
+        with pytest.raises(RecipeError, match=rf"^{key}: got {tracker}, which is not installed; expected {others}"):
+            check_run(Recipe.model_validate(whole), 1)
+        align["train"].pop("tracker", None)  # from here on, align has the recipe's
 
 
 @pytest.mark.parametrize(

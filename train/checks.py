@@ -42,9 +42,11 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
         RecipeError: the recipe cannot be run here.
     """
     check_output(Path(recipe.output))
-    for phase in recipe.phases:
+    for phase in reversed(recipe.phases):  # the last one first: an align phase may have its tracker from there
         with _keys_of(phase):
             _check_tracker(phase.train.tracker)
+    for phase in recipe.phases:
+        with _keys_of(phase):
             check_deepspeed(phase.train, num_ranks)
             limit = _WORKERS_A_CORE * (os.cpu_count() or 1)
             if phase.data.workers > limit:

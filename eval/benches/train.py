@@ -16,10 +16,10 @@ from models import StagePlan
 from models.cost import plan_cost
 
 TITLE = "Training step, side by side"
-NOTE = f"{measure.MEMORY_NOTE}\n"
+NOTE = f"{measure.MEMORY_NOTE} Token-layers are of one sample.\n"
 SHAPES = (Shape(16, 512, 576, 64), Shape(16, 512, 576, 256), Shape(32, 256, 576, 64), Shape(32, 256, 576, 256))
 QUICK = (Shape(8, 256, 144, 32),)
-# Half of LLaVA-1.5-7B: weights of six rows at once. One sample waits for Python on a fast GPU; eight fill it.
+# Half of LLaVA-1.5-7B: weights of six rows at once. One sample waits for Python on a fast GPU, so there are eight too.
 GPU_SHAPES = (Shape(16, 4096, 576, 64), Shape(16, 4096, 576, 64, batch=8), Shape(16, 4096, 576, 256, batch=8))
 HIDROP_KEEP = {10: 215, 14: 10, 16: 5, 18: 1}  # HiDrop's 64-token plan (arXiv 2602.23699)
 HIDROP_LAYERS = 32  # of the decoder that it is for
