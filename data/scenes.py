@@ -85,10 +85,10 @@ def conversations(name: str) -> Iterator[dict[str, Any]]:
     """Yields LLaVA rows, one an image: 13,500 with questions for `train` or a caption for `captions`, else 1,500."""
     for record in _records(name):
         turns: list[dict[str, str]] = []
-        said = [{"text": _DESCRIBE, "answer": record["caption"]}] if name == CAPTIONS else record["questions"]
-        for place, asked in enumerate(said):
+        pairs = [{"text": _DESCRIBE, "answer": record["caption"]}] if name == CAPTIONS else record["questions"]
+        for place, pair in enumerate(pairs):
             mark = "<image>\n" if place == 0 else ""
-            turns += [{"from": "human", "value": mark + asked["text"]}, {"from": "gpt", "value": asked["answer"]}]
+            turns += [{"from": "human", "value": mark + pair["text"]}, {"from": "gpt", "value": pair["answer"]}]
         number = Path(record["image"]).stem
         yield {"id": f"{_SET}_{name}_{number}", "image": record["image"], "conversations": turns}
 
@@ -133,17 +133,21 @@ def _write(name: str, folder: Path) -> None:
     partial.mkdir()
     with (partial / _RECORDS).open("w", encoding="utf-8") as records:
         rows = tqdm(generate_rows(name), desc=f"drawing {_SET}:{name}", total=ROWS[name], leave=False, disable=None)
-        for image, scene, asked in rows:
+        for image, scene, its_questions in rows:
             draw(scene).save(partial / image, compress_level=1)
-            record = {"image": image, "caption": caption(scene), "questions": list(map(asdict, asked))}
+            record = {"image": image, "caption": caption(scene), "questions": list(map(asdict, its_questions))}
             records.write(json.dumps(record) + "\n")
     partial.rename(folder)
 
 
 def export(name: str, out: Path) -> Path:
-    """Writes a set as OUT/NAME.json, LLaVA rows, and OUT/NAME/*.png, of captions OUT/train; returns the JSON file."""
+    """Writes a set as OUT/NAME.json, LLaVA rows, and OUT/NAME/*.png; returns the JSON file.
+
+    Captions get no folder: their images are those of the set `train`.
+    """
     images, file = image_folder(name), out / f"{name}.json"
-    shutil.copytree(images, out / images.name, ignore=shutil.ignore_patterns(_RECORDS), dirs_exist_ok=True)
+    if name != CAPTIONS:
+        shutil.copytree(images, out / name, ignore=shutil.ignore_patterns(_RECORDS), dirs_exist_ok=True)
     rows = [{**row, "image": f"{images.name}/{row['image']}"} for row in conversations(name)]
     file.write_text(json.dumps(rows, indent=0), encoding="utf-8")
     return file

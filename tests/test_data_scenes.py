@@ -194,8 +194,8 @@ def test_a_set_is_made_on_first_use_and_read_after(small):
 
 
 def test_a_caption_names_what_each_cell_shows_in_reading_order(small):
-    captions, asked = (list(scenes.conversations(name)) for name in (scenes.CAPTIONS, "train"))
-    assert [row["image"] for row in captions] == [row["image"] for row in asked]  # the training images
+    captions, questions = (list(scenes.conversations(name)) for name in (scenes.CAPTIONS, "train"))
+    assert [row["image"] for row in captions] == [row["image"] for row in questions]  # the training images
     assert scenes.image_folder(scenes.CAPTIONS) == scenes.image_folder("train")
     for (_, scene, _), row in zip(scenes.generate_rows("train"), captions, strict=True):
         question, answer = (turn["value"] for turn in row["conversations"])
