@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import socket
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -80,3 +81,16 @@ def schedules_of(option: str, text: str, plans: Collection[str] = ()) -> dict[st
                 raise UsageError(f"{option}: got '{label}', expected {example}")
             found[label] = {"name": name, **settings}
     return found
+
+
+def free_port(host: str, port: int) -> int:
+    """Returns the port, or a free one for 0; raises UsageError where it is taken or the address not this machine's."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as listening:
+            return listening.getsockname()[1]
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise UsageError(
+            f"--host {host} --port {port}: {reason}, expected an address of this machine and a free port"
+        ) from None

@@ -10,7 +10,6 @@ import argparse
 import hmac
 import os
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -31,7 +30,7 @@ from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
 from data.images import read_image as read_upload
 from data.rows import IMAGE_MARK, RowError
-from eval.arguments import UsageError, command_line
+from eval.arguments import UsageError, command_line, free_port
 from eval.checkpoint import Checkpoint
 from eval.live import draw_overlay, live_mask
 from eval.prompts import Asked, Prompter
@@ -343,7 +342,7 @@ def main(given: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     try:
-        port = _free_port(args.host, args.port)  # before weights are loaded, which may take minutes
+        port = free_port(args.host, args.port)  # before weights are loaded, which may take minutes
         with TemporaryDirectory() as folder:
             os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads and drawings; Gradio would keep its own folder for good
             checkpoint = Checkpoint.find(args.checkpoint)
@@ -369,19 +368,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="serve at a public address too, through Gradio's servers")
     parser.add_argument("--password", type=_word, metavar="WORD", help="ask for it before anything else")
     return parser.parse_args(given)
-
-
-def _free_port(host: str, port: int) -> int:
-    """Returns the port, or a free one for 0; raises UsageError where it is taken or the address not this machine's."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family) as listening:
-            return listening.getsockname()[1]
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
-        raise UsageError(
-            f"--host {host} --port {port}: {reason}, expected an address of this machine and a free port"
-        ) from None
 
 
 def _port(text: str) -> int:

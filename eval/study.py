@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval.arguments import UsageError, command_line, make_folder, names_of, positive
+from eval.arguments import UsageError, command_line, free_port, make_folder, names_of, positive
 from eval.checkpoint import Checkpoint
 from eval.comparison.cells import run_cell
 from eval.live import Loaded
@@ -126,12 +125,10 @@ def train(study: Study, run: Run) -> bool:
 
 
 def _launcher() -> list[str]:
-    """Returns what starts a training: on several GPUs DeepSpeed, at a port of its own so that two studies can run."""
+    """Returns what starts a training: on several GPUs DeepSpeed, at a free port, because studies may share them."""
     if torch.cuda.device_count() < 2:
         return [sys.executable]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port)]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port("127.0.0.1", 0))]
 
 
 def finish(child: subprocess.Popen[bytes]) -> int:

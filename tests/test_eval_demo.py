@@ -24,6 +24,7 @@ from eval.prompts import Asked
 from models.schedules import SCHEDULES, Fused, published
 from tests.browser import open_page
 from tests.conftest import ROOT, write_run
+from tests.starts import free_port
 
 LAYERS, VISUAL = 8, 64
 
@@ -202,11 +203,6 @@ def attacked(loaded, tmp_path_factory):
         with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
             yield client, client.get("/config").json(), uploads, upload_file(client, "red.png", png("red"))
         blocks.close(verbose=False)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def png(colour, size=(64, 64), mode="RGB", kind="PNG"):
