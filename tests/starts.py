@@ -1,4 +1,4 @@
-"""Starts train/run.py in processes of its own, as a user or a cluster does."""
+"""Starts train/run.py in new processes, as a user or a cluster does."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def environment(**more):
-    """Returns the environment of a process that no launcher started; a training in this process set its own ranks."""
+    """Returns the environment of this process without the ranks that a launcher, or a training here, has set."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more}
 
@@ -33,7 +33,7 @@ def start_ranks(*arguments, ranks, out, err, **more):
 
 
 def run(*arguments, ranks=1, timeout=400, **more):
-    """Runs the command to its end; returns the first exit code that is not 0, and what all ranks said."""
+    """Runs the command to its end; returns the first exit code that is not 0, and what all ranks printed."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         processes = start_ranks(*arguments, ranks=ranks, out=out, err=err, **more)
         try:
@@ -41,6 +41,6 @@ def run(*arguments, ranks=1, timeout=400, **more):
         finally:
             for process in processes:
                 process.kill()
-        for said in (out, err):
-            said.seek(0)
+        for output in (out, err):
+            output.seek(0)
         return subprocess.CompletedProcess(arguments, next(filter(None, codes), 0), out.read(), err.read())

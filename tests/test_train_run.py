@@ -151,7 +151,7 @@ def recipe(folder):
 def launch(*arguments, ranks, timeout=400):
     """Runs the command under the DeepSpeed launcher; returns the finished process."""
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(free_port())]  # another run may have the launcher's own
+    command += ["--master_port", str(free_port())]  # another run may use the launcher's default
     command += ["train/run.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
 
