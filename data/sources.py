@@ -41,7 +41,7 @@ _HUB_NAME: Final = re.compile(
     r"(?:/(?P<subset>[^:]+))?(?::(?P<split>.+))?"
 )
 _HUB_HINT: Final = "and `hf auth login` for a private or gated set"
-_CHUNK: Final = 1 << 20  # characters of a JSON array that are read at a time
+CHUNK: Final = 1 << 20  # characters of a JSON array that are read at a time
 _MARGIN: Final = 1 << 12  # an error this far from the end of what was read is the file's, not the cut's
 _SPACES: Final = set(" \t\r\n")
 _HEAD: Final = 1 << 16  # bytes of each part of a file that its stamp covers
@@ -415,6 +415,6 @@ class _Reader:
 
     def _more(self) -> bool:
         """Reads on; forgets what was passed. Returns False at the end of the file."""
-        chunk = self._stream.read(_CHUNK)
+        chunk = self._stream.read(CHUNK)
         self._text, self._place = self._text[self._place :] + chunk, 0
         return bool(chunk)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from data.processor import ProcessorError, load_processor
 from eval.arguments import UsageError
 from eval.measure import device
-from eval.prompts import Prompter
+from eval.prompts import PromptEncoder
 from models import FusedAutoModel, UnsupportedModelError
 from models.auto import CONFIG_FAULTS
 from models.families import Family, family_of, is_original
@@ -165,7 +165,7 @@ class Checkpoint:
         except ProcessorError as error:
             raise CheckpointError(str(error)) from error
 
-    def prompter(self, processor: Any) -> Prompter:
+    def prompt_encoder(self, processor: Any) -> PromptEncoder:
         """Returns what asks this checkpoint as it was trained to be asked.
 
         Raises:
@@ -173,7 +173,7 @@ class Checkpoint:
             CheckpointError: the processor does not know how many visual tokens an image has.
         """
         try:
-            return Prompter(processor, chat_format=self.chat_format, aspect=self.aspect)
+            return PromptEncoder(processor, chat_format=self.chat_format, aspect=self.aspect)
         except ProcessorError as error:
             raise CheckpointError(f"{self.weights}: {error}") from error
 

@@ -118,13 +118,13 @@ class Comparison:
     def _load(self, name: str) -> Loaded:
         checkpoint, settings = self.checkpoints[name], self.settings
         model, processor = checkpoint.load(PRECISIONS[settings["precision"]], settings["attention"], self.device_map)
-        prompter = checkpoint.prompter(processor)
-        prompter.text_tower = self.text_tower and self.text_tower.to(model.device)
-        return Loaded(checkpoint, model, prompter, settings["batch"])
+        prompt_encoder = checkpoint.prompt_encoder(processor)
+        prompt_encoder.text_tower = self.text_tower and self.text_tower.to(model.device)
+        return Loaded(checkpoint, model, prompt_encoder, settings["batch"])
 
     def _measured(self, loaded: Loaded, name: str, harness: Harness) -> Record:
-        asked = harness.questions(self.tasks[0], self.settings["limit"], self.settings["batch"])
-        return run_speed(loaded, self.schedules[name], list(asked.values()))
+        prompts = harness.questions(self.tasks[0], self.settings["limit"], self.settings["batch"])
+        return run_speed(loaded, self.schedules[name], list(prompts.values()))
 
     def outdated(self) -> int:
         """Returns how many cells are kept that other weights, settings of a schedule or code decided."""
@@ -179,16 +179,16 @@ class Comparison:
         return "\n".join(parts)
 
 
-def _schedules(checkpoint: Checkpoint, asked: Mapping[str, Choice]) -> dict[str, Schedule]:
+def _schedules(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> dict[str, Schedule]:
     """Returns the schedules of a checkpoint's rows by label: the trained plan of a dense one is `dense`.
 
     A plan's name is a row of the checkpoints that have it.
     """
     if checkpoint.stages is None:
-        asked = {"dense" if label == TRAINED else label: choice for label, choice in asked.items()}
+        choices = {"dense" if label == TRAINED else label: choice for label, choice in choices.items()}
     known = (TRAINED, *SCHEDULES, *(checkpoint.config.plans or {}))
-    asked = {label: choice for label, choice in asked.items() if not isinstance(choice, str) or choice in known}
-    return {label: checkpoint.schedule(choice) for label, choice in asked.items()}
+    choices = {label: choice for label, choice in choices.items() if not isinstance(choice, str) or choice in known}
+    return {label: checkpoint.schedule(choice) for label, choice in choices.items()}
 
 
 def _is_done(record: Record | None) -> bool:
@@ -253,7 +253,7 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
     """
     found = [Checkpoint.find(given, args.chat_format, args.image_aspect) for given in args.checkpoints]
     for checkpoint in found:
-        checkpoint.prompter(checkpoint.processor())
+        checkpoint.prompt_encoder(checkpoint.processor())
     settings = settings_of(found, args)
     comparison = Comparison(
         named(found), args.schedules, args.tasks, settings=settings, out=args.out, device_map=args.device_map

@@ -33,7 +33,7 @@ from data.rows import IMAGE_MARK, RowError
 from eval.arguments import UsageError, command_line, free_port
 from eval.checkpoint import Checkpoint
 from eval.live import draw_overlay, live_mask
-from eval.prompts import Asked, Prompter
+from eval.prompts import PromptEncoder, VqaPrompt
 from models.fused import usable_schedules
 from models.schedules import SCHEDULES, TRAINED
 from models.stage_plan import StagePlan
@@ -97,7 +97,12 @@ class _Clock(BaseStreamer):
 
 
 def respond(
-    model: Any, prompter: Prompter, image: Image.Image | None, question: str, schedule: str, max_new_tokens: int
+    model: Any,
+    prompt_encoder: PromptEncoder,
+    image: Image.Image | None,
+    question: str,
+    schedule: str,
+    max_new_tokens: int,
 ) -> Response:
     """Returns the greedy answer to a question under a schedule; the model's schedule does not matter.
 
@@ -110,7 +115,7 @@ def respond(
     chosen = model.resolve(model.config.schedule if schedule == RELEASED else schedule)
     images = [] if image is None else [image.convert("RGB")]
     try:
-        batch = prompter.batch([Asked(question, images)])
+        batch = prompt_encoder.batch([VqaPrompt(question, images)])
     except RowError as error:
         raise QuestionError(str(error)) from error
     _check_length(model, batch["input_ids"].shape[1], max_new_tokens)
@@ -121,13 +126,13 @@ def respond(
         tokens = model.generate(**inputs, **options, schedule=chosen, streamer=clock, on_prefill=prefills.append)
     live, ids, overlay = live_mask(prefills[0])[:, 0], inputs["input_ids"][0], None
     visual = ids == model.config.image_token_id
-    if images and (grid := prompter.grid(images[0], inputs)) is not None:
-        patches = prompter.patches(live, visual, grid, images[0])
-        overlay = draw_overlay(prompter.picture(images[0], inputs), patches, grid)
+    if images and (grid := prompt_encoder.grid(images[0], inputs)) is not None:
+        patches = prompt_encoder.patches(live, visual, grid, images[0])
+        overlay = draw_overlay(prompt_encoder.picture(images[0], inputs), patches, grid)
     new = tokens[:, len(ids) :]
     start, first, last = clock.times[0], clock.times[1], clock.times[-1]
     return Response(
-        answer=prompter.decode(new)[0],
+        answer=prompt_encoder.decode(new)[0],
         new_tokens=new.shape[1],
         prefill_seconds=first - start,
         decode_seconds=last - first,
@@ -255,7 +260,7 @@ def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tu
     return question, schedule, int(new)
 
 
-def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] = ()) -> gr.Blocks:
+def page(name: str, model: Any, prompt_encoder: PromptEncoder, shown: Sequence[list[str]] = ()) -> gr.Blocks:
     """Returns the page; it answers one request at a time, so that its memory is that of one.
 
     `name` is the checkpoint's, `shown` has [image file, question] of each example.
@@ -267,7 +272,7 @@ def page(name: str, model: Any, prompter: Prompter, shown: Sequence[list[str]] =
         try:
             checked = _checked(question, schedule, new, names)
             image = None if file is None else read_image(file["path"])
-            response = respond(model, prompter, image, *checked)
+            response = respond(model, prompt_encoder, image, *checked)
         except QuestionError as error:
             raise gr.Error(str(error), print_exception=False) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -347,7 +352,7 @@ def main(given: Sequence[str] | None = None) -> int:
             os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads and drawings; Gradio would keep its own folder for good
             checkpoint = Checkpoint.find(args.checkpoint)
             model, processor = checkpoint.load()
-            blocks = page(checkpoint.name, model, checkpoint.prompter(processor), examples(checkpoint))
+            blocks = page(checkpoint.name, model, checkpoint.prompt_encoder(processor), examples(checkpoint))
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
             address = launch(blocks, host=args.host, port=port, password=args.password, share=args.share)
             print(f"{address} (Ctrl-C ends it)", flush=True)

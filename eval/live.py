@@ -25,7 +25,7 @@ from data.easy_vqa import questions
 from eval.arguments import UsageError, command_line, make_folder, positive
 from eval.checkpoint import Checkpoint
 from eval.comparison.plots import draw_live
-from eval.prompts import Asked, Prompter
+from eval.prompts import PromptEncoder, VqaPrompt
 from models.cost import Cost, live_cost
 from models.fused import usable_schedules
 from models.schedules import TRAINED, Dense, Schedule
@@ -44,7 +44,7 @@ class Loaded:
 
     checkpoint: Checkpoint
     model: Any
-    prompter: Prompter
+    prompt_encoder: PromptEncoder
     batch: int
 
 
@@ -82,15 +82,15 @@ def costs_of(model: Any, counts: Sequence[int], *, text: int, schedule: Schedule
     return live_cost(model.config.text_config, counts, text=text, kv=kv, value=value)
 
 
-def prompt_costs(loaded: Loaded, schedule: Schedule, asked: Sequence[Asked]) -> dict[str, Any]:
+def prompt_costs(loaded: Loaded, schedule: Schedule, prompts: Sequence[VqaPrompt]) -> dict[str, Any]:
     """Returns the means over prompts of what the cost model says, beside the dense cost of the same prompts.
 
     `live` are the live visual tokens of each layer: mean, lowest and highest over prompts.
     """
     model, costs, dense, counts = loaded.model, list[Cost](), list[Cost](), list[list[int]]()
     size, depth = model.dtype.itemsize, model.config.text_config.num_hidden_layers
-    for start in range(0, len(asked), loaded.batch):
-        inputs = loaded.prompter.batch(asked[start : start + loaded.batch], schedule)
+    for start in range(0, len(prompts), loaded.batch):
+        inputs = loaded.prompt_encoder.batch(prompts[start : start + loaded.batch], schedule)
         live = live_visual(model, inputs, schedule).sum(dim=2).T.tolist()
         visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
         for layers, text, number in zip(live, text_tokens(model, inputs), visual, strict=True):
@@ -156,15 +156,15 @@ def main(given: Sequence[str] | None = None) -> int:
         checkpoint = Checkpoint.find(args.checkpoint)
         make_folder("--out", args.out)
         model, processor = checkpoint.load()
-        loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), BATCH)
+        loaded = Loaded(checkpoint, model, checkpoint.prompt_encoder(processor), BATCH)
     except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
-    asked = [Asked(one.text, [Image.open(one.image).convert("RGB")]) for one in questions("test")[: args.limit]]
+    prompts = [VqaPrompt(one.text, [Image.open(one.image).convert("RGB")]) for one in questions("test")[: args.limit]]
     names = usable_schedules(model.config) + ([] if model.config.stages is None else [TRAINED])
     for name in tqdm(names, unit="schedule"):  # a pruner on a fused checkpoint prunes within its plan
-        live = prompt_costs(loaded, model.resolve(name), asked)["live"]
-        draw_live({f"{name}: mean and range of {len(asked)} prompts": live}, args.out / f"live_{name}.png")
+        live = prompt_costs(loaded, model.resolve(name), prompts)["live"]
+        draw_live({f"{name}: mean and range of {len(prompts)} prompts": live}, args.out / f"live_{name}.png")
     print(f"written: {args.out}/live_*.png")
     return 0
 

@@ -38,7 +38,7 @@ from data.chat import TokenizerError
 from eval.arguments import UsageError
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.comparison import ranks
-from eval.prompts import Asked, Prompter
+from eval.prompts import PromptEncoder, VqaPrompt
 from eval.tasks.benchmarks import BENCHMARKS
 from models.fused import require_nothing_more
 from models.schedules import TRAINED, ScheduleError
@@ -67,14 +67,14 @@ class SettingsError(UsageError):
 class FusedLlava(lmms):
     """A loaded checkpoint as lmms-eval sees a model: greedy or sampled answers to requests, in batches.
 
-    `model` runs under its schedule, `prompter` asks it as it was trained to be asked, `batch` requests at a time.
+    `model` runs under its schedule, `prompt_encoder` asks it as it was trained to be asked, `batch` requests at a time.
     """
 
     is_simple = True
 
-    def __init__(self, model: Any, prompter: Prompter, batch: int = 1) -> None:
+    def __init__(self, model: Any, prompt_encoder: PromptEncoder, batch: int = 1) -> None:
         super().__init__()
-        self._held = (model, prompter)  # in a tuple: the harness deletes every module attribute after a task
+        self._held = (model, prompt_encoder)  # in a tuple: the harness deletes every module attribute after a task
         self._screen = sys.stderr  # as it is now: `Harness` sends the harness's own output elsewhere
         self.batch_size = batch
 
@@ -108,7 +108,7 @@ class FusedLlava(lmms):
         if torch.cuda.is_available():
             model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
         model.schedule = schedule
-        return cls(model, checkpoint.prompter(processor), int((additional_config or {}).get("batch_size") or 1))
+        return cls(model, checkpoint.prompt_encoder(processor), int((additional_config or {}).get("batch_size") or 1))
 
     @property
     def device(self) -> torch.device:
@@ -127,21 +127,27 @@ class FusedLlava(lmms):
                 numbers = list(members)
                 for start in range(0, len(numbers), self.batch_size):
                     part = numbers[start : start + self.batch_size]
-                    answers += self.answer([self._asked(requests[number].args) for number in part], *settings[part[0]])
+                    answers += self.answer(
+                        [self._prompt_of(requests[number].args) for number in part], *settings[part[0]]
+                    )
                     bar.update(len(part))
         return answers
 
-    def answer(self, asked: Sequence[Asked], settings: tuple[tuple[str, Any], ...], ends: Sequence[str]) -> list[str]:
+    def answer(
+        self, prompts: Sequence[VqaPrompt], settings: tuple[tuple[str, Any], ...], ends: Sequence[str]
+    ) -> list[str]:
         """Returns the answers to one batch, each cut at the first of `ends`."""
-        model, prompter = self._held
-        inputs = {name: tensor.to(model.device) for name, tensor in prompter.batch(asked, model.schedule).items()}
+        model, prompt_encoder = self._held
+        inputs = {
+            name: tensor.to(model.device) for name, tensor in prompt_encoder.batch(prompts, model.schedule).items()
+        }
         options = dict(settings)
         seed = options.pop("seed", None)
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             tokens = model.generate(**inputs, **options)
-        texts = prompter.decode(tokens[:, inputs["input_ids"].shape[1] :])
+        texts = prompt_encoder.decode(tokens[:, inputs["input_ids"].shape[1] :])
         return [cut(text, ends) for text in texts]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -152,9 +158,9 @@ class FusedLlava(lmms):
         """Refuses: no task of LLaVA-1.5's set asks for it."""
         raise NotImplementedError("fused_llava: got a multi-round task, expected generate_until")
 
-    def _asked(self, args: tuple[Any, ...]) -> Asked:
+    def _prompt_of(self, args: tuple[Any, ...]) -> VqaPrompt:
         text, _, doc_to_visual, doc_id, task, split = args
-        return Asked(text, _images(doc_to_visual(self.task_dict[task][split][doc_id]), task))
+        return VqaPrompt(text, _images(doc_to_visual(self.task_dict[task][split][doc_id]), task))
 
 
 def generation_settings(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
@@ -255,7 +261,7 @@ class Harness:
         samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])  # each rank's stand together
         return Outcome(metrics, samples, result["configs"][name])
 
-    def questions(self, name: str, limit: int | None, count: int) -> dict[int, Asked]:
+    def questions(self, name: str, limit: int | None, count: int) -> dict[int, VqaPrompt]:
         """Returns up to `count` of a task's first `limit` questions (None: all), evenly spaced, by their number."""
         with self._quiet():
             task = self._task(name)
@@ -263,7 +269,7 @@ class Harness:
             size = min(len(docs), limit or len(docs))
             numbers = sorted({place * size // count for place in range(count)})
             return {
-                number: Asked(task.doc_to_text(docs[number]), _images(task.doc_to_visual(docs[number]), name))
+                number: VqaPrompt(task.doc_to_text(docs[number]), _images(task.doc_to_visual(docs[number]), name))
                 for number in numbers
             }
 

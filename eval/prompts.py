@@ -23,14 +23,14 @@ _MARKS: Final = 2  # kinds of tokens around the visual tokens of an image that l
 
 
 @dataclass(frozen=True)
-class Asked:
+class VqaPrompt:
     """One question: what a user would type, without image marks, after the RGB images that it is about, if any."""
 
     text: str
     images: Sequence[Image.Image] = ()
 
 
-class Prompter:
+class PromptEncoder:
     """Makes batches of questions for the checkpoint that `processor` belongs to.
 
     `chat_format` and `aspect` are as in a recipe's data.format and data.image_aspect. `text_tower` says how relevant
@@ -48,21 +48,21 @@ class Prompter:
         self.vision = VisionProcessor(processor, aspect=aspect)
         self.chat = ChatFormat(chat_format, processor.tokenizer, self.vision.text)
 
-    def batch(self, asked: Sequence[Asked], schedule: Schedule | None = None) -> dict[str, Tensor]:
+    def batch(self, prompts: Sequence[VqaPrompt], schedule: Schedule | None = None) -> dict[str, Tensor]:
         """Returns what generate() takes: input_ids and attention_mask (B, S), padded on the left, and inputs of images.
 
         Without any image there are none of the latter. With a text tower there is relevance (B, S), unless `schedule`
         does not read it.
         """
-        encoded = [self.vision.encode(question.images) if question.images else None for question in asked]
-        prompts = [self.expand(self._ids(question), one) for question, one in zip(asked, encoded, strict=True)]
-        inputs = {**self.padded(prompts), **image_inputs(encoded)}
+        encoded = [self.vision.encode(prompt.images) if prompt.images else None for prompt in prompts]
+        ids = [self.expand(self._ids(prompt), one) for prompt, one in zip(prompts, encoded, strict=True)]
+        inputs = {**self.padded(ids), **image_inputs(encoded)}
         is_read = schedule is None or schedule.reads_relevance
         if self.text_tower is not None and is_read and "pixel_values" in inputs:
-            shown = inputs["pixel_values"].split([len(question.images) for question in asked])
+            shown = inputs["pixel_values"].split([len(prompt.images) for prompt in prompts])
             rows = [
-                self.text_tower.relevance(question.text.replace(IMAGE_MARK, "").strip(), images)
-                for question, images in zip(asked, shown, strict=True)
+                self.text_tower.relevance(prompt.text.replace(IMAGE_MARK, "").strip(), images)
+                for prompt, images in zip(prompts, shown, strict=True)
             ]
             inputs["relevance"] = placed(rows, inputs["input_ids"], self.vision.image_token_id)
         return inputs
@@ -121,10 +121,10 @@ class Prompter:
         """Returns the text of generated tokens (B, T), without special tokens and white space around it."""
         return [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
-    def _ids(self, question: Asked) -> list[int]:
+    def _ids(self, prompt: VqaPrompt) -> list[int]:
         """Returns the ids of one question, with one image token an image."""
-        marks = f"{IMAGE_MARK}\n" * len(question.images)
-        return self.chat.prompt([Turn("user", marks + question.text.replace(IMAGE_MARK, ""))])
+        marks = f"{IMAGE_MARK}\n" * len(prompt.images)
+        return self.chat.prompt([Turn("user", marks + prompt.text.replace(IMAGE_MARK, ""))])
 
 
 def image_inputs(encoded: Sequence[EncodedImages | None]) -> dict[str, Tensor]:

@@ -25,7 +25,14 @@ from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.plot import draw_stages
 from eval.stage_analysis.recipe import check_target, starting_recipe, write_recipe
 from eval.stage_analysis.report import evidence_lines, record_of, report_of
-from eval.stage_analysis.samples import Asker, Sample, SamplesError, easy_vqa_samples, file_samples, scenes_samples
+from eval.stage_analysis.samples import (
+    ProbeBatcher,
+    Sample,
+    SamplesError,
+    easy_vqa_samples,
+    file_samples,
+    scenes_samples,
+)
 from eval.stage_analysis.search import needs_vision, propose
 from models.stage_plan import StagePlan
 from recipes.schema import RecipeError
@@ -95,7 +102,7 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     checkpoint = Checkpoint.find(args.checkpoint, args.chat_format, args.image_aspect)
     if args.write is not None:
         starting_recipe(checkpoint, args.checkpoint)
-    checkpoint.prompter(checkpoint.processor())
+    checkpoint.prompt_encoder(checkpoint.processor())
     samples = samples_of(args)
     depth = checkpoint.num_layers
     window = args.window or max(1, round(depth / 8))
@@ -106,7 +113,7 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     stages = model.config.stages
     return checkpoint, Analysis(
         model,
-        Asker(model, checkpoint.prompter(processor)),
+        ProbeBatcher(model, checkpoint.prompt_encoder(processor)),
         samples,
         args.batch or (8 if torch.cuda.is_available() else 50),
         None if stages is None else StagePlan.from_dict(stages),

@@ -169,7 +169,7 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int | None, limit:
     checkpoint = Checkpoint.find(run.folder)
     trained_in = {phase.train.precision for phase in run.recipe.phases}  # a small fp32 model is another one in bf16
     model, processor = checkpoint.load(torch.float32 if trained_in == {"fp32"} else dtype())
-    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch or default_batch())
+    loaded = Loaded(checkpoint, model, checkpoint.prompt_encoder(processor), batch or default_batch())
     cells: dict[str, dict[str, Record]] = {}
     for task in study.tasks:
         pictures, cells[task] = run.folder / "pictures" / task, {}

@@ -59,7 +59,7 @@ def test_arrays_and_lines_give_the_same_rows(read, text):
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
 def test_rows_that_are_cut_by_a_read_are_whole(read, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "CHUNK", chunk)
     rows = [*ROWS, "12345", "true", '"a \\" b"']
     assert read("[" + " , ".join(rows) + "]") == list(map(json.loads, rows))
 

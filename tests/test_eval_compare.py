@@ -570,7 +570,7 @@ def test_a_processor_that_cannot_count_visual_tokens_is_refused(runs, tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
     found = Checkpoint.find(tmp_path)
     with pytest.raises(CheckpointError, match=r"processor_config\.json: got no patch_size"):
-        found.prompter(found.processor())
+        found.prompt_encoder(found.processor())
 
 
 def test_a_record_that_is_cut_off_is_named(runs, tmp_path):

@@ -20,7 +20,7 @@ from data.easy_vqa import questions
 from eval import demo
 from eval.checkpoint import Checkpoint
 from eval.live import GAP, LABEL, SIDE
-from eval.prompts import Asked
+from eval.prompts import VqaPrompt
 from models.schedules import SCHEDULES, Fused, published
 from tests.browser import open_page
 from tests.conftest import ROOT, write_run
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def loaded(folder):
     checkpoint = Checkpoint.find(folder)
     model, processor = checkpoint.load()
-    return checkpoint, model, checkpoint.prompter(processor)
+    return checkpoint, model, checkpoint.prompt_encoder(processor)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +59,22 @@ def asked():
     return Image.open(question.image).convert("RGB"), question.text
 
 
-def generated(model, prompter, question, new):
-    inputs = prompter.batch([question])
+def generated(model, prompt_encoder, question, new):
+    inputs = prompt_encoder.batch([question])
     with torch.inference_mode():
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=new)
-    return prompter.decode(tokens[:, inputs["input_ids"].shape[1] :])[0]
+    return prompt_encoder.decode(tokens[:, inputs["input_ids"].shape[1] :])[0]
 
 
 def test_respond_is_generate_under_each_schedule(loaded, asked):
-    _, model, prompter = loaded
+    _, model, prompt_encoder = loaded
     image, text = asked
     answers = {}
     for name in ("trained", "dense", "visipruner", "vtw"):
-        response = demo.respond(model, prompter, image, text, name, 6)
+        response = demo.respond(model, prompt_encoder, image, text, name, 6)
         assert isinstance(model.schedule, Fused)  # the model's own
         model.schedule = None if name == "trained" else published(name, LAYERS)
-        answers[name] = generated(model, prompter, Asked(text, [image]), 6)
+        answers[name] = generated(model, prompt_encoder, VqaPrompt(text, [image]), 6)
         model.schedule = None
         assert response.answer == answers[name]
         assert 1 <= response.new_tokens <= 6
@@ -85,9 +85,9 @@ def test_respond_is_generate_under_each_schedule(loaded, asked):
 
 
 def test_token_layers_and_overlay_follow_the_schedule(loaded, asked):
-    _, model, prompter = loaded
-    trained = demo.respond(model, prompter, *asked, "trained", 1)
-    dense = demo.respond(model, prompter, *asked, "dense", 1)
+    _, model, prompt_encoder = loaded
+    trained = demo.respond(model, prompt_encoder, *asked, "trained", 1)
+    dense = demo.respond(model, prompt_encoder, *asked, "dense", 1)
     assert (trained.token_layers, dense.token_layers) == (3 * VISUAL, LAYERS * VISUAL)
     assert trained.overlay.size == (3 * SIDE + 2 * GAP, SIDE + LABEL)  # without, with, without the image
     assert dense.overlay.size == (SIDE, SIDE + LABEL)
@@ -95,16 +95,18 @@ def test_token_layers_and_overlay_follow_the_schedule(loaded, asked):
 
 
 def test_a_release_is_asked_under_the_schedule_of_its_config(loaded, asked, monkeypatch):
-    _, model, prompter = loaded
+    _, model, prompt_encoder = loaded
     monkeypatch.setattr(model.config, "schedule", {"name": "vtw", "layer": 3})
-    assert demo.respond(model, prompter, *asked, "released", 1).token_layers == VISUAL  # of the plan's layers, layer 2
-    assert demo.respond(model, prompter, *asked, "trained", 1).token_layers == 3 * VISUAL
+    assert (
+        demo.respond(model, prompt_encoder, *asked, "released", 1).token_layers == VISUAL
+    )  # of the plan's layers, layer 2
+    assert demo.respond(model, prompt_encoder, *asked, "trained", 1).token_layers == 3 * VISUAL
 
 
 def test_a_question_without_an_image(loaded):
-    _, model, prompter = loaded
-    response = demo.respond(model, prompter, None, "what shape?", "trained", 5)
-    assert response.answer == generated(model, prompter, Asked("what shape?"), 5)
+    _, model, prompt_encoder = loaded
+    response = demo.respond(model, prompt_encoder, None, "what shape?", "trained", 5)
+    assert response.answer == generated(model, prompt_encoder, VqaPrompt("what shape?"), 5)
     assert (response.token_layers, response.dense_token_layers, response.overlay) == (0, 0, None)
     assert "without an image" in demo.figures(response)
 
@@ -134,8 +136,8 @@ def test_choices_and_examples(loaded, tmp_path, monkeypatch):
 
 
 def test_the_page_answers_one_request_at_a_time(loaded):
-    checkpoint, model, prompter = loaded
-    (handler,) = (each for each in demo.page(checkpoint.name, model, prompter).fns.values() if each.name == "ask")
+    checkpoint, model, prompt_encoder = loaded
+    (handler,) = (each for each in demo.page(checkpoint.name, model, prompt_encoder).fns.values() if each.name == "ask")
     assert handler.concurrency_limit == 1
     assert {event for _, event in handler.targets} == {"click", "submit"}
 
@@ -158,7 +160,7 @@ def upload(page, image, text):
 
 def test_the_page_in_a_browser(served, loaded, asked, tmp_path):
     process, url = served
-    checkpoint, model, prompter = loaded
+    checkpoint, model, prompt_encoder = loaded
     (tmp_path / "broken.png").write_text("no image")
     with open_page(url) as opened:
         page = opened.page
@@ -173,7 +175,7 @@ def test_the_page_in_a_browser(served, loaded, asked, tmp_path):
         page.keyboard.press("Tab")
         page.click("#ask")
         page.wait_for_selector("#overlay img")
-        expected = demo.respond(model, prompter, *asked, "fastv", 12)
+        expected = demo.respond(model, prompt_encoder, *asked, "fastv", 12)
         assert page.input_value("#answer textarea") == expected.answer
         assert f"{expected.token_layers} of dense's {LAYERS * VISUAL}" in page.inner_text("#took")
         drawn = page.eval_on_selector("#overlay img", "async (image) => (await image.decode(), image.naturalWidth)")
@@ -197,8 +199,8 @@ def attacked(loaded, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         uploads = tmp_path_factory.mktemp("uploads")
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
-        checkpoint, model, prompter = loaded
-        blocks = demo.page(checkpoint.name, model, prompter, demo.examples(checkpoint))
+        checkpoint, model, prompt_encoder = loaded
+        blocks = demo.page(checkpoint.name, model, prompt_encoder, demo.examples(checkpoint))
         address = demo.launch(blocks, host="127.0.0.1", port=free_port())
         with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
             yield client, client.get("/config").json(), uploads, upload_file(client, "red.png", png("red"))
@@ -337,8 +339,8 @@ def test_a_camera_picture_is_taken(tmp_path, monkeypatch):
 
 def test_a_password_is_asked_for_before_anything_else(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    checkpoint, model, prompter = loaded
-    blocks = demo.page(checkpoint.name, model, prompter)
+    checkpoint, model, prompt_encoder = loaded
+    blocks = demo.page(checkpoint.name, model, prompt_encoder)
     address = demo.launch(blocks, host="127.0.0.1", port=free_port(), password="open sesame")
     picture = {"files": {"files": ("red.png", png("red"))}}
     question = {"json": {"data": [None, "what?", "dense", 2], "fn_index": 0, "session_hash": "a"}}

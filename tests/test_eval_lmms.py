@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 from data.easy_vqa import questions
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
-from eval.prompts import Asked
+from eval.prompts import VqaPrompt
 from eval.tasks.benchmarks import BENCHMARKS, missing_judge, value_of
 from models import StagePlan
 from models.schedules import VTW, Fused
@@ -25,8 +25,8 @@ from tests.conftest import QUICKSTART, ROOT
 class Same(FusedLlava):
     """Says the same to everything, and notes what it was asked."""
 
-    def __init__(self, model, prompter, word):
-        super().__init__(model, prompter, batch=3)
+    def __init__(self, model, prompt_encoder, word):
+        super().__init__(model, prompt_encoder, batch=3)
         self.word, self.seen = word, []
 
     def answer(self, asked, settings, ends):
@@ -38,7 +38,7 @@ class Same(FusedLlava):
 def loaded(quickstart_run):
     checkpoint = Checkpoint.find(quickstart_run)
     model, processor = checkpoint.load()
-    return model, checkpoint.prompter(processor)
+    return model, checkpoint.prompt_encoder(processor)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_llava_of_hugging_faces_answers_as_it_does_there(harness, tmp_path):
     checkpoint = Checkpoint.find(tmp_path)
     assert (checkpoint.stages, checkpoint.chat_format, checkpoint.aspect) == (None, "chat_template", "processor")
     model, processor = checkpoint.load()
-    outcome = harness.run(FusedLlava(model, checkpoint.prompter(processor), 4), "easy_vqa", 4)
+    outcome = harness.run(FusedLlava(model, checkpoint.prompt_encoder(processor), 4), "easy_vqa", 4)
     for sample, question in zip(outcome.samples, questions("test"), strict=False):
         said = [{"role": "user", "content": f"<image>\n{question.text}"}]
         text = processor.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
@@ -156,13 +156,13 @@ def test_an_evaluation_leaves_the_random_state_alone(harness, loaded):
 
 
 def test_questions_with_several_images_and_with_none(loaded):
-    _, prompter = loaded
+    _, prompt_encoder = loaded
     red = Image.new("RGB", (64, 64), "red")
-    inputs = prompter.batch([Asked("what is it?", [red, red]), Asked("a <image> here?")])
-    image = prompter.tokenizer.convert_tokens_to_ids("<image>")
-    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompter.vision.count(*red.size), 0]
+    inputs = prompt_encoder.batch([VqaPrompt("what is it?", [red, red]), VqaPrompt("a <image> here?")])
+    image = prompt_encoder.tokenizer.convert_tokens_to_ids("<image>")
+    assert (inputs["input_ids"] == image).sum(dim=1).tolist() == [2 * prompt_encoder.vision.count(*red.size), 0]
     assert len(inputs["pixel_values"]) == 2
-    assert "pixel_values" not in prompter.batch([Asked("what is it?")])
+    assert "pixel_values" not in prompt_encoder.batch([VqaPrompt("what is it?")])
 
 
 def test_an_answer_ends_where_the_task_says():
@@ -208,7 +208,7 @@ def test_settings_that_generate_does_not_take_are_named():
 
 def test_settings_reach_generate(loaded):
     model = FusedLlava(*loaded, 1)
-    question = [Asked("what is it?", [Image.new("RGB", (64, 64), "red")])]
+    question = [VqaPrompt("what is it?", [Image.new("RGB", (64, 64), "red")])]
 
     def said(**given):
         return model.answer(question, generation_settings({"max_new_tokens": 12, **given})[0], ())

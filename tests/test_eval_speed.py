@@ -6,7 +6,7 @@ from PIL import Image
 from eval import measure
 from eval.checkpoint import Checkpoint
 from eval.live import costs_of, live_visual, text_tokens
-from eval.prompts import Asked
+from eval.prompts import VqaPrompt
 from models.schedules import VTW, Dense, DivPrune, FastV, ShortV, SparseVLM, VisionZip
 
 
@@ -14,13 +14,13 @@ from models.schedules import VTW, Dense, DivPrune, FastV, ShortV, SparseVLM, Vis
 def loaded(quickstart_run):
     checkpoint = Checkpoint.find(quickstart_run)
     model, processor = checkpoint.load()
-    return checkpoint, model, checkpoint.prompter(processor)
+    return checkpoint, model, checkpoint.prompt_encoder(processor)
 
 
 @pytest.fixture(scope="module")
 def asked():
     image = Image.new("RGB", (64, 64), "red")
-    return [Asked("what is the red shape?", [image]), Asked("is it?", [image])]
+    return [VqaPrompt("what is the red shape?", [image]), VqaPrompt("is it?", [image])]
 
 
 SCHEDULES = (Dense(), VTW(3), FastV(2), DivPrune(), VisionZip(), SparseVLM((3, 4, 5)), ShortV((2, 4)))
@@ -28,8 +28,8 @@ SCHEDULES = (Dense(), VTW(3), FastV(2), DivPrune(), VisionZip(), SparseVLM((3, 4
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 def test_the_cache_is_as_large_as_the_cost_model_says(loaded, asked, schedule):
-    _, model, prompter = loaded
-    inputs = prompter.batch(asked[:1])
+    _, model, prompt_encoder = loaded
+    inputs = prompt_encoder.batch(asked[:1])
     model.schedule = schedule
     schedule = model.schedule
     counts = live_visual(model, inputs, schedule)[:, 0].sum(dim=1).tolist()
@@ -38,8 +38,8 @@ def test_the_cache_is_as_large_as_the_cost_model_says(loaded, asked, schedule):
 
 
 def test_prefill_and_decode_steps_are_generates(loaded, asked):
-    _, model, prompter = loaded
-    inputs = prompter.batch(asked)
+    _, model, prompt_encoder = loaded
+    inputs = prompt_encoder.batch(asked)
     cache = measure.prefill(model, inputs, None)
     before = cache.get_seq_length()
     measure.decode(model, inputs, cache, 3)
@@ -49,8 +49,8 @@ def test_prefill_and_decode_steps_are_generates(loaded, asked):
 def test_speeds_name_every_schedule_and_measure_memory(loaded, asked, monkeypatch):
     monkeypatch.setattr(measure, "REPEATS", 1)
     monkeypatch.setattr(measure, "STEPS", 2)
-    checkpoint, model, prompter = loaded
-    inputs = prompter.batch(asked * 20)
+    checkpoint, model, prompt_encoder = loaded
+    inputs = prompt_encoder.batch(asked * 20)
     found = measure.speeds(model, checkpoint.weights, inputs, {"dense": Dense(), "trained": None})
     assert list(found) == ["dense", "trained"]
     for figures in found.values():

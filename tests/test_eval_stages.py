@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 from data.chat import IGNORE_INDEX
 from eval import stages
 from eval.live import live_visual
-from eval.prompts import Asked, Prompter
+from eval.prompts import PromptEncoder, VqaPrompt
 from eval.significance import RESAMPLES
 from eval.stage_analysis.analysis import Analysis
 from eval.stage_analysis.plot import draw_stages
@@ -29,7 +29,7 @@ from eval.stage_analysis.probes import (
     narrowed,
 )
 from eval.stage_analysis.report import record_of, report_of
-from eval.stage_analysis.samples import Asker, Batch, Sample, spaced
+from eval.stage_analysis.samples import Batch, ProbeBatcher, Sample, spaced
 from eval.stage_analysis.search import Trials, needs_vision, propose, side_intervals
 from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
@@ -445,7 +445,7 @@ def pictured_samples():
         for shape in range(3):
             for question, answer in zip(QUESTIONS, (COLOURS[colour], SHAPES[shape]), strict=True):
                 name = f"{colour}{shape}"
-                found.append(Sample(name + question, Asked(question, [picture(colour, shape)]), answer, name))
+                found.append(Sample(name + question, VqaPrompt(question, [picture(colour, shape)]), answer, name))
     return found
 
 
@@ -453,8 +453,8 @@ def write_task(folder, repeats=4):
     """Writes the samples as a LLaVA-format file; returns its path."""
     rows = []
     for sample in pictured_samples() * repeats:
-        sample.asked.images[0].save(folder / f"{sample.group}.png")
-        turns = [("human", f"<image>\n{sample.asked.text}"), ("gpt", sample.answer)]
+        sample.prompt.images[0].save(folder / f"{sample.group}.png")
+        turns = [("human", f"<image>\n{sample.prompt.text}"), ("gpt", sample.answer)]
         turns = [{"from": who, "value": text} for who, text in turns]
         rows.append({"id": sample.id, "image": f"{sample.group}.png", "conversations": turns})
     rows.append({"id": "words", "conversations": [{"from": who, "value": "hm"} for who in ("human", "gpt")]})
@@ -469,7 +469,7 @@ def by_construction(reads, plan=None):
     the words; the projected features of the nine images are, exactly, colour and shape.
     """
     model, processor = tiny_model(plan), tiny_processor()
-    prompter = Prompter(processor, chat_format="chat_template", aspect="processor")
+    prompt_encoder = PromptEncoder(processor, chat_format="chat_template", aspect="processor")
     words = processor.tokenizer.convert_tokens_to_ids
     decoder = model.model.language_model
     embeddings, head = model.get_input_embeddings().weight, model.lm_head.weight
@@ -479,8 +479,11 @@ def by_construction(reads, plan=None):
         attention = layer.self_attn
         for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
             part.weight.zero_()
-    asker, samples = Asker(model, prompter), pictured_samples()
-    kinds = [set(asker.encode(samples[kind], prompter.vision.encode(samples[kind].asked.images))[0]) for kind in (0, 1)]
+    batcher, samples = ProbeBatcher(model, prompt_encoder), pictured_samples()
+    kinds = [
+        set(batcher.encode(samples[kind], prompt_encoder.vision.encode(samples[kind].prompt.images))[0])
+        for kind in (0, 1)
+    ]
     answers = {words(word) for word in (*COLOURS, *SHAPES)}
     for kind, other in ((0, 1), (1, 0)):
         for token in kinds[kind] - kinds[other] - answers:
@@ -496,17 +499,17 @@ def by_construction(reads, plan=None):
                 attention.v_proj.weight[2 + channel, channel] = 1
                 attention.o_proj.weight[10 + channel, 2 + channel] = 1
     head[processor.tokenizer.eos_token_id, END] = 1000
-    project_exactly(model, prompter)
+    project_exactly(model, prompt_encoder)
     return model
 
 
-def pixels_of(prompter, image):
-    return prompter.vision.encode([image]).inputs["pixel_values"]
+def pixels_of(prompt_encoder, image):
+    return prompt_encoder.vision.encode([image]).inputs["pixel_values"]
 
 
-def project_exactly(model, prompter):
+def project_exactly(model, prompt_encoder):
     """Sets the projector so that each image's features are its colour (channels 0-2) and its shape (3-5)."""
-    pixels = torch.cat([pixels_of(prompter, picture(number // 3, number % 3)) for number in range(9)])
+    pixels = torch.cat([pixels_of(prompt_encoder, picture(number // 3, number % 3)) for number in range(9)])
     inner = {}
     handle = model.model.multi_modal_projector.act.register_forward_hook(lambda *call: inner.update(out=call[2]))
     model.model.get_image_features(pixel_values=pixels)
@@ -568,11 +571,11 @@ def test_a_window_known_by_construction_is_found_and_written(task, plan, capsys)
 
 def test_each_kind_of_question_shows_the_layer_that_it_reads_at(tmp_path):
     model = by_construction({"colour": [2], "shape": [3]})
-    prompter = Prompter(tiny_processor(), chat_format="chat_template", aspect="processor")
+    prompt_encoder = PromptEncoder(tiny_processor(), chat_format="chat_template", aspect="processor")
     samples = [
         replace(sample, family="colour" if sample.answer in COLOURS else "shape") for sample in pictured_samples()
     ]
-    analysis = Analysis(model, Asker(model, prompter), samples, batch=7, plan=None, window=1)
+    analysis = Analysis(model, ProbeBatcher(model, prompt_encoder), samples, batch=7, plan=None, window=1)
     analysis.run()
     args = Namespace(command="command", task="task", tolerance=6.0)
     proposal = propose(analysis.trials, 6.0, analysis.measure)
@@ -621,14 +624,14 @@ def test_a_model_that_needs_every_layer_or_no_image_gets_no_stages(task, capsys)
 def trained(plan):
     """Returns a model that has learned to name colours and shapes under a plan."""
     model, processor = tiny_model(plan), tiny_processor()
-    asker = Asker(model, Prompter(processor, chat_format="chat_template", aspect="processor"))
+    batcher = ProbeBatcher(model, PromptEncoder(processor, chat_format="chat_template", aspect="processor"))
     samples = pictured_samples()
-    images = [asker.prompter.vision.encode(sample.asked.images) for sample in samples]
-    batch, encoded = asker.batch(samples), [asker.encode(*pair) for pair in zip(samples, images, strict=True)]
+    images = [batcher.prompt_encoder.vision.encode(sample.prompt.images) for sample in samples]
+    batch, encoded = batcher.batch(samples), [batcher.encode(*pair) for pair in zip(samples, images, strict=True)]
     labels = torch.full_like(batch.ids, IGNORE_INDEX)
     for row, (_, own) in zip(labels, encoded, strict=True):
         row[-len(own) :] = torch.tensor(own)
-    pixels = torch.cat([pixels_of(asker.prompter, sample.asked.images[0]) for sample in samples])
+    pixels = torch.cat([pixels_of(batcher.prompt_encoder, sample.prompt.images[0]) for sample in samples])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     with torch.enable_grad():
         for _ in range(150):

@@ -11,7 +11,7 @@ from eval import measure
 from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint
 from eval.compare import main
-from eval.prompts import Asked
+from eval.prompts import VqaPrompt
 from eval.text_tower import TextTower, placed
 from tests.conftest import QUICKSTART
 
@@ -31,19 +31,21 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prompter(quickstart_run, clip):
+def prompt_encoder(quickstart_run, clip):
     checkpoint = Checkpoint.find(quickstart_run)
-    found = checkpoint.prompter(checkpoint.processor())
+    found = checkpoint.prompt_encoder(checkpoint.processor())
     found.text_tower = TextTower(str(clip))
     return found
 
 
-def test_relevance_is_the_cosine_of_patch_and_question(clip, prompter):
+def test_relevance_is_the_cosine_of_patch_and_question(clip, prompt_encoder):
     model, pixels = CLIPModel.from_pretrained(clip).eval(), torch.randn(2, 3, 64, 64)
     ids = torch.tensor(AutoTokenizer.from_pretrained(clip)("is it red?")["input_ids"])[None]
     assert ids.shape[1] <= LENGTH
     with torch.no_grad():
-        found = prompter.text_tower.relevance("is it red?\nAnswer the question using a single word or phrase.", pixels)
+        found = prompt_encoder.text_tower.relevance(
+            "is it red?\nAnswer the question using a single word or phrase.", pixels
+        )
         text = model.text_projection(model.text_model(ids).pooler_output)[0]
         states = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
         for image, patch in ((0, 0), (1, 63)):
@@ -52,21 +54,25 @@ def test_relevance_is_the_cosine_of_patch_and_question(clip, prompter):
     assert found.shape == (2, 64)
 
 
-def test_a_long_question_is_read_in_parts(prompter):
+def test_a_long_question_is_read_in_parts(prompt_encoder):
     pixels = torch.randn(1, 3, 64, 64)
-    long = prompter.text_tower.relevance("what is the colour of the shape that is shown in this image here?", pixels)
-    short = prompter.text_tower.relevance("what is the colour?", pixels)
+    long = prompt_encoder.text_tower.relevance(
+        "what is the colour of the shape that is shown in this image here?", pixels
+    )
+    short = prompt_encoder.text_tower.relevance("what is the colour?", pixels)
     assert long.isfinite().all()
     assert not torch.allclose(long, short)
 
 
-def test_each_visual_token_gets_its_images_value(prompter, quickstart_run):
+def test_each_visual_token_gets_its_images_value(prompt_encoder, quickstart_run):
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
-    batch = prompter.batch([Asked("is it?", [red, blue]), Asked("what is the shape?", [blue]), Asked("hello", [])])
+    batch = prompt_encoder.batch(
+        [VqaPrompt("is it?", [red, blue]), VqaPrompt("what is the shape?", [blue]), VqaPrompt("hello", [])]
+    )
     visual = batch["input_ids"] == Checkpoint.find(quickstart_run).config.image_token_id
     assert batch["relevance"].shape == batch["input_ids"].shape
     assert (batch["relevance"][~visual] == 0).all()
-    alone = prompter.batch([Asked("is it?", [blue])])["relevance"]
+    alone = prompt_encoder.batch([VqaPrompt("is it?", [blue])])["relevance"]
     expected = alone[alone != 0]
     torch.testing.assert_close(batch["relevance"][0][visual[0]][64:], expected)
     with pytest.raises(UsageError, match="--text-tower: got 3 patches for 2 visual tokens"):

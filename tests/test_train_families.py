@@ -14,7 +14,7 @@ from eval.checkpoint import Checkpoint
 from eval.compare import main as compare
 from eval.demo import respond
 from eval.live import Loaded, live_visual, prompt_costs
-from eval.prompts import Asked
+from eval.prompts import VqaPrompt
 from eval.stage_analysis.recipe import starting_recipe
 from eval.stages import main as find_stages
 from models import FusedAutoModel
@@ -96,15 +96,15 @@ def answers_are_compared(checkpoint, image):
     is_llava = checkpoint.family == "llava"
     assert (start.align is not None, start.data.image_aspect) == (is_llava, "pad" if is_llava else "processor")
     model, processor = checkpoint.load()
-    loaded = Loaded(checkpoint, model, checkpoint.prompter(processor), batch=2)
-    asked = [Asked("what is it?", [image]), Asked("and two and two?")]
-    inputs = loaded.prompter.batch(asked)
+    loaded = Loaded(checkpoint, model, checkpoint.prompt_encoder(processor), batch=2)
+    asked = [VqaPrompt("what is it?", [image]), VqaPrompt("and two and two?")]
+    inputs = loaded.prompt_encoder.batch(asked)
     visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
     assert visual[0] > 0 == visual[1]
     for name in ("trained", "dense", "visipruner", "fastv"):
         schedule = model.resolve(name)
         with torch.inference_mode():
-            alone = loaded.prompter.batch(asked[:1])
+            alone = loaded.prompt_encoder.batch(asked[:1])
             both = model.generate(**inputs, schedule=schedule, max_new_tokens=2, do_sample=False)
             one = model.generate(**alone, schedule=schedule, max_new_tokens=2, do_sample=False)
         assert both[0, inputs["input_ids"].shape[1]] == one[0, alone["input_ids"].shape[1]]
@@ -115,7 +115,7 @@ def answers_are_compared(checkpoint, image):
         costs = prompt_costs(loaded, schedule, asked)
         assert costs["prompts"] == 2
         assert (costs["visual_token_layers"] < costs["dense"]["visual_token_layers"]) is (name != "dense")
-    shown = respond(model, loaded.prompter, image, "what is it?", "trained", 2)
+    shown = respond(model, loaded.prompt_encoder, image, "what is it?", "trained", 2)
     assert shown.dense_token_layers > shown.token_layers > 0
 
 

@@ -24,7 +24,7 @@ from train.checkpoints import (
     check_same_run,
     find_fault,
     keep_newest,
-    mark,
+    mark_complete,
     read_progress,
     set_aside,
     whole_checkpoints,
@@ -236,7 +236,7 @@ def write_checkpoint(folder, step, **more):
     (path / "part").mkdir(parents=True)
     (path / "weights").write_bytes(b"w" * 100)
     (path / "part/rng_state.pth").write_text("r")
-    mark(path, Progress(step=step, seconds=1.5, samples=8, tokens=80, visual=40, ranks=2, **more))
+    mark_complete(path, Progress(step=step, seconds=1.5, samples=8, tokens=80, visual=40, ranks=2, **more))
     return path
 
 

@@ -39,7 +39,7 @@ from models.schedules import SCHEDULES
 from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
 from tests.serving import ask, serving, stranger
-from train.checkpoints import Progress, mark
+from train.checkpoints import Progress, mark_complete
 from train.errors import InputError, ReleaseError
 from train.release import proof as release_proof
 from train.release import release
@@ -854,7 +854,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
     shutil.copytree(tmp_path / "stopped", tmp_path / "saved")
     for step in (5, 10):
         (tmp_path / f"saved/checkpoint-{step}").mkdir()
-        mark(tmp_path / f"saved/checkpoint-{step}", Progress(step=step, ranks=8))
+        mark_complete(tmp_path / f"saved/checkpoint-{step}", Progress(step=step, ranks=8))
     shutil.copytree(llava, tmp_path / "cut")
     (tmp_path / "cut/final/model.safetensors").unlink()
     cases = [

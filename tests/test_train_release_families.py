@@ -170,7 +170,7 @@ def test_releases_answer_over_transformers_serve(runs, released, tmp_path):
     for name, text in said.items():
         checkpoint = Checkpoint.find(given[name])
         model, processor = checkpoint.load()
-        response = respond(model, checkpoint.prompter(processor), image, "what is it?", "trained", 4)
+        response = respond(model, checkpoint.prompt_encoder(processor), image, "what is it?", "trained", 4)
         assert text.strip() == response.answer.strip(), name
     assert {"llava", "idefics3", "gemma3", "mobilevlm"} <= said.keys()
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from models.schedules import TRAINED
 from recipes.schema import Profile
 from train import distributed
-from train.checkpoints import Progress, keep_newest, mark
+from train.checkpoints import Progress, keep_newest, mark_complete
 from train.estimate import SEARCH, Estimate
 from train.trainer import FusedTrainer
 from train.window_search import PICTURE, PLAN, WindowSearch, draw_gates, give_plan
@@ -117,7 +117,7 @@ class RunCallback(TrainerCallback):
         if fault is not None:
             raise trainer.failure(fault)
         limit = trainer.phase.train.max_seconds
-        is_over = state.global_step >= state.max_steps or (limit is not None and trainer.clock.agreed >= limit)
+        is_over = state.global_step >= state.max_steps or (limit is not None and trainer.clock.synced_seconds >= limit)
         if is_over:
             control.should_log = True
             control.should_evaluate = trainer.validation is not None
@@ -140,7 +140,7 @@ class RunCallback(TrainerCallback):
         if distributed.rank() == 0:
             progress = Progress(
                 step=state.global_step,
-                seconds=trainer.clock.agreed,
+                seconds=trainer.clock.synced_seconds,
                 samples=trainer.metrics.samples,
                 tokens=trainer.metrics.tokens,
                 visual=trainer.metrics.visual,
@@ -150,7 +150,7 @@ class RunCallback(TrainerCallback):
                 faults=faults,
                 search={} if trainer.search is None else trainer.search.state(),
             )
-            mark(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
+            mark_complete(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
             best = state.best_global_step if trainer.keeps_best else None
             keep_newest(trainer.phase.folder, trainer.phase.train.save_total_limit, best=best)
         distributed.barrier()

@@ -90,7 +90,7 @@ class Progress:
     search: Mapping[str, Any] = field(default_factory=dict)
 
 
-def mark(folder: Path, progress: Progress) -> None:
+def mark_complete(folder: Path, progress: Progress) -> None:
     """Declares a checkpoint whole, after everything in it is on the disk."""
     partial = folder / f"{MARKER}.partial"
     files = files_of(folder, but=(MARKER, partial.name))

@@ -118,7 +118,7 @@ def _check_loads(folder: Path) -> None:
 
 
 def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
-    metrics, seconds = trainer.metrics, trainer.clock.agreed
+    metrics, seconds = trainer.metrics, trainer.clock.synced_seconds
     passed = max(seconds, 1e-9)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {

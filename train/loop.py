@@ -181,7 +181,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         try:
             trainer.train(resume_from_checkpoint=str(source) if source else None)
         except callbacks.NothingToTrain:
-            trainer.clock.agreed = progress.seconds
+            trainer.clock.synced_seconds = progress.seconds
         if not is_trained:
             callbacks.stop_tracking(phase.train.tracker)
         if trainer.is_stopping:

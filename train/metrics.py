@@ -39,7 +39,7 @@ class Clock:
     """
 
     def __init__(self, before: float = 0.0) -> None:
-        self.agreed = before  # seconds as all ranks know them: rank 0's, sent once a step
+        self.synced_seconds = before  # seconds as all ranks know them: rank 0's, sent once a step
         self._before = before
         self._started: float | None = None
 

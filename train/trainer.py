@@ -158,7 +158,7 @@ class FusedTrainer(Trainer):
         limit = train.max_seconds or math.inf
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
-            lambda _: rate_factor(train.scheduler, self.clock.agreed / limit, warmup=train.warmup_ratio),
+            lambda _: rate_factor(train.scheduler, self.clock.synced_seconds / limit, warmup=train.warmup_ratio),
         )
         return self.lr_scheduler
 
@@ -204,9 +204,9 @@ class FusedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds seconds, samples, tokens and every group's learning rate to what Trainer logs."""
         if "loss" in logs or "eval_loss" in logs:
-            logs["seconds"] = round(self.clock.agreed, 3)
+            logs["seconds"] = round(self.clock.synced_seconds, 3)
         if "loss" in logs:
-            logs.update(self.metrics.report(self.clock.agreed))
+            logs.update(self.metrics.report(self.clock.synced_seconds))
             logs.update(self.watch.report())
             if self.search is not None and self.state.global_step <= self.search.learn.steps:
                 logs.update(self.search.report(self.state.global_step))
@@ -284,7 +284,7 @@ class FusedTrainer(Trainer):
     def _end_sync(self, values: Tensor, work: Any) -> None:
         if work is not None:
             work.wait()
-        stopping, self.clock.agreed, bad_rows, *sums = values.tolist()
+        stopping, self.clock.synced_seconds, bad_rows, *sums = values.tolist()
         self.is_stopping = self.is_stopping or stopping > 0
         self.last_step = self.metrics.end_step(sums)
         self.too_many_faults = self.watch.excess([bad_rows])

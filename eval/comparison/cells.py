@@ -16,7 +16,7 @@ from typing import Any
 from eval.live import Loaded, live_runs, live_visual, prompt_costs
 from eval.lmms import FusedLlava, Harness, Outcome
 from eval.measure import speeds
-from eval.prompts import Asked
+from eval.prompts import VqaPrompt
 from eval.tasks.benchmarks import BENCHMARKS, Benchmark, value_of
 from models.schedules import Dense, Schedule
 
@@ -82,7 +82,7 @@ def run_cell(
     questions; the images of the sample pages go to the folder `pictures`.
     """
     loaded.model.schedule = schedule
-    outcome = harness.run(FusedLlava(loaded.model, loaded.prompter, loaded.batch), task, limit)
+    outcome = harness.run(FusedLlava(loaded.model, loaded.prompt_encoder, loaded.batch), task, limit)
     if outcome is None:
         return None
     benchmark = benchmark_of(task, outcome)
@@ -119,37 +119,39 @@ def _sample(sample: Mapping[str, Any], benchmark: Benchmark) -> Record:
     }
 
 
-def shown(loaded: Loaded, schedule: Schedule, asked: Mapping[int, Asked], pictures: Path) -> list[Record]:
+def shown(loaded: Loaded, schedule: Schedule, prompts: Mapping[int, VqaPrompt], pictures: Path) -> list[Record]:
     """Returns the live tokens of each question's first image, where they lie in one grid, and keeps that image."""
-    records, prompter = [], loaded.prompter
+    records, prompt_encoder = [], loaded.prompt_encoder
     pictures.mkdir(parents=True, exist_ok=True)
-    for number, question in asked.items():
+    for number, question in prompts.items():
         record: Record = {"id": number, "question": question.text, "picture": None, "grid": None, "runs": []}
         records.append(record)
         if not question.images:
             continue
-        image, inputs = question.images[0], prompter.batch([question], schedule)
-        record["picture"], record["grid"] = f"{number}.png", prompter.grid(image, inputs)
-        prompter.picture(image, inputs).save(pictures / record["picture"])
+        image, inputs = question.images[0], prompt_encoder.batch([question], schedule)
+        record["picture"], record["grid"] = f"{number}.png", prompt_encoder.grid(image, inputs)
+        prompt_encoder.picture(image, inputs).save(pictures / record["picture"])
         if record["grid"] is not None:
             live = live_visual(loaded.model, inputs, schedule)[:, 0]
             visual = inputs["input_ids"][0].to(live.device) == loaded.model.config.image_token_id
             record["runs"] = [
                 {"first": first, "last": last, "tokens": tokens.nonzero()[:, 0].tolist()}
-                for first, last, tokens in live_runs(prompter.patches(live, visual, record["grid"], image))
+                for first, last, tokens in live_runs(prompt_encoder.patches(live, visual, record["grid"], image))
             ]
     return records
 
 
-def run_speed(loaded: Loaded, schedules: Mapping[str, Schedule], asked: Sequence[Asked]) -> Record:
+def run_speed(loaded: Loaded, schedules: Mapping[str, Schedule], prompts: Sequence[VqaPrompt]) -> Record:
     """Returns what prefill and decoding take under each schedule, side by side on one batch of prompts.
 
     `dense` is always among them: the others' times are told as a ratio to it. What a text tower takes is not in them.
     """
     chosen = {"dense": Dense(), **schedules}
     reader = max(chosen.values(), key=lambda schedule: schedule.reads_relevance)
-    inputs = {name: tensor.to(loaded.model.device) for name, tensor in loaded.prompter.batch(asked, reader).items()}
+    inputs = {
+        name: tensor.to(loaded.model.device) for name, tensor in loaded.prompt_encoder.batch(prompts, reader).items()
+    }
     measured = speeds(loaded.model, loaded.checkpoint.weights, inputs, chosen)
     for figures in measured.values():
         figures["faster_than_dense"] = measured["dense"]["prefill_seconds"] / figures["prefill_seconds"]
-    return {"status": "done", "prompts": len(asked), "by_schedule": measured}
+    return {"status": "done", "prompts": len(prompts), "by_schedule": measured}

@@ -126,17 +126,17 @@ def score_error(score: float, scale: float | None, counted: Sequence[Record]) ->
 def floor_rows(task: str, limit: int | None) -> list[Row]:
     """Returns the rows of what can be had without an image; of the built-in sets alone."""
     rows: list[Row] = []
-    asked = questions_of(task, limit) if task in SETS else []
+    questions = questions_of(task, limit) if task in SETS else []
     for name, answers in (floors(task, limit) if task in SETS else {}).items():
-        right = [float(answer == question.answer) for answer, question in zip(answers, asked, strict=True)]
+        right = [float(answer == question.answer) for answer, question in zip(answers, questions, strict=True)]
         metrics = {"accuracy": statistics.fmean(right)}
         for kind in SETS[task][2]:
-            members = [hit for hit, question in zip(right, asked, strict=True) if question.kind == kind]
+            members = [hit for hit, question in zip(right, questions, strict=True) if question.kind == kind]
             if members:
                 metrics[metric_of(kind)] = statistics.fmean(members)
         row = {"run": name, "schedule": FLOOR, "task": task, "status": "done", "scale": 1.0, "metric": "accuracy"}
-        row |= {"score": metrics["accuracy"], "standard_error": standard_error(right, [one.image for one in asked])}
-        rows.append({**row, "num_questions": len(asked), "metrics": metrics})
+        row |= {"score": metrics["accuracy"], "standard_error": standard_error(right, [one.image for one in questions])}
+        rows.append({**row, "num_questions": len(questions), "metrics": metrics})
     return rows
 
 
@@ -241,19 +241,19 @@ def compared(cells: Mapping[int, Record], base: Mapping[int, Record]) -> Differe
     shared = set.intersection(*(set(values) for values in (*new, *old)))
     if not shared:
         return None
-    asked = sorted(shared, key=str)
+    ids = sorted(shared, key=str)
     images = {sample["id"]: sample["image"] for sample in next(iter(cells.values()))["samples"]}
-    groups = [images[number] for number in asked]
-    first, second = ([statistics.fmean(seed[number] for seed in side) for number in asked] for side in (old, new))
+    groups = [images[number] for number in ids]
+    first, second = ([statistics.fmean(seed[number] for seed in side) for number in ids] for side in (old, new))
     if len(new) == 1 or len(old) == 1:
         return difference(first, second, groups)
     same = list(cells) == list(base)
-    scores = [[statistics.fmean(seed[number] for number in asked) for seed in side] for side in (old, new)]
+    scores = [[statistics.fmean(seed[number] for number in ids) for seed in side] for side in (old, new)]
     error = standard_error([after - before for before, after in zip(first, second, strict=True)], groups) or 0.0
     mean, low, high, p = over_seeds(*scores, paired=same, images=(error, max(2, len(set(groups)))))
     if not same:
         return Difference(mean, low, high, p, None, None)
-    changes = [after[number] - before[number] for before, after in zip(old, new, strict=True) for number in asked]
+    changes = [after[number] - before[number] for before, after in zip(old, new, strict=True) for number in ids]
     return Difference(
         mean, low, high, p, gained=sum(change > 0 for change in changes), lost=sum(change < 0 for change in changes)
     )

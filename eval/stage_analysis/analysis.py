@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from eval.stage_analysis.probes import Firing, Insight, firings
-from eval.stage_analysis.samples import Asker, Sample
+from eval.stage_analysis.samples import ProbeBatcher, Sample
 from eval.stage_analysis.search import Trial, Trials
 from models.stage_plan import StagePlan
 
@@ -22,7 +22,7 @@ class Analysis:
 
     Attributes:
         model: a FusedLlavaForConditionalGeneration; its schedule is left alone.
-        asker: makes its batches.
+        batcher: makes its batches.
         samples: at least two, about different images.
         batch: samples of one forward pass.
         plan: the checkpoint's; None is dense.
@@ -30,7 +30,7 @@ class Analysis:
     """
 
     model: Any
-    asker: Asker
+    batcher: ProbeBatcher
     samples: Sequence[Sample]
     batch: int
     plan: StagePlan | None
@@ -52,7 +52,7 @@ class Analysis:
         sweep = self.trials.sweep(self.window)
         total = math.ceil(len(self.samples) / self.batch) * (len(sweep) + 2)
         with tqdm(total=total, unit="pass", desc="layers") as bar:
-            for _, batch in self.asker.batches(self.samples, self.batch):
+            for _, batch in self.batcher.batches(self.samples, self.batch):
                 self.trials.run(self.model, batch, sweep, bar.update)
                 self.insight.add(batch)
                 self.firings += firings(self.model, batch, self.plan)
@@ -68,5 +68,5 @@ class Analysis:
             return
         total = math.ceil(len(self.samples) / self.batch) * len(missing)
         with tqdm(total=total, unit="pass", desc="window", leave=False) as bar:
-            for _, batch in self.asker.batches(self.samples, self.batch):
+            for _, batch in self.batcher.batches(self.samples, self.batch):
                 self.trials.run(self.model, batch, missing, bar.update)

@@ -19,7 +19,7 @@ from data.processor import EncodedImages
 from data.rows import IMAGE_MARK, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks
 from data.table import read_records
 from eval.arguments import UsageError
-from eval.prompts import Asked, Prompter, image_inputs, pad_left
+from eval.prompts import PromptEncoder, VqaPrompt, image_inputs, pad_left
 from models.decoder import DecoderOutput
 from models.schedules import Schedule
 
@@ -34,14 +34,14 @@ class Sample:
 
     Attributes:
         id: names it in stages.json.
-        asked: the question.
+        prompt: the question.
         answer: as the model was trained to write it.
         group: what it is about: samples of one group (questions about one image) are not independent.
         family: kind of question, where the task has kinds.
     """
 
     id: str
-    asked: Asked
+    prompt: VqaPrompt
     answer: str
     group: str
     family: str = ""
@@ -75,7 +75,7 @@ class Batch:
 
         Args:
             model: a fused model of any family.
-            inputs: as `Prompter.batch` has them, of questions with images and their answers.
+            inputs: as `PromptEncoder.batch` has them, of questions with images and their answers.
             labels: (B, S), IGNORE_INDEX outside the answers.
         """
         moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -121,16 +121,16 @@ class Batch:
         return (self.mask.bool() & ~self.visual).sum(dim=1).tolist()
 
 
-class Asker:
+class ProbeBatcher:
     """Makes batches of samples for one checkpoint.
 
     Args:
         model: a fused model of any family.
-        prompter: asks it as it was trained to be asked.
+        prompt_encoder: asks it as it was trained to be asked.
     """
 
-    def __init__(self, model: Any, prompter: Prompter) -> None:
-        self.model, self.prompter = model, prompter
+    def __init__(self, model: Any, prompt_encoder: PromptEncoder) -> None:
+        self.model, self.prompt_encoder = model, prompt_encoder
 
     def encode(self, sample: Sample, images: EncodedImages) -> tuple[list[int], list[int]]:
         """Returns ids and labels of question and answer, with what the processor writes for each image.
@@ -138,27 +138,27 @@ class Asker:
         Raises:
             SamplesError: nothing of the answer is left, or the chat template rewrites the conversation.
         """
-        marks = f"{IMAGE_MARK}\n" * len(sample.asked.images)
-        question = marks + sample.asked.text.replace(IMAGE_MARK, "").strip()
+        marks = f"{IMAGE_MARK}\n" * len(sample.prompt.images)
+        question = marks + sample.prompt.text.replace(IMAGE_MARK, "").strip()
         try:
-            ids, labels = self.prompter.chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
+            ids, labels = self.prompt_encoder.chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
         except RowError as error:
             raise SamplesError(f"sample {sample.id}: {error}") from None
         if all(label == IGNORE_INDEX for label in labels):
             raise SamplesError(f"sample {sample.id}: found no token of the answer {sample.answer!r}")
         spans, targets = iter(images.spans), list[int]()
         for token, label in zip(ids, labels, strict=True):
-            is_image = token == self.prompter.vision.image_token_id
+            is_image = token == self.prompt_encoder.vision.image_token_id
             targets += [IGNORE_INDEX] * len(next(spans)) if is_image else [label]
-        return self.prompter.expand(ids, images), targets
+        return self.prompt_encoder.expand(ids, images), targets
 
     @torch.no_grad()
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Returns the samples, each of which has an image, as one batch on the model's device."""
-        images = [self.prompter.vision.encode(sample.asked.images) for sample in samples]
+        images = [self.prompt_encoder.vision.encode(sample.prompt.images) for sample in samples]
         encoded = [self.encode(sample, one) for sample, one in zip(samples, images, strict=True)]
         labels = pad_left([labels for _, labels in encoded], IGNORE_INDEX)["input_ids"]
-        inputs = {**self.prompter.padded([ids for ids, _ in encoded]), **image_inputs(images)}
+        inputs = {**self.prompt_encoder.padded([ids for ids, _ in encoded]), **image_inputs(images)}
         return Batch.of(self.model, inputs, labels)
 
     def batches(self, samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sample], Batch]]:
@@ -184,10 +184,10 @@ def scenes_samples(limit: int) -> list[Sample]:
     return _question_samples(scenes.questions("test"), limit)
 
 
-def _question_samples(asked: Sequence[Any], limit: int) -> list[Sample]:
-    chosen = [(number, asked[number]) for number in spaced(len(asked), limit)]
+def _question_samples(questions: Sequence[Any], limit: int) -> list[Sample]:
+    chosen = [(number, questions[number]) for number in spaced(len(questions), limit)]
     return [
-        Sample(str(number), Asked(one.text, [_rgb(one.image)]), one.answer, one.image.stem, one.kind)
+        Sample(str(number), VqaPrompt(one.text, [_rgb(one.image)]), one.answer, one.image.stem, one.kind)
         for number, one in chosen
     ]
 
@@ -227,7 +227,7 @@ def _file_sample(file: str, number: int, record: Record, images: Path | None) ->
         raise SamplesError(f"--images: {Fault(file, number, str(error))}") from None
     text = first.text.replace(IMAGE_MARK, "").strip()
     shown = [image.name if isinstance(image, EmbeddedImage) else image for image in names]
-    return Sample(str(number), Asked(text, pictures), answer.text, ",".join(shown))
+    return Sample(str(number), VqaPrompt(text, pictures), answer.text, ",".join(shown))
 
 
 def _rgb(file: Path) -> Image.Image:

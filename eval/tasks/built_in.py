@@ -38,13 +38,13 @@ def floors(task: str, limit: int | None) -> dict[str, list[str]]:
 
     Neither looks at an image: `words only` gives the most frequent training answer to the same words.
     """
-    asked = questions_of(task, limit)
+    questions = questions_of(task, limit)
     if SETS[task][0] is scenes:
         known = [(question.kind, question.text, question.answer) for question in scenes.questions("train")]
-        return {"words only": scenes.words_only(known, [(question.kind, question.text) for question in asked])}
+        return {"words only": scenes.words_only(known, [(question.kind, question.text) for question in questions])}
     answers = easy_vqa.answers_by_words()
-    words_only = [answers.get(question.text, "") for question in asked]
-    return {"always yes": ["yes"] * len(asked), "words only": words_only}
+    words_only = [answers.get(question.text, "") for question in questions]
+    return {"always yes": ["yes"] * len(questions), "words only": words_only}
 
 
 class BuiltInTask(ConfigurableTask):
