@@ -20,7 +20,7 @@ from eval.benches.models import FAMILIES
 BENCHES = {"train": train, "prefill": prefill, "packing": packing}
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the tables, and writes them where asked."""
     parser = command_line("eval.bench", __doc__)
     parser.add_argument("what", choices=list(BENCHES))
@@ -28,7 +28,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive, default=None, help="timed rounds (default 9, quick 5)")
     parser.add_argument("--family", choices=FAMILIES, default="llava", help="whose training step (default llava)")
     parser.add_argument("--out", type=Path, default=None, help="also write the tables to this file")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     repeats = args.repeats or (5 if args.quick else 9)
     if repeats == 1:
         parser.error("--repeats: got 1, expected at least 2, because quartiles are printed")

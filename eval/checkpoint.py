@@ -1,4 +1,4 @@
-"""A checkpoint to evaluate: what a run left behind, read from its folder alone, or a supported one of the hub."""
+"""Finds and loads a checkpoint to evaluate: a run folder, a folder with weights, or a model of the hub."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Checkpoint:
     def find(cls, given: str | Path, chat_format: str | None = None, aspect: str | None = None) -> Checkpoint:
         """Returns the checkpoint of a run folder (its `final/`), of a folder with the weights, or of the hub.
 
-        `chat_format` and `aspect` are by default what its recipe.yaml says; without one, its chat template and its
-        processor's way. Of a hub name (`llava-hf/llava-1.5-7b-hf`) the files are fetched.
+        `chat_format` and `aspect` default to those of its recipe.yaml; without one, to its chat template and its
+        processor. The files of a hub name (`llava-hf/llava-1.5-7b-hf`) are downloaded.
 
         Raises:
-            CheckpointError: there is none, says where it looked; or its recipe asks no questions.
+            CheckpointError: no checkpoint was found, or its data.format has no questions.
         """
         folder = Path(given)
         if not folder.exists() and _HUB_NAME.fullmatch(str(given)):
@@ -94,8 +94,7 @@ class Checkpoint:
         chat_format = chat_format or trained[0]
         if chat_format not in FORMATS:
             raise CheckpointError(
-                f"{weights}: was trained with data.format {chat_format}, which asks no questions, expected "
-                f"{' or '.join(FORMATS)}"
+                f"{weights}: got data.format {chat_format}, which has no questions, expected {' or '.join(FORMATS)}"
             )
         return cls(name, weights, chat_format, aspect or trained[1], *_history(phases))
 
@@ -154,7 +153,7 @@ class Checkpoint:
             raise _not_loaded(self.weights, error) from error
         if missing := sorted(report["missing_keys"]):  # which would be random
             raise CheckpointError(
-                f"{self.weights}: {len(missing)} weights are missing, {missing[0]} among them, expected all of them"
+                f"{self.weights}: got no values for {len(missing)} weights, such as {missing[0]}; expected all weights"
             )
         return model.eval() if device_map else model.eval().to(device()), processor
 
@@ -166,7 +165,7 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
 
     def prompt_encoder(self, processor: Any) -> PromptEncoder:
-        """Returns what asks this checkpoint as it was trained to be asked.
+        """Returns the encoder that formats prompts as in the checkpoint's training.
 
         Raises:
             TokenizerError: the tokenizer does not go with the format.
@@ -232,7 +231,7 @@ def _fetched(name: str, files: Sequence[str]) -> Path:
 
 
 @contextmanager
-def written_by_a_run(file: Path) -> Iterator[None]:
+def run_file_errors(file: Path) -> Iterator[None]:
     """Turns what reading a file of a run raises into a CheckpointError that names it."""
     try:
         yield
@@ -254,12 +253,12 @@ def _history(phases: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         record, log = folder / "final" / "run.json", folder / "log.jsonl"
         if not record.is_file():
             continue
-        with written_by_a_run(log):
+        with run_file_errors(log):
             for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
                 line = json.loads(text)
                 counted = {"seconds": line["seconds"] + total["seconds"], "step": line["step"] + total["steps"]}
                 lines.append({**line, **counted})
-        with written_by_a_run(record):
+        with run_file_errors(record):
             run = json.loads(record.read_text(encoding="utf-8"))
             total = {key: value + run[key] for key, value in total.items()}
     if not total["steps"]:

@@ -1,4 +1,4 @@
-"""`python -m eval.compare CHECKPOINT ... --out DIR`: what each checkpoint is worth under each schedule, and its cost.
+"""`python -m eval.compare CHECKPOINT ... --out DIR`: scores each checkpoint under each schedule, and measures its cost.
 
 Every cell (checkpoint, schedule, task) is answered and scored by lmms-eval, greedily, and kept in DIR/cells: the same
 command goes on where it was stopped, runs failed cells again, and leaves finished ones alone. Writes table.md,
@@ -83,7 +83,7 @@ class Comparison:
     def _run_checkpoint(self, name: str, harness: Harness, bar: Any) -> None:
         cells = self._cells(name)
         missing = [cell for cell in cells if not _is_done(self.stores[name].read(*cell))]
-        missing, is_timed = ranks.from_first((missing, _is_done(self.speed(name))))
+        missing, is_timed = ranks.broadcast_from_rank0((missing, _is_done(self.speed(name))))
         bar.update(len(cells) - len(missing) + is_timed)
         if not missing and is_timed:
             return
@@ -151,7 +151,7 @@ class Comparison:
         for name in self.checkpoints:
             records += [(f"{name}, {', '.join(cell)}", self.cell(name, *cell)) for cell in self._cells(name)]
             records.append((f"{name}, speed and memory", self.speed(name)))
-        return [f"{told}: {record['error']}" for told, record in records if not _is_done(record)]
+        return [f"{message}: {record['error']}" for message, record in records if not _is_done(record)]
 
     def write(self) -> tuple[str, bool]:
         """Writes tables and report; returns the tables as text, and whether everything is done."""
@@ -207,7 +207,7 @@ def _attempt(run: Callable[[], Record | None]) -> Any:
         return _failed(error)
 
 
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
     parser = command_line("eval.compare", __doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run folder, checkpoint or hub name")
@@ -225,10 +225,14 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attn-implementation", choices=ATTENTION, default="sdpa", help="of Hugging Face (sdpa)")
     parser.add_argument("--device-map", help="of Hugging Face (auto: a checkpoint over all GPUs); none: on one device")
     parser.add_argument("--text-tower", metavar="CLIP", help="the vision tower's CLIP checkpoint, for cdpruner")
-    parser.add_argument("--chat-format", choices=FORMATS, help="ask so, whatever a checkpoint was trained with")
-    parser.add_argument("--image-aspect", choices=ASPECTS, help="show images so, whatever it was trained with")
+    parser.add_argument(
+        "--chat-format", choices=FORMATS, help="prompt format for all checkpoints (default: as trained)"
+    )
+    parser.add_argument(
+        "--image-aspect", choices=ASPECTS, help="image padding for all checkpoints (default: as trained)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, report and plots")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         args.tasks = names_of("--tasks", args.tasks)
         plans = [name for given in args.checkpoints for name in plans_of(given)]
@@ -236,8 +240,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     except UsageError as error:
         parser.exit(2, f"{error}\n")
     if args.device_map is not None and ranks.world_size() > 1:
-        told = "--device-map: got it under torchrun, expected one process: each rank holds a whole checkpoint"
-        parser.exit(2, f"{told}\n")
+        message = "--device-map: got it under torchrun, expected one process: each rank holds a whole checkpoint"
+        parser.exit(2, f"{message}\n")
     for name in args.tasks:
         if missing := missing_judge(name):
             parser.exit(2, f"--tasks: {missing}\n")
@@ -262,8 +266,8 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
     reading = [label for label, schedule in labelled if schedule.reads_relevance]
     if reading and args.text_tower is None:
         raise ComparisonError(
-            f"--schedules: got {min(reading)}, which reads the question with a text tower that the checkpoint has not, "
-            "expected --text-tower CLIP beside it"
+            f"--schedules: got {min(reading)}, which reads the question with a text tower, without --text-tower; "
+            "expected both: no checkpoint contains that tower"
         )
     if args.text_tower is not None:
         comparison.text_tower = TextTower(args.text_tower)
@@ -277,9 +281,9 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
     return comparison, harness
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compares, prints the tables, writes everything under --out; returns the exit code."""
-    args = arguments(given)
+    args = arguments(argv)
     try:
         comparison, harness = prepare(args)
     except (UsageError, TokenizerError, ScheduleError, RecipeError) as error:
@@ -288,8 +292,8 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     logging.disable_progress_bar()  # of loading weights: there is one for all cells
     if (outdated := comparison.outdated()) and ranks.rank() == 0:
-        told = f"{outdated} cells of {args.out} are run again: other weights, settings or code made them"
-        print(told, file=sys.stderr)
+        message = f"{args.out}: {outdated} of the kept cells will run again: weights, settings or code have changed"
+        print(message, file=sys.stderr)
     ranks.start()
     try:
         comparison.run(harness)

@@ -336,9 +336,9 @@ def launch(blocks: gr.Blocks, *, host: str, port: int, password: str | None = No
     return shared or local
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Loads a checkpoint and serves its page; returns the exit code."""
-    args = _arguments(given)
+    args = _arguments(argv)
     is_local = args.host in ("localhost", "::1") or args.host.startswith("127.")
     if (args.share or not is_local) and args.password is None:
         print(
@@ -365,14 +365,14 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("eval.demo", __doc__)
     parser.add_argument("checkpoint", metavar="DIR", help="run folder, released folder or hub name")
     parser.add_argument("--port", type=_port, default=7860, help="port to serve on (default 7860; 0: any free one)")
     parser.add_argument("--host", default="127.0.0.1", help="to serve on (default 127.0.0.1: this machine only)")
     parser.add_argument("--share", action="store_true", help="serve at a public address too, through Gradio's servers")
     parser.add_argument("--password", type=_word, metavar="WORD", help="ask for it before anything else")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 def _port(text: str) -> int:

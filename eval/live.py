@@ -40,7 +40,7 @@ _COSTS = ("visual_token_layers", "token_layers", "flops", "vision_attention", "c
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory: its model, ready for inference, what asks it, and questions of one forward pass."""
+    """A loaded checkpoint: the model in eval mode, its prompt encoder, and the batch size."""
 
     checkpoint: Checkpoint
     model: Any
@@ -145,13 +145,13 @@ def live_runs(live: Tensor) -> list[tuple[int, int, Tensor]]:
     return runs
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs and draws; returns the exit code."""
     parser = command_line("eval.live", __doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder, or folder with config.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--limit", type=positive, default=200, help="test questions (default 200)")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         checkpoint = Checkpoint.find(args.checkpoint)
         make_folder("--out", args.out)

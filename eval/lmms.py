@@ -40,7 +40,7 @@ from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.comparison import ranks
 from eval.prompts import PromptEncoder, VqaPrompt
 from eval.tasks.benchmarks import BENCHMARKS
-from models.fused import require_nothing_more
+from models.fused import require_runnable
 from models.schedules import TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
@@ -67,7 +67,7 @@ class SettingsError(UsageError):
 class FusedLlava(lmms):
     """A loaded checkpoint as lmms-eval sees a model: greedy or sampled answers to requests, in batches.
 
-    `model` runs under its schedule, `prompt_encoder` asks it as it was trained to be asked, `batch` requests at a time.
+    `model` runs under its schedule; `prompt_encoder` formats prompts as in training; `batch` is the batch size.
     """
 
     is_simple = True
@@ -101,7 +101,7 @@ class FusedLlava(lmms):
         schedule = given.get("schedule") or TRAINED
         checkpoint = Checkpoint.find(given["pretrained"], given.get("chat_format"), given.get("image_aspect"))
         try:
-            require_nothing_more(checkpoint.schedule(schedule), checkpoint.config)
+            require_runnable(checkpoint.schedule(schedule), checkpoint.config)
         except ScheduleError as error:
             raise CheckpointError(f"--model_args: {error}") from None
         model, processor = checkpoint.load()
@@ -201,7 +201,7 @@ def cut(text: str, ends: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What lmms-eval says of one model on one task."""
+    """The results of lmms-eval for one model on one task."""
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # of each question doc_id, doc, target, filtered_resps, and its metrics
@@ -231,9 +231,9 @@ class Harness:
         return name in self._manager.all_tasks and name not in (*self._manager.all_groups, *self._manager.all_tags)
 
     def run(self, model: FusedLlava, name: str, limit: int | None) -> Outcome | None:
-        """Returns what the model's answers to a task's first `limit` questions (None: all) are worth.
+        """Returns the scores of the model on a task's first `limit` questions (None: all).
 
-        Of several ranks each answers its part, and the first one gets the outcome, the others None.
+        Each rank answers its part; rank 0 gets the outcome, the others None.
         """
         with self._quiet():
             result = evaluator.simple_evaluate(

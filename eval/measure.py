@@ -96,10 +96,10 @@ def added_memory(calls: Calls, make: Callable[..., Calls], *given: object) -> di
 
 
 def _added_on_cpu(make: Callable[..., Calls], *given: object) -> dict[str, int]:
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # so that what one call frees is not the next one's for free
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # freed memory returns to the system, not to the next call
     added = {}
     for name, call in make(*given).items():
-        call()  # what the first call ever sets up is no part of its peak
+        call()  # warm-up: one-time allocations do not count
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew from here
         before = _status("VmRSS")
         call()

@@ -40,7 +40,7 @@ from recipes.schema import RecipeError
 LIMIT = 300
 
 
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,12 +52,12 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help="samples of one forward pass (8 on a GPU, 50 on a CPU)")
     parser.add_argument("--window", type=positive, help="layers of the sliding window (an eighth of the depth)")
     parser.add_argument("--tolerance", type=_points, default=1.0, help="points of score that may be lost (default 1)")
-    parser.add_argument("--chat-format", choices=FORMATS, help="ask so, whatever it was trained with")
-    parser.add_argument("--image-aspect", choices=ASPECTS, help="show images so, whatever it was trained with")
+    parser.add_argument("--chat-format", choices=FORMATS, help="prompt format (default: as trained)")
+    parser.add_argument("--image-aspect", choices=ASPECTS, help="image padding (default: as trained)")
     parser.add_argument("--out", type=Path, required=True, help="folder for stages.md, stages.json and stages.png")
     parser.add_argument("--write", type=Path, metavar="RECIPE", help="write the recipe of the proposed stages")
-    args = parser.parse_args(given)
-    args.command = "python -m eval.stages " + shlex.join(sys.argv[1:] if given is None else given)
+    args = parser.parse_args(argv)
+    args.command = "python -m eval.stages " + shlex.join(sys.argv[1:] if argv is None else argv)
     return args
 
 
@@ -121,9 +121,9 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     )
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Analyses, prints what was found, writes everything under --out and the recipe; returns the exit code."""
-    args = arguments(given)
+    args = arguments(argv)
     logging.disable_progress_bar()  # of loading weights
     try:
         checkpoint, analysis = prepare(args)

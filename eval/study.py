@@ -30,7 +30,7 @@ from eval.lmms import Harness
 from eval.measure import default_batch, dtype
 from eval.study_results import Record, Results, fingerprint, lacking, record_of, tables, write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
-from models.fused import require_nothing_more, resolve_config
+from models.fused import require_runnable, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
 from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study
@@ -58,16 +58,16 @@ def check_names(study: Study) -> None:
     for task in study.tasks:
         if task not in TASKS:
             raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
-    for arm, said in study.arms.items():
-        model = load_recipe(study.recipe, (*study.set, *said.set)).model
+    for arm, settings in study.arms.items():
+        model = load_recipe(study.recipe, (*study.set, *settings.set)).model
         known = list(dict.fromkeys((TRAINED, *model.plans, *SCHEDULES)))
         config = _config_of(arm, model)
-        for name in said.schedules:
+        for name in settings.schedules:
             if name not in known:
                 raise UsageError(f"arms.{arm}.schedules: got '{name}', expected {', '.join(known)}")
             try:
                 if config is not None:
-                    require_nothing_more(resolve_config(config, name), config)
+                    require_runnable(resolve_config(config, name), config)
             except ScheduleError as error:
                 raise UsageError(f"arms.{arm}.schedules: '{name}': {error}") from None
 
@@ -116,8 +116,8 @@ def train(study: Study, run: Run) -> bool:
     command = [*_launcher(), str(_ROOT / "train/run.py"), study.recipe, *run.overrides]
     file = run.folder.with_suffix(".txt")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as told:
-        code = finish(subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT))
+    with file.open("a", encoding="utf-8") as log:
+        code = finish(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
     if code:
         last = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UsageError(f"{run.arm}, seed {run.seed}: exit code {code}: {last} (all of it in {file})")
@@ -179,7 +179,7 @@ def score(study: Study, run: Run, *, harness: Harness, batch: int | None, limit:
     return record_of(run.arm, run.seed, run.recipe, checkpoint, cells, limit=limit)
 
 
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line, checked; leaves with exit code 2 and one line where it is wrong."""
     parser = command_line("eval.study", __doc__)
     parser.add_argument("study", help="YAML file, e.g. recipes/studies/easy_vqa.yaml")
@@ -190,7 +190,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="only the first N questions of a task; nothing is kept of it")
     parser.add_argument("--report", action="store_true", help="only write the tables of the results that are there")
     parser.add_argument("--reference", metavar="ARM", help="only print the tables, differences to this arm")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 def chosen(study: Study, args: argparse.Namespace) -> tuple[list[str], list[int]]:
@@ -238,8 +238,8 @@ def run_all(study: Study, runs: Sequence[Run], results: Results, args: argparse.
             kept = {task: {**before.get(task, {}), **cells} for task, cells in record["scores"].items()}
             results.write({**record, "scores": {**before, **kept}})
         scores = [(task, *pair) for task, cells in record["scores"].items() for pair in cells.items()]
-        told = [f"{task} {name} {100 * found['score']:.2f} %" for task, name, found in scores]
-        print(f"{about}: {', '.join(told)}", flush=True)
+        parts = [f"{task} {name} {100 * found['score']:.2f} %" for task, name, found in scores]
+        print(f"{about}: {', '.join(parts)}", flush=True)
     return failed
 
 
@@ -252,9 +252,9 @@ def _check_kept(run: Run, file: Path, missing: Sequence[str]) -> None:
         )
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study and writes its tables; returns the exit code."""
-    args = arguments(given)
+    args = arguments(argv)
     try:
         study = load_study(args.study)
         check_names(study)

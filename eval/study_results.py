@@ -16,7 +16,7 @@ import torch
 import transformers
 from matplotlib import colormaps
 
-from eval.checkpoint import Checkpoint, written_by_a_run
+from eval.checkpoint import Checkpoint, run_file_errors
 from eval.comparison.cells import write_json
 from eval.comparison.plots import plot, smooth
 from eval.comparison.tables import markdown
@@ -57,8 +57,8 @@ class Results:
 
 def fingerprint(recipe: Recipe) -> str:
     """Returns a hash of what a recipe says but for name, folder and seed; keys left at their defaults do not count."""
-    said = recipe.model_dump(mode="json", exclude_defaults=True)
-    text = json.dumps({key: value for key, value in said.items() if key not in _PER_RUN}, sort_keys=True)
+    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    text = json.dumps({key: value for key, value in fields.items() if key not in _PER_RUN}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -107,7 +107,7 @@ def record_of(
 
 def _phase_record(phase: Phase, recipe: Recipe, checkpoint: Checkpoint) -> Record:
     file, decoder = phase.folder / "final/run.json", checkpoint.config.text_config
-    with written_by_a_run(file):
+    with run_file_errors(file):
         written = json.loads(file.read_text(encoding="utf-8"))
         run: Record = {key: written[key] for key in _TRAINING}
     visual = round(run["visual_tokens"] / run["samples"])  # the mean: samples have several images, or none

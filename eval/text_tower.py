@@ -22,9 +22,9 @@ class TextTower:
             self._clip = CLIPModel.from_pretrained(name).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"--text-tower: got {name} ({said}), expected the vision tower's CLIP checkpoint"
+                f"--text-tower: got {name} ({reason}), expected the vision tower's CLIP checkpoint"
             ) from None
 
     def to(self, device: torch.device) -> TextTower:

@@ -1,8 +1,8 @@
 """What the executor uses of a Hugging Face decoder: its layers, projections, rotary embeddings and masks.
 
-Nothing is hooked or patched. A layer is called as transformers calls it. Where visual tokens only give keys and values,
-or a schedule reads the keys, an object in the place of the layer's KV cache does the work: attention hands its new keys
-and values to `cache.update` and continues with what that returns.
+Nothing is hooked or patched: a layer is called as transformers calls it. Where visual tokens only provide keys and
+values, or a schedule reads the keys, a CacheShim takes the place of the layer's KV cache: attention passes its new keys
+and values to `cache.update` and uses what that returns.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ def attention_mask(
     hidden: Tensor | None = None,
     key_lengths: Sequence[int] = (),
 ) -> Any:
-    """Returns the mask of `queries` (B, L) against keys at `slots` (B, K, -1 on padding), as the backend wants it.
+    """Returns the attention mask of `queries` (B, L) over keys at `slots` (B, K, -1 on padding), in the backend's form.
 
-    Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash. None when the causal mask
-    of the backend is already correct. Of packed rows Sequences under sdpa_packed and flash. `padded`: some key is
-    padding. `hidden` (B, L, K) bool: keys that a query must not see besides. `key_lengths`: keys of each packed sample.
-    The rest as in `visible`.
+    Bool (B, 1, L, K) under sdpa, additive (B, 1, L, K) under eager, bool (B, K) under flash; for packed rows Sequences
+    under sdpa_packed and flash. Returns None when the backend's causal mask is already correct. `padded`: some key is
+    padding. `hidden` (B, L, K) bool: further keys that a query must not see. `key_lengths`: keys of each packed sample.
+    `window` and `blocks` are as in `visible`.
 
     Raises:
         ValueError: the backend cannot express the mask.
@@ -185,14 +185,14 @@ def attention_mask(
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """The sequences of packed rows, for a backend that takes them apart; stands in the place of a mask.
+    """Lengths and masks of the sequences in packed rows, passed in place of a mask to a backend that splits them.
 
     Attributes:
-        queries: rows of each.
-        keys: keys of each.
-        masks: bool (1, 1, queries, keys) of each; None where its causal mask is correct.
-        order: (K,) int64, the keys sequence by sequence; None where they stand so.
-        options: what flash-attention is given.
+        queries: number of query rows of each sequence.
+        keys: number of keys of each sequence.
+        masks: bool (1, 1, queries, keys) of each sequence; None where the causal mask is correct.
+        order: (K,) int64, the index that sorts the keys by sequence; None where they are sorted already.
+        options: keyword arguments for flash-attention.
     """
 
     queries: tuple[int, ...]
@@ -277,7 +277,7 @@ class CacheShim:
     gates: Tensor | None = None  # (B, C), factors of the values of this call's keys
     _used: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
-    def taken(self) -> tuple[Tensor, Tensor]:
+    def pop_used(self) -> tuple[Tensor, Tensor]:
         """Returns keys and values (B, G, K, d) of all tokens, unchanged, after the call. It keeps none of them."""
         if self._used is None:
             raise ValueError("the layer's attention did not run")
@@ -415,11 +415,11 @@ class ProbedLayer:
 
 
 class AttentionProbe:
-    """Computes the attention of instruction tokens, apart from the layer's run: a row of softmax each, in O(S).
+    """Recomputes the attention rows of instruction tokens after a layer has run; each row costs O(S).
 
-    `query_mask` and `answers` are as in run_decoder; `counts` says how many tokens of each sample `query_mask` marks,
-    None asks the device. The executor sets `probed` after each layer that ran on visual tokens, with its graph where
-    the probe is `differentiable`: attention then carries gradients.
+    `query_mask` and `answers` are as in run_decoder. `counts` is the number of tokens that `query_mask` marks in each
+    sample; None reads it from the device. The executor sets `probed` after each layer that ran on visual tokens. With
+    `differentiable`, `probed` keeps its graph and attention carries gradients.
     """
 
     def __init__(
@@ -445,7 +445,7 @@ class AttentionProbe:
         return self.probed
 
     @cached_property
-    def asking(self) -> Tensor:
+    def resolved_query_mask(self) -> Tensor:
         """(B, S) bool, the instruction tokens."""
         text, places = self._text()
         last = places == places.where(text, -1).amax(dim=1, keepdim=True)
@@ -458,13 +458,13 @@ class AttentionProbe:
     def queries(self) -> LiveTokens:
         """The instruction tokens."""
         if self.state.is_packed:
-            return LiveTokens.packed(self.asking, self._counts)
-        return LiveTokens.of_mask(self.asking, self.state.offset, self._counts)
+            return LiveTokens.packed(self.resolved_query_mask, self._counts)
+        return LiveTokens.of_mask(self.resolved_query_mask, self.state.offset, self._counts)
 
     def prompt(self) -> Tensor:
         """Returns (B, S) bool: see View.prompt."""
         text, places = self._text()
-        first = places.where(self.asking, text.shape[1]).amin(dim=1, keepdim=True)
+        first = places.where(self.resolved_query_mask, text.shape[1]).amin(dim=1, keepdim=True)
         return text & (places <= first)
 
     def instruction(self) -> Tensor:
@@ -472,7 +472,7 @@ class AttentionProbe:
         if self.answers is None:
             return self.prompt()
         text, places = self._text()
-        last = places.where(self.asking, -1).amax(dim=1, keepdim=True)
+        last = places.where(self.resolved_query_mask, -1).amax(dim=1, keepdim=True)
         return text & ~self.answers & (places <= last)
 
     def attention(self, mask: Tensor | None = None) -> Tensor:
@@ -565,7 +565,7 @@ class AttentionProbe:
         weights, valid = self._weights(probed), self.queries.valid
         paid = weights.mean(dim=1).masked_fill(~valid[..., None], 0.0).sum(dim=1)
         paid = self.state.by_sample(self._row(probed, weights[:, :, 0]).spread(paid, self.state.size, 0.0))
-        return paid / self.asking.sum(dim=1, keepdim=True).clamp(min=1)
+        return paid / self.resolved_query_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def _row(self, probed: ProbedLayer, weights: Tensor) -> AttentionRow:
         slots, offset = probed.slots, self.state.offset

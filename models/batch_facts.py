@@ -1,4 +1,4 @@
-"""What is known of a training batch before it goes to the device, so that forward and loss do not wait for it."""
+"""Counts and positions of a training batch, read on the CPU so that forward and loss need no device synchronisation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """run_decoder: the one loop that runs decoder layers over live tokens.
 
-Everything that differs between a dense model, a fused one and a pruner is which visual tokens are live at which layer.
-A schedule decides that; this file does it, over an unmodified Hugging Face decoder.
+A dense model, a fused one and a pruner differ only in which visual tokens are live at which layer. A schedule chooses
+them; this file runs the layers of an unmodified Hugging Face decoder on them.
 """
 
 from __future__ import annotations
@@ -92,20 +92,19 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
         past_key_values: None, an empty DynamicCache, or the cache of an earlier call. In decode steps each layer
             attends to what its cache holds.
         use_cache: fill and return a cache. Ignored under gradient checkpointing, as in transformers.
-        visual_embeds: (R, D), the visual tokens in order, where `inputs_embeds` does not have them, or not their
-            gradient. Layers before the first one that sees vision then stay out of their graph. With more rows than
-            visual tokens, the others take part in the graph alone.
-        query_mask: (B, S) bool, the text tokens that stand for the instruction where a schedule reads attention
-            (several: the mean). None, or a sample without one: its last text token.
-        answers: (B, S) bool, the tokens that are to be predicted, which a learned scorer does not read. It reads the
-            other text up to the last token of `query_mask`; None: the text up to its first.
+        visual_embeds: (R, D), the visual tokens in order, when `inputs_embeds` lacks them or their gradient. Layers
+            before the first one that sees vision then stay out of their graph. Rows beyond the number of visual tokens
+            only take part in the graph.
+        query_mask: (B, S) bool, the text tokens that represent the instruction when a schedule reads attention (their
+            mean). None, or a sample without any: its last text token.
+        answers: (B, S) bool, the tokens to predict, hidden from a learned scorer. It reads the other text up to the
+            last token of `query_mask`; without `answers`, the text up to the first one.
         blocks: (B, S) or (B, seen + S) int64, image blocks whose tokens attend in both directions, -1: none.
-        deepstack: features (R, D) that are added to the visual tokens after the first layers that see vision, one
-            after each.
-        tower: what the vision tower made of the images, for a schedule with `reads_tower`.
-        relevance: (B, S), how relevant each visual token is to the question, for CDPruner.
-        facts: what is known of a training batch without a cache, so that nothing waits for the device. None: it is
-            read from the device.
+        deepstack: features (R, D), added one by one to the visual tokens after the first layers that see vision.
+        tower: output of the vision tower, for a schedule with `reads_tower`.
+        relevance: (B, S), the relevance of each visual token to the question, for CDPruner.
+        facts: counts of a training batch without a cache, which avoid device synchronisations. None: read from the
+            device.
         packed: each layer runs on one row, the live tokens of all samples without padding; no sample sees another.
             Without a cache, under a schedule that trains. The output is the same.
 
@@ -148,9 +147,9 @@ def run_decoder(  # noqa: PLR0913  # relied on from outside
     )
     run = _Run(decoder, schedule, cache, state, probe, tower, relevance)
     if state.offset > 0 and state.stride == state.offset + 1:  # a decode step
-        hidden = run.text_alone(inputs_embeds)
+        hidden = run.run_text_only(inputs_embeds)
     else:
-        hidden = run.all_layers(inputs_embeds, visual, visual_embeds, deepstack)
+        hidden = run.run_schedule(inputs_embeds, visual, visual_embeds, deepstack)
     if cache is not None:
         following = state.positions.amax(dim=-1) + 1
         for layer in cache.layers:
@@ -191,7 +190,7 @@ class _Run:
         self._remaps: dict[tuple[ValueRemap, LayerTokens], BoundValueRemap] = {}
         self._taken: dict[tuple[VisualRows, LiveTokens], Tensor] = {}
 
-    def text_alone(self, embeds: Tensor) -> Tensor:
+    def run_text_only(self, embeds: Tensor) -> Tensor:
         """Returns the hidden states after the last layer without asking the schedule.
 
         For a batch without visual tokens, and for a decode step, in which each layer attends to what its cache holds.
@@ -203,7 +202,7 @@ class _Run:
             self.layers.append(tokens)
         return hidden
 
-    def all_layers(
+    def run_schedule(
         self, embeds: Tensor, visual: Tensor, visual_embeds: Tensor | None, deepstack: Sequence[Tensor]
     ) -> Tensor:
         """Returns the hidden states after the last layer, at `self.rows`."""
@@ -213,7 +212,7 @@ class _Run:
         if visual_embeds is not None and len(visual_embeds) > 0:
             self.visual_rows = VisualRows.of(state.flat(visual), visual_embeds)
         elif not isinstance(schedule, Dense):
-            return self.text_alone(embeds)
+            return self.run_text_only(embeds)
         hidden = self._gathered(embeds, self.rows)
         merged = self._merged(hidden, has_unmerged_features)
         view_at = partial(self._view, partial(self._embeddings, merged, self.rows), schedule.new_state())
@@ -225,7 +224,7 @@ class _Run:
             self.gates = schedule.token_gates(view) if sees_vision and self.probe.differentiable else None
             kv_only = sees_vision and schedule.update_at(number) == "kv"
             if kv_only and schedule.update == "full":
-                self._set_aside(hidden)
+                self._store_visual_states(hidden)
             if number == 0 and sees_vision and not kv_only:
                 hidden = merged()
             tokens = state.tokens_of(live, kv_only)
@@ -280,7 +279,7 @@ class _Run:
             return [due.pop(0)]
         return [features * ratio.to(features.dtype) for features, ratio in zip(deepstack, ratios, strict=True)]
 
-    def _set_aside(self, hidden: Tensor) -> None:
+    def _store_visual_states(self, hidden: Tensor) -> None:
         """Keeps the hidden states of the visual tokens that layers ran on, while layers run none of their queries."""
         if self.visual_rows is not None and self.rows is not self.state.rows_of(NO_VISUAL):
             self.visual_rows = self.visual_rows.updated(hidden, self.rows)
@@ -354,7 +353,7 @@ class _Run:
         ids = None if self.mrope else tokens.rows.positions_from(positions)
         output = run_layer(self.decoder.layers[number], hidden, mask, ids, shim, at)
         if shim is not None:
-            keys, values = shim.taken()
+            keys, values = shim.pop_used()
             if is_probed:
                 keys, values = keys if self.probe.differentiable else keys.detach(), values.detach()
                 self.probe.probed = ProbedLayer(number, hidden, tokens, keys, values, slots, positions, visual_kv)

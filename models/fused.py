@@ -25,12 +25,12 @@ from .batch_facts import IGNORE_INDEX, BatchFacts, instruction_ends, next_labels
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
 from .image_tokens import ImageTokens, image_tokens, missing_tower, states_around
-from .images_apart import ImagesApart, flat_features
+from .lazy_images import LazyImages, flat_features
 from .live_tokens import rows_at
 from .schedule_base import Dense, Schedule, ScheduleError
 from .schedules import SCHEDULES, TRAINED, Choice, resolve_schedule
 from .stage_plan import StagePlan
-from .token_scorer import SCORER, TokenScorer, needs_scorer, untouched
+from .token_scorer import SCORER, TokenScorer, needs_scorer, zero_scorer_loss
 
 VISION_INPUTS = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
 UNUSED_KEYWORDS = ("tokenizer", "assistant_tokenizer")  # generate() hands them to every forward
@@ -42,9 +42,9 @@ USED_KEYWORDS = {"num_items_in_batch", "output_attentions", "output_hidden_state
 class FusedOutput(CausalLMOutputWithPast):
     """What the forward of a fused model returns.
 
-    `loss` is the next-token loss, the mean over labelled tokens, with labels alone. `logits` (B, S or kept, vocabulary)
-    are right at text positions; visual positions of a staged model mean nothing. transformers calls the KV cache
-    `past_key_values`, and `cache` from 5.24 on.
+    `loss` is the next-token loss, the mean over labelled tokens; None without labels. `logits` (B, S or kept,
+    vocabulary) are valid at text positions; at visual positions of a staged model they are meaningless. transformers
+    calls the KV cache `past_key_values`, from 5.24 on `cache`.
     """
 
     image_hidden_states: Any = None  # the projected image features, from the families that return them
@@ -72,7 +72,7 @@ class _Call:
     query_mask: Tensor | None
     answers: Tensor | None
     blocks: Tensor | None
-    apart: ImagesApart | None
+    images: LazyImages | None
     embeddings_learn: bool
     relevance: Tensor | None
     facts: BatchFacts | None = None
@@ -112,8 +112,8 @@ class FusedTextMixin:
             positions = torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
         deepstack, visual_embeds = list(kwargs.get("deepstack_visual_embeds") or ()), None
         counts = None if call.facts is None else call.facts.visual
-        if call.apart is not None:
-            visual_embeds, deepstack = call.apart.features()
+        if call.images is not None:
+            visual_embeds, deepstack = call.images.features()
             visual_embeds = visual_embeds.to(embeds.device, embeds.dtype)
         elif not isinstance(call.schedule, Dense) and not call.embeddings_learn:
             # The gradient reaches the projector through these rows alone, so layers before `enter` keep no graph.
@@ -196,7 +196,7 @@ def require_tower(schedule: Schedule, config: Any) -> Schedule:
     return schedule
 
 
-def require_nothing_more(schedule: Schedule, config: Any) -> Schedule:
+def require_runnable(schedule: Schedule, config: Any) -> Schedule:
     """Returns the schedule; raises ScheduleError where a model of this config cannot run it on its inputs alone."""
     if schedule.reads_relevance:
         name = type(getattr(schedule, "inner", schedule)).__name__
@@ -315,28 +315,28 @@ class FusedMixin:
             ValueError: image tokens and features differ in number; a label directly follows a visual token in a staged
                 model; a pruner is asked to train; merged embeddings come without `visual` under a staged schedule.
         """
-        given = self._named(args, kwargs)
-        running, chosen = self._running(), given.pop("schedule", None)
+        inputs = self._named(args, kwargs)
+        running, chosen = self._running(), inputs.pop("schedule", None)
         schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
-        labels, kept = given.pop("labels", None), given.pop("logits_to_keep", None)
-        items = given.pop("num_items_in_batch", None)
-        query_mask, facts = given.pop("query_mask", None), given.pop("facts", None)
-        call = self._call(given, schedule, given.pop("visual", None), given.pop("relevance", None), labels)
+        labels, kept = inputs.pop("labels", None), inputs.pop("logits_to_keep", None)
+        items = inputs.pop("num_items_in_batch", None)
+        query_mask, facts = inputs.pop("query_mask", None), inputs.pop("facts", None)
+        call = self._call(inputs, schedule, inputs.pop("visual", None), inputs.pop("relevance", None), labels)
         if query_mask is not None:
             call.query_mask = query_mask
-        call.packed = bool(given.pop("packed", False))
-        if (labels is not None or call.packed) and given.get("use_cache") is None:
-            given["use_cache"] = False
+        call.packed = bool(inputs.pop("packed", False))
+        if (labels is not None or call.packed) and inputs.get("use_cache") is None:
+            inputs["use_cache"] = False
         if facts is not None:
             call.facts = facts if query_mask is None and labels is not None else replace(facts, queries=None)
-            call.apart = self._apart(given, schedule, facts) if call.apart is None else call.apart
-        if call.apart is not None:
-            given["mm_encoder_outputs"] = call.apart
+            call.images = self._lazy_images(inputs, schedule, facts) if call.images is None else call.images
+        if call.images is not None:
+            inputs["mm_encoder_outputs"] = call.images
         if schedule.reads_tower:
-            call.tower = self._tower(given)
+            call.tower = self._tower(inputs)
         token = _CALL.set(call)
         try:
-            outputs = self.model(**given)
+            outputs = self.model(**inputs)
         finally:
             _CALL.reset(token)
         hidden, loss, logits = outputs[0], None, None
@@ -362,22 +362,22 @@ class FusedMixin:
                 raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{name}'")
             if name in names[: len(args)]:
                 raise TypeError(f"{type(self).__name__}.forward() got multiple values for argument '{name}'")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         for name in ("output_attentions", "output_hidden_states"):
-            if given.get(name, getattr(self.config, name, False)):
+            if inputs.get(name, getattr(self.config, name, False)):
                 raise ValueError(f"{name}: got True, expected False, because layers hold different tokens")
         for name in TransformersKwargs.__annotations__.keys() - USED_KEYWORDS:
-            if given.get(name) is not None and name not in names:
+            if inputs.get(name) is not None and name not in names:
                 raise ValueError(
                     f"{name}: got a value, expected None: attention is causal, and packed=True packs a padded batch"
                 )
-        if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
-            raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
-        require_own_cache(given.get(CACHE))
-        mask = given.get("attention_mask")
+        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
+            raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of the two")
+        require_own_cache(inputs.get(CACHE))
+        mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise ValueError("attention_mask: expected a (batch, sequence) tensor, 0 on padding")
-        return {name: value for name, value in given.items() if value is not None}
+            raise ValueError(f"attention_mask: got {getattr(mask, 'shape', mask)}, expected (batch, sequence)")
+        return {name: value for name, value in inputs.items() if value is not None}
 
     def _running(self) -> _Generation | None:
         """Returns the generate() that this model's forward runs in, or None."""
@@ -386,67 +386,67 @@ class FusedMixin:
 
     def _call(
         self,
-        given: dict[str, Any],
+        inputs: dict[str, Any],
         schedule: Schedule,
         visual: Tensor | None,
         relevance: Tensor | None,
         labels: Tensor | None,
     ) -> _Call:
         """Returns what the text model needs beside its inputs."""
-        vision_tokens = self._vision_tokens(given)
-        visual = self._visual(given, vision_tokens, schedule, visual)
+        vision_tokens = self._vision_tokens(inputs)
+        visual = self._visual(inputs, vision_tokens, schedule, visual)
         if labels is not None and self.training:
             self.check_training(schedule)
         query_mask = None
         if schedule.reads_attention or schedule.reads_scores:
-            query_mask = self._prompt_end(given, visual) if labels is None else instruction_ends(labels)
+            query_mask = self._prompt_end(inputs, visual) if labels is None else instruction_ends(labels)
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
         hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
-        is_leaf_input = hooked or "inputs_embeds" in given
+        is_leaf_input = hooked or "inputs_embeds" in inputs
         return _Call(
             schedule=schedule,
             visual=visual,
-            attention_mask=given.get("attention_mask"),
+            attention_mask=inputs.get("attention_mask"),
             query_mask=query_mask,
             answers=None if labels is None else labels != IGNORE_INDEX,
-            blocks=type(self).family_blocks(given),
-            apart=ImagesApart(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
+            blocks=type(self).family_blocks(inputs),
+            images=LazyImages(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
-            relevance=None if relevance is None else _part(relevance, _seen(given), visual.shape[1]),
+            relevance=None if relevance is None else _part(relevance, _seen(inputs), visual.shape[1]),
         )
 
-    def _apart(self, given: dict[str, Any], schedule: Schedule, facts: BatchFacts) -> ImagesApart | None:
-        """Returns what encodes this call's images apart from the embeddings, and takes the pixels out of `given`.
+    def _lazy_images(self, inputs: dict[str, Any], schedule: Schedule, facts: BatchFacts) -> LazyImages | None:
+        """Returns what encodes this call's images apart from the embeddings, and takes the pixels out of `inputs`.
 
         None where the family's forward does more with them than merging them, or a schedule reads the tower.
         """
-        others = VISION_INPUTS["video"] + ("image_hidden_states", "mm_encoder_outputs")
-        if not self.family_merges or schedule.reads_tower or "pixel_values" not in given or any(map(given.get, others)):
+        encoded = any(map(inputs.get, (*VISION_INPUTS["video"], "image_hidden_states", "mm_encoder_outputs")))
+        if not self.family_merges or schedule.reads_tower or "pixel_values" not in inputs or encoded:
             return None
         known = signature(self.model.get_image_features).parameters
-        inputs = {name: value for name, value in given.items() if name in known}
-        del given["pixel_values"]
+        image_inputs = {name: value for name, value in inputs.items() if name in known}
+        del inputs["pixel_values"]
 
         def encode() -> tuple[Tensor, list[Tensor]]:
             rows, expected = (
-                flat_features(self.model.get_image_features(**inputs, return_dict=True).pooler_output),
+                flat_features(self.model.get_image_features(**image_inputs, return_dict=True).pooler_output),
                 sum(facts.visual),
             )
             if len(rows) != expected:
                 raise ValueError(f"image features and image tokens do not match: got {len(rows)} and {expected}")
             return rows, []
 
-        return ImagesApart(encode)
+        return LazyImages(encode)
 
-    def _tower(self, given: dict[str, Any]) -> ImageTokens | None:
-        """Returns the tower's tokens of this call's images, None without any; encodes the pixels in `given`.
+    def _tower(self, inputs: dict[str, Any]) -> ImageTokens | None:
+        """Returns the tower's tokens of this call's images, None without any; encodes the pixels in `inputs`.
 
         Raises:
             ScheduleError: encoded images came without the tower's hidden states.
         """
-        if "pixel_values" in given:
-            given["mm_encoder_outputs"] = {"image": self._encoded(given.pop("pixel_values"))}
-        image, running = (given.get("mm_encoder_outputs") or {}).get("image"), self._running()
+        if "pixel_values" in inputs:
+            inputs["mm_encoder_outputs"] = {"image": self._encoded(inputs.pop("pixel_values"))}
+        image, running = (inputs.get("mm_encoder_outputs") or {}).get("image"), self._running()
         if image is None:
             return None
         states = getattr(image, "hidden_states", None)
@@ -463,22 +463,22 @@ class FusedMixin:
         """Returns get_image_features' output with the hidden states that ImageTokens are made of."""
         return self.model.get_image_features(pixels, output_hidden_states=states_around(self.config), return_dict=True)
 
-    def _vision_tokens(self, given: dict[str, Any]) -> list[int]:
+    def _vision_tokens(self, inputs: dict[str, Any]) -> list[int]:
         """Returns the ids of the tokens that this call's vision inputs replace; none without such inputs."""
-        encoded = given.get("mm_encoder_outputs") or {}
+        encoded = inputs.get("mm_encoder_outputs") or {}
         return [
             getattr(self.config, f"{kind}_token_id")
             for kind, names in VISION_INPUTS.items()
-            if encoded.get(kind) is not None or any(name in given for name in names)
+            if encoded.get(kind) is not None or any(name in inputs for name in names)
         ]
 
     def _visual(
-        self, given: dict[str, Any], vision_tokens: list[int], schedule: Schedule, visual: Tensor | None
+        self, inputs: dict[str, Any], vision_tokens: list[int], schedule: Schedule, visual: Tensor | None
     ) -> Tensor:
         """Returns (B, S) bool: the visual tokens of this call's input."""
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        tokens = given["input_ids" if embeds is None else "inputs_embeds"]
-        size, device, seen = tokens.shape[1], tokens.device, _seen(given)
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        tokens = inputs["input_ids" if embeds is None else "inputs_embeds"]
+        size, device, seen = tokens.shape[1], tokens.device, _seen(inputs)
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
             return _part(visual, seen, size)
@@ -496,10 +496,10 @@ class FusedMixin:
                 found |= (embeds == self.get_input_embeddings()(torch.tensor(token, device=device))).all(dim=-1)  # type: ignore[attr-defined]
         return found
 
-    def _prompt_end(self, given: dict[str, Any], visual: Tensor) -> Tensor | None:
+    def _prompt_end(self, inputs: dict[str, Any], visual: Tensor) -> Tensor | None:
         """Returns (B, S) bool: the last token of generate()'s prompt, where candidates of an assistant follow it."""
         running, size = self._running(), visual.shape[1]
-        column = -1 if running is None else running.prompt_length - 1 - _seen(given)
+        column = -1 if running is None else running.prompt_length - 1 - _seen(inputs)
         if not 0 <= column < size - 1:
             return None
         columns = torch.arange(size, device=visual.device)
@@ -552,7 +552,7 @@ class FusedMixin:
         logits = self.lm_head(hidden.flatten(0, 1).index_select(0, places))
         targets = following.flatten().index_select(0, places)
         is_unread = self.training and not call.schedule.reads_scores
-        unused = untouched(self.model.get_decoder(), hidden) if is_unread else 0.0
+        unused = zero_scorer_loss(self.model.get_decoder(), hidden) if is_unread else 0.0
         if len(targets) == 0:
             return logits.sum() * 0.0 + unused
         return unused + self.loss_function(  # type: ignore[attr-defined]  # PreTrainedModel's
@@ -581,16 +581,16 @@ def _arguments_of(forward: Callable[..., Any], inner: Callable[..., Any]) -> tup
     return tuple(names), frozenset(known - {"self", "kwargs"})
 
 
-def _seen(given: Mapping[str, Any]) -> int:
-    """Returns the length of the sequence that the given cache holds."""
-    return 0 if (cache := given.get(CACHE)) is None else cache.get_seq_length()
+def _seen(inputs: Mapping[str, Any]) -> int:
+    """Returns the length of the sequence that the cache holds."""
+    return 0 if (cache := inputs.get(CACHE)) is None else cache.get_seq_length()
 
 
-def _part(given: Tensor, seen: int, size: int) -> Tensor:
-    """Returns (B, size), this call's columns of a tensor (B, S) given once for the whole prompt, 0 behind it."""
-    if given.shape[1] == size:
-        return given
-    return torch.nn.functional.pad(given, (0, max(0, seen + size - given.shape[1])))[:, seen : seen + size]
+def _part(full: Tensor, seen: int, size: int) -> Tensor:
+    """Returns (B, size), this call's columns of a tensor (B, S) of the whole prompt, 0 beyond it."""
+    if full.shape[1] == size:
+        return full
+    return torch.nn.functional.pad(full, (0, max(0, seen + size - full.shape[1])))[:, seen : seen + size]
 
 
 def _kept_rows(hidden: Tensor, kept: int | Tensor | None) -> Tensor:

@@ -32,10 +32,9 @@ class View:
         last_visual_layer: the last layer that ran on visual tokens; None before the first one.
         state: what `Schedule.new_state` returned for this run.
         input_embeddings: returns (B, S, D), the input of the decoder: text embeddings and projected image features.
-        tower: what the vision tower made of the images; only under a schedule with `reads_tower`.
-        relevance: (B, S), how relevant each visual token is to the question, from outside; None where not given.
-        prompt: returns (B, S) bool, the text tokens up to the first that stands for the instruction, so none of an
-            answer.
+        tower: output of the vision tower; only under a schedule with `reads_tower`.
+        relevance: (B, S), the relevance of each visual token to the question, passed by the caller; None without one.
+        prompt: returns (B, S) bool, the text tokens up to the first instruction token, which excludes all answers.
         attention: returns (B, S), the attention that the instruction tokens pay each position in layer
             `last_visual_layer`, mean over them and over heads, 0 on dead positions. `attention(mask)` is the same for
             the text tokens of a (B, S) bool mask, which has one in every sample.
@@ -44,14 +43,13 @@ class View:
         last_query_attention: returns the attention row of the last instruction token in layer `last_visual_layer`.
         attention_rows: returns (B, Q, S) with gradient, in training: what each instruction token pays each position in
             layer `last_visual_layer`, mean over heads, 0 on dead positions and for padding queries.
-        scores: returns (B, S), how highly the checkpoint's learned scorer values each visual token for the
-            instruction, which is the text of `prompt`, or of a row with labels all that no label supervises. Needs
-            `reads_scores`.
-        hidden_states: returns (B, S, D), the output of the layer before (the embeddings, before layer 0); of visual
-            tokens that did not run through it what they were before.
+        scores: returns (B, S), the learned scorer's score of each visual token given the instruction: the text of
+            `prompt` or, with labels, all unlabelled text. Needs `reads_scores`.
+        hidden_states: returns (B, S, D), the output of the previous layer (the embeddings, before layer 0); visual
+            tokens that skipped that layer keep their last state.
 
-    `last_visual_layer`, `prompt` and the four that read attention need `reads_attention`. Each of the four costs O(S)
-    per token that asks; `attention_rows` makes the layer's keys once more.
+    `last_visual_layer`, `prompt` and the four attention functions need `reads_attention`. Each of the four costs O(S)
+    per query token; `attention_rows` also recomputes the layer's keys.
     """
 
     num_layers: int
@@ -132,21 +130,21 @@ class Schedule:
         """
 
     def value_remap(self, view: View) -> ValueRemap | None:
-        """Returns what weights on visual keys count for after the softmax of `view.layer`; None: nothing changes.
+        """Returns how attention weights on visual keys are moved or zeroed after the softmax; None: not at all.
 
         Returning the same object for several layers saves making its masks again.
         """
         return None
 
     def update_at(self, layer: int) -> str:
-        """Returns what a live visual token does at a layer, `full` or `kv`, where that differs from layer to layer.
+        """Returns the update of live visual tokens at a layer, `full` or `kv`; override it where layers differ.
 
-        Under `kv` at some layers a visual token keeps the hidden state that it had before them.
+        In `kv` layers visual tokens keep their last hidden state.
         """
         return self.update
 
     def visual_states(self, view: View) -> Tensor | None:
-        """Returns (B, S, D), what live visual tokens are from `view.layer` on; None: they stay what they are.
+        """Returns (B, S, D), new hidden states of the live visual tokens from `view.layer` on; None: unchanged.
 
         Called after `live`, at layers with live visual tokens. For schedules that merge tokens.
         """
@@ -164,7 +162,7 @@ class Schedule:
         return None
 
     def token_gates(self, view: View) -> Tensor | None:
-        """Returns (B, S), exactly 1: factors of the values of the tokens, through which gradients reach the choice.
+        """Returns (B, S), all exactly 1: factors on the value vectors that pass gradients to the scores of the choice.
 
         Called after `live` of a `differentiable` schedule, where gradients are computed; None: nothing.
         """

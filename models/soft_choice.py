@@ -15,8 +15,8 @@ _HALVINGS = 24  # of the interval that holds a threshold: to 1e-6 of the spread 
 def straight_through(scores: Tensor, mask: Tensor, counts: Sequence[int]) -> Tensor:
     """Returns (B, S) float32, exactly 1 everywhere, with the gradient of `soft_top_k`: see there.
 
-    Multiplied into what the kept tokens contribute it changes nothing, and backward each score learns whether its
-    token's contribution lowered the loss more than those of the tokens around the threshold did.
+    Multiplying the value vectors of the kept tokens by it leaves the forward pass unchanged. In the backward pass a
+    score rises when its token lowers the loss more than the tokens around the threshold do.
     """
     soft = soft_top_k(scores, mask, counts)
     return 1.0 + (soft - soft.detach())
@@ -30,7 +30,7 @@ def soft_top_k(scores: Tensor, mask: Tensor, counts: Sequence[int]) -> Tensor:
     its tokens, or none, has no gradient. Nothing waits for the device.
 
     Args:
-        scores: (B, S), in units in which e times as much is 1 more: logits, or logarithms of attention.
+        scores: (B, S), logits or logarithms of attention weights.
         mask: (B, S) bool, the tokens among which is chosen.
         counts: how many each sample keeps.
 

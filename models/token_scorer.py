@@ -18,10 +18,10 @@ SCORER = "token_scorer"  # the decoder's attribute, and so a part of the names o
 
 
 class TokenScorer(nn.Module):
-    """Scores visual tokens by the product of two projections: of a token's features, and of the instruction's words.
+    """Scores visual tokens by the dot product of two projections: of the token's features and of the instruction.
 
-    The words are a weighted mean of text embeddings; the weights are learned, so that words of the system prompt may
-    count for nothing. The bias of the second projection is what tokens score whatever the instruction says.
+    The instruction is a learned weighted mean of its text embeddings, which can ignore the system prompt. The bias of
+    its projection gives the part of the score that does not depend on the instruction.
 
     Source: ours.
 
@@ -60,10 +60,11 @@ def is_scorer(name: str) -> bool:
     return SCORER in name.split(".")
 
 
-def untouched(decoder: nn.Module, like: Tensor) -> Tensor:
-    """Returns 0, with a gradient of 0 for every weight of a decoder's scorer; `like` (..., D) gives device and type.
+def zero_scorer_loss(decoder: nn.Module, like: Tensor) -> Tensor:
+    """Returns 0 with a zero gradient for every weight of a decoder's scorer; `like` (..., D) gives device and type.
 
-    For a step whose plan does not read it: ZeRO-3 takes the gradient of the step before for a weight without one.
+    Added to the loss of a step whose plan does not use the scorer: ZeRO-3 would otherwise reuse the gradient of the
+    previous step.
     """
     scorer = getattr(decoder, SCORER, None)
     if scorer is None:

@@ -18,12 +18,12 @@ from .live_tokens import LiveTokens
 
 @dataclass(frozen=True, eq=False)
 class ValueRemap:
-    """What the weights on visual keys count for, after the softmax, in one layer of a prefill.
+    """Which value vector each visual key contributes after the softmax, in one layer of a prefill.
 
     Attributes:
-        text: (B, S) int64: for text queries, the place in the input whose value vector a visual key at each place
-            brings; -1: none, the weight is lost. Only visual places are read. None: each key brings its value.
-        visual: the same for visual queries; the very same object where text and visual queries do not differ.
+        text: (B, S) int64: for text queries, the place whose value vector replaces that of the visual key at each
+            place; -1: a zero vector, so the weight is lost. Only visual places are read. None: no replacement.
+        visual: the same for visual queries; the same object as `text` when the two do not differ.
         hides: text queries do not see visual keys at all, before the softmax: `text` is not read then, and their
             weights on text add up to 1.
     """
@@ -57,12 +57,12 @@ class BoundValueRemap:
         self.column.scatter_(1, places.where(slots >= 0, size), numbers)
         self.column[:, size] = -1
         wanted = remap.text if copies is None else remap.visual
-        brought = None if wanted is None else self._brought(wanted, places)
-        self.source = None if brought is None else brought.where(self.is_visual, numbers)
+        source = None if wanted is None else self._source_columns(wanted, places)
+        self.source = None if source is None else source.where(self.is_visual, numbers)
         if self.copies is not None:
             at = self.copies.places
             self.copied = self.column.gather(1, at)
-            self.copied_values = self.copied if remap.text is None else self._brought(remap.text, at)
+            self.copied_values = self.copied if remap.text is None else self._source_columns(remap.text, at)
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values (B, G, K + V, d) for the attention; the last C of the K given are this call's."""
@@ -77,16 +77,16 @@ class BoundValueRemap:
         return keys, torch.cat([changed, _take(new_values, self.copied_values)], dim=2)
 
     def hidden_from(self, rows: LiveTokens, keys: int) -> Tensor:
-        """Returns (B, L, K + V) bool: what each query of `rows` must not see, because the other copy is meant."""
-        asks = self.visual.gather(1, rows.places)[..., None]  # (B, L, 1): a visual query
-        shown = torch.nn.functional.pad(self.is_visual, (keys - self.is_visual.shape[1], 0))
-        originals = ~asks & shown[:, None]
-        return torch.cat([originals, asks.expand(-1, -1, self.copied.shape[1])], dim=2)
+        """Returns (B, L, K + V) bool: the copies of the visual keys that each query of `rows` must not see."""
+        is_visual_query = self.visual.gather(1, rows.places)[..., None]  # (B, L, 1): a visual query
+        is_visual_key = torch.nn.functional.pad(self.is_visual, (keys - self.is_visual.shape[1], 0))
+        originals = ~is_visual_query & is_visual_key[:, None]
+        return torch.cat([originals, is_visual_query.expand(-1, -1, self.copied.shape[1])], dim=2)
 
-    def _brought(self, wanted: Tensor, places: Tensor) -> Tensor:
-        """Returns the column whose value the key at each of `places` brings, or -1."""
-        brought = wanted.gather(1, places)
-        return self.column.gather(1, brought.where(brought >= 0, self.visual.shape[1]))
+    def _source_columns(self, wanted: Tensor, places: Tensor) -> Tensor:
+        """Returns the column of the value vector that replaces that of the key at each of `places`; -1: zero."""
+        source = wanted.gather(1, places)
+        return self.column.gather(1, source.where(source >= 0, self.visual.shape[1]))
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from eval.comparison.plots import Point, pareto_front, smooth
 from eval.comparison.rows import FLOOR, cell_row, common_name, groups_of, score_error, settings_text
 from eval.comparison.rows import compared as compared_seeds
 from eval.comparison.settings import ComparisonError, code, meaning, named
-from eval.comparison.tables import informing, score_table, score_text, shown_schedule
+from eval.comparison.tables import drop_uninformative, score_table, score_text, shown_schedule
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
@@ -175,7 +175,7 @@ def test_cells_of_other_code_are_run_again_and_it_is_said(runs, tmp_path, monkey
     before = (tmp_path / "cells/dense/dense/easy_vqa.json").read_text()
     monkeypatch.setattr(compare, "code", lambda: "0123456789ab")
     assert main(given) == 0
-    assert "1 cells of " in capsys.readouterr().err
+    assert "1 of the kept cells will run again" in capsys.readouterr().err
     assert (tmp_path / "cells/dense/dense/easy_vqa.json").read_text() != before
 
 
@@ -427,8 +427,8 @@ def test_a_column_that_tells_rows_apart_in_nothing_is_left_out():
         ["a", "1", "100.0", "1", "-", "x"],
         ["b", "1", "101.0", "2", "-", "y"],
     ]
-    assert informing(lines, keep=("run",)) == [["run", "other", "word"], ["a", "1", "x"], ["b", "2", "y"]]
-    assert informing([["run", "one"], ["a", "1"]], keep=()) == [["run", "one"], ["a", "1"]]
+    assert drop_uninformative(lines, keep=("run",)) == [["run", "other", "word"], ["a", "1", "x"], ["b", "2", "y"]]
+    assert drop_uninformative([["run", "one"], ["a", "1"]], keep=()) == [["run", "one"], ["a", "1"]]
 
 
 def test_schedules_may_be_named_with_settings():
@@ -548,7 +548,7 @@ def test_another_kind_of_checkpoint_is_refused_before_anything_is_built(tmp_path
         ({"hidden_size": "64"}, "StrictDataclassFieldValidationError: .*expected int, got str"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
         ({"hidden_act": "nope"}, "KeyError: 'nope'"),
-        ({"num_hidden_layers": 9}, r"9 weights are missing, model\.language_model\.layers\.8\."),
+        ({"num_hidden_layers": 9}, r"got no values for 9 weights, such as model\.language_model\.layers\.8\."),
         ({"hidden_size": 128}, "cannot be loaded"),
         ({"model_type": "nope"}, "cannot be loaded: Unrecognized model type"),
     ],
@@ -625,7 +625,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, capsys):
 def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "aligned")
     (tmp_path / "aligned/final/recipe.yaml").write_text("data: {files: [a.json], format: plain}\n")
-    with pytest.raises(CheckpointError, match=r"data\.format plain, which asks no questions"):
+    with pytest.raises(CheckpointError, match=r"data\.format plain, which has no questions"):
         Checkpoint.find(tmp_path / "aligned")
 
 

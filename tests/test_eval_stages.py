@@ -20,7 +20,7 @@ from eval.stage_analysis.plot import draw_stages
 from eval.stage_analysis.prefix import Prefix
 from eval.stage_analysis.probes import (
     Firing,
-    Insight,
+    LayerMeasurements,
     answered,
     firing_of,
     firings,
@@ -220,7 +220,7 @@ def test_a_plan_is_narrowed_by_its_kind():
 
 
 def insight_of(model, rows, plan=None):
-    found = Insight(model, plan)
+    found = LayerMeasurements(model, plan)
     found.add(probed(model, rows))
     return found.found
 

@@ -151,7 +151,7 @@ def test_an_image_token_of_another_number_is_refused(parts, make_recipe):
     config = json.loads((parts / "config/config.json").read_text())
     config["image_token_index"] = 3
     (parts / "config/config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match=r"image_token_index is 3, but the processor writes"):
+    with pytest.raises(RecipeError, match=r"image_token_index: got 3, expected one of"):
         build_initial(make_recipe(language_model=str(parts / "decoder")), parts / "init")
 
 

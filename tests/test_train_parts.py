@@ -15,7 +15,7 @@ import torch
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
 from train.arguments import resolve_precision, split_batch
-from train.callbacks import Health, clock_words, start_tracking, stop_tracking
+from train.callbacks import Health, format_duration, start_tracking, stop_tracking
 from train.checkpoints import (
     MARKER,
     Progress,
@@ -228,7 +228,7 @@ def test_a_dead_model_is_told_by_its_gradient_or_its_loss():
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "00:00:00"), (3661, "01:01:01"), (30 * 3600, "30:00:00")])
 def test_the_time_left_goes_on_after_a_day(seconds, words):
-    assert clock_words(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def write_checkpoint(folder, step, **more):

@@ -43,7 +43,7 @@ from train.checkpoints import Progress, mark_complete
 from train.errors import InputError, ReleaseError
 from train.release import proof as release_proof
 from train.release import release
-from train.release.card import licences, plan_words, read_comparison, write_card
+from train.release.card import licences, plan_text, read_comparison, write_card
 from train.release.checkpoint import find_run, is_plain, load
 from train.release.processor import released_processor, save_processor
 from train.release.proof import picture
@@ -367,15 +367,15 @@ def test_licences_name_what_is_known_and_ask_about_the_rest(released):
 
 
 def test_plans_in_words():
-    assert plan_words(None, 8).startswith("Dense: visual tokens run through all 8")
-    words = plan_words(StagePlan(enter=2, exit=8, update="kv", keep={4: 10, 6: 0.25}), 8)
+    assert plan_text(None, 8).startswith("Dense: visual tokens run through all 8")
+    words = plan_text(StagePlan(enter=2, exit=8, update="kv", keep={4: 10, 6: 0.25}), 8)
     assert "never leave (layers count from 0): 6 of 8" in words
     assert "only gives keys and values" in words
     assert "From layer 4 on 10 visual tokens stay. From layer 6 on 0.25 of the visual tokens stay." in words
     assert words.endswith("They are chosen by attention.")
     learned = StagePlan(enter=2, exit=8, keep={2: 0.1}, select="learned")
-    assert plan_words(learned, 8).endswith("0.1 of the visual tokens stay. They are chosen by a learned scorer.")
-    assert "layers 0, 3 (" in plan_words(StagePlan(layers=[0, 3], update="kv"), 4)
+    assert plan_text(learned, 8).endswith("0.1 of the visual tokens stay. They are chosen by a learned scorer.")
+    assert "layers 0, 3 (" in plan_text(StagePlan(layers=[0, 3], update="kv"), 4)
 
 
 def parts(text, images):

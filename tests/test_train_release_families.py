@@ -22,7 +22,7 @@ from tests.serving import ask, serving
 from tests.tiny_processors import PROCESSORS, require
 from tests.tiny_runs import write_checkpoint, write_recipe, write_rows
 from train.checks import check_run
-from train.final import stop_at
+from train.final import set_stop_tokens
 from train.parameters import PARTS, add_adapters, freeze, merged, part_of
 from train.release import release
 from train.release.processor import save_processor
@@ -75,7 +75,7 @@ class Runs:
         learned = {name: weight.detach() for name, weight in learning.items()}
         whole = merged(learned, phase.train.lora, initial=folder / "init", dtype=torch.float32)
         final = folder / family / "final"  # a run folder's name is its name in tables
-        stop_at(whole, dataset.encoder.stop_ids)
+        set_stop_tokens(whole, dataset.encoder.stop_ids)
         save_model(whole, final)
         save_processor(processor, phase.data, final)
         (final / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.dataset import Collator, ConversationDataset
 from data.rows import Fault
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration
-from train.final import stop_at
+from train.final import set_stop_tokens
 from train.metrics import DataWatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def test_rows_passed_over_on_all_ranks_count_against_max_bad_rows(allowed, skipp
     assert bool(reason) == is_too_many
     if is_too_many:
         expected = f"expected up to {allowed - skipped} (data.max_bad_rows)"
-        assert reason == f"data: {sum(counts)} rows could not be read, named above; {expected}"
+        assert reason == f"data: got {sum(counts)} unreadable rows, named above; {expected}"
 
 
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])
@@ -126,7 +126,7 @@ def test_a_trained_model_stops_where_its_template_ends_an_answer(tmp_path):
     before = model.eval().generate(**asked)[0, prompt.shape[1] :].tolist()
     assert end in before
     assert len(before) == 12  # it has said its end mark, and goes on
-    stop_at(model, data.encoder.stop_ids)
+    set_stop_tokens(model, data.encoder.stop_ids)
     assert model.generation_config.eos_token_id == [end, processor.tokenizer.eos_token_id]
     model.save_pretrained(tmp_path / "final")
     loaded = FusedLlavaForConditionalGeneration.from_pretrained(tmp_path / "final").eval()
@@ -186,7 +186,7 @@ def test_a_row_that_breaks_while_training_stops_the_run_unless_the_recipe_allows
     assert named.endswith("passed over")
     assert ".json:3: image '3.png' is truncated or broken" in named
     last = stopped.stderr.splitlines()[-1]
-    assert "rows could not be read, such as" in last
+    assert "unreadable rows, such as" in last
     assert "expected up to 0 (data.max_bad_rows); last good checkpoint: " in last
     checkpoint = Path(last.rpartition(": ")[2])
     assert (checkpoint / "config.json").is_file()

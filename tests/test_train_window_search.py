@@ -48,7 +48,7 @@ def test_gates_start_open_and_end_as_the_window_with_the_lowest_loss():
     assert search.gates(0).tolist() == [1.0] * LAYERS
     assert search.gates(20).tolist() == pytest.approx([0, 0, 0, 1, 1, 0], abs=0.1)
     assert search.gates(20).sum().item() == pytest.approx(2)
-    assert search.words().startswith("found the window [3, 5) ")
+    assert search.summary().startswith("found the window [3, 5) ")
 
 
 def test_a_window_whose_gain_shows_late_wins_over_an_early_one():

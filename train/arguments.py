@@ -1,4 +1,4 @@
-"""What a recipe means for Trainer and DeepSpeed: batches, steps, precision, their arguments and configuration."""
+"""Translates a recipe into batch sizes, steps, precision, TrainingArguments and a checked DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool) -> T
     deepspeed = read_deepspeed(train)
     if is_resharded:
         deepspeed["checkpoint"] = deepspeed.get("checkpoint", {}) | {"load_universal": True}
-    micro_batch, accumulation = split_batch(train, distributed.count())
+    micro_batch, accumulation = split_batch(train, distributed.world_size())
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(phase.folder / "tensorboard")  # read when Trainer is built
     return TrainingArguments(
         output_dir=str(phase.folder),

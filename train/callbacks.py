@@ -1,4 +1,4 @@
-"""What happens beside the training steps: checkpoints, stopping, health, the console line, log.jsonl, trackers."""
+"""Trainer callbacks: checkpoints, stop requests, health checks, the console line, log.jsonl, trackers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from train import distributed
 from train.checkpoints import Progress, keep_newest, mark_complete
 from train.estimate import SEARCH, Estimate
 from train.trainer import FusedTrainer
-from train.window_search import PICTURE, PLAN, WindowSearch, draw_gates, give_plan
+from train.window_search import PICTURE, PLAN, WindowSearch, apply_plan, draw_gates
 
 _PLAIN_SECONDS: Final = 10  # between two lines where the output is no terminal
-_STILL_STEPS: Final = 10  # with a gradient of exactly 0, although the batch had something to learn from
-_WORSE_STEPS: Final = 200  # with a loss above that of guessing every token alike
+_ZERO_GRADIENT_STEPS: Final = 10  # with a gradient of exactly 0, although the batch had something to learn from
+_HIGH_LOSS_STEPS: Final = 200  # with a loss above that of guessing every token alike
 _ANSWER_SECONDS: Final = 5.0  # that a tracker's server may take
 
 
@@ -38,7 +38,7 @@ class NothingToTrain(Exception):  # noqa: N818  # no error: it ends trainer.trai
 
 
 class Health:
-    """Whether a model still learns: a dead one trains to the end without a sign, unless it is looked for.
+    """Detects a model that no longer learns, which would otherwise train to the end unnoticed.
 
     Args:
         vocabulary: size of the vocabulary.
@@ -49,21 +49,21 @@ class Health:
     def __init__(self, *, vocabulary: int, warmup_steps: int, needs_images: bool) -> None:
         self._guess = math.log(vocabulary)
         self._warmup, self._needs_images = warmup_steps, needs_images
-        self._still = self._worse = 0  # steps in a row
+        self._zero_gradient_steps = self._high_loss_steps = 0  # steps in a row
 
     def fault(self, *, step: int, norm: float | None, loss: float, had_images: bool) -> str | None:
         """Returns what is wrong after a step, or None; `norm` is the gradient's, None where it is not known."""
         if norm is not None and not math.isfinite(norm):
             return "the gradient is nan or infinite"
         if had_images or not self._needs_images:
-            self._still = self._still + 1 if norm == 0.0 else 0
-        self._worse = self._worse + 1 if step > self._warmup and loss > self._guess else 0
-        if self._still >= _STILL_STEPS:
-            return f"the gradient was exactly 0 in {_STILL_STEPS} steps in a row: the model is dead; lower the rates"
-        if self._worse >= _WORSE_STEPS:
+            self._zero_gradient_steps = self._zero_gradient_steps + 1 if norm == 0.0 else 0
+        self._high_loss_steps = self._high_loss_steps + 1 if step > self._warmup and loss > self._guess else 0
+        if self._zero_gradient_steps >= _ZERO_GRADIENT_STEPS:
+            return f"the gradient was exactly 0 in {_ZERO_GRADIENT_STEPS} consecutive steps; lower the learning rates"
+        if self._high_loss_steps >= _HIGH_LOSS_STEPS:
             return (
-                f"the loss was above {self._guess:.2f}, that of guessing, in {_WORSE_STEPS} steps in a row: the model "
-                "does not learn; lower the rates"
+                f"the loss was above {self._guess:.2f}, the loss of random guessing, in {_HIGH_LOSS_STEPS} consecutive "
+                "steps; lower the learning rates"
             )
         return None
 
@@ -144,7 +144,7 @@ class RunCallback(TrainerCallback):
                 samples=trainer.metrics.samples,
                 tokens=trainer.metrics.tokens,
                 visual=trainer.metrics.visual,
-                ranks=distributed.count(),
+                ranks=distributed.world_size(),
                 window=trainer.metrics.window(),
                 fingerprints=trainer.fingerprints,
                 faults=faults,
@@ -182,7 +182,7 @@ class LogCallback(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **unknown, **logs}) + "\n")
         if "eval_loss" in logs:
             exact = f"  exact answers {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
-            _say(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}{exact}")
+            _print_above_bar(f"step {state.global_step}  validation loss {logs['eval_loss']:.4f}{exact}")
             return
         line = self._line(state, logs)
         if self._bar is not None:
@@ -205,7 +205,7 @@ class LogCallback(TrainerCallback):
             done, passed = state.global_step - self._first_step, logs["seconds"] - self._first_seconds
             steps, left = f"/{state.max_steps}", (state.max_steps - state.global_step) * passed / max(done, 1)
         speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
-        return f"step {state.global_step}{steps}  loss {logs['loss']:.4f}  {speed}  {clock_words(left)} left"
+        return f"step {state.global_step}{steps}  loss {logs['loss']:.4f}  {speed}  {format_duration(left)} left"
 
     def _drop_lines_after(self, step: int) -> None:
         """Drops the lines after the step that the run goes on from: they will be written again."""
@@ -216,15 +216,16 @@ class LogCallback(TrainerCallback):
 
 
 class SearchCallback(TrainerCallback):
-    """Takes the gates' gradient of each step of a search, and gives the model the window that was found.
+    """Updates the window search after each step, and applies the stage plan that it finds to the model.
 
-    Comes after LogCallback, whose lines it draws. `estimate` is told what a step costs; None on ranks without a log.
+    Must follow LogCallback, because it plots the lines that LogCallback writes. `estimate` switches to the costs of the
+    current stage; None on ranks that do not log.
     """
 
     def __init__(self, trainer: FusedTrainer, search: WindowSearch, estimate: Estimate | None) -> None:
         self._trainer, self._search, self._estimate = trainer, search, estimate
         if search.plan is not None:  # a run that goes on
-            give_plan(trainer.model, search.plan)
+            apply_plan(trainer.model, search.plan)
         self._count()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -232,7 +233,7 @@ class SearchCallback(TrainerCallback):
         if self._search.plan is None:
             plan = self._search.end_step(state.global_step)
             if plan is not None:
-                give_plan(self._trainer.model, plan)
+                apply_plan(self._trainer.model, plan)
                 control.should_log = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
@@ -244,7 +245,7 @@ class SearchCallback(TrainerCallback):
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         draw_gates([json.loads(line) for line in lines], folder / PICTURE)
         (folder / PLAN).write_text(json.dumps(self._search.found.to_dict()) + "\n", encoding="utf-8")
-        _say(f"step {state.global_step}: {self._search.words()}; {folder / PLAN}")
+        _print_above_bar(f"step {state.global_step}: {self._search.summary()}; {folder / PLAN}")
 
     def _count(self) -> None:
         if self._estimate is not None:
@@ -275,13 +276,13 @@ class ProfileCallback(TrainerCallback):
         self._profiler, self._first = None, 0  # once
 
 
-def clock_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Returns hours, minutes and seconds as 102:03:04."""
     whole = round(seconds)
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def _say(line: str) -> None:
+def _print_above_bar(line: str) -> None:
     """Prints a line above the bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
@@ -296,9 +297,9 @@ def _step_of_line(line: str) -> int:
 
 
 def start_tracking(tracker: str, name: str, folder: Path) -> None:
-    """Opens the Weights & Biases run that transformers' callback writes to, on rank 0, where this is the tracker.
+    """Opens the Weights & Biases run of transformers' callback, on rank 0; does nothing for other trackers.
 
-    It is offline unless its server answers, in five seconds, and the user is logged in; it never asks.
+    The run is offline unless the user is logged in and the server responds within five seconds. Never prompts.
     """
     if tracker != "wandb":
         return
@@ -309,7 +310,7 @@ def start_tracking(tracker: str, name: str, folder: Path) -> None:
         os.environ["WANDB_MODE"] = "offline"
     if distributed.rank() != 0:
         return
-    if os.environ.get("WANDB_MODE", "online") in ("online", "shared", "run") and not _answers():
+    if os.environ.get("WANDB_MODE", "online") in ("online", "shared", "run") and not _is_reachable():
         print("Weights & Biases cannot be reached: this run is logged offline", flush=True)
         os.environ["WANDB_MODE"] = "offline"
     import wandb  # slow to import, and only rank 0 needs it
@@ -317,7 +318,7 @@ def start_tracking(tracker: str, name: str, folder: Path) -> None:
     try:
         wandb.init(project=project, name=name, settings=wandb.Settings(init_timeout=5))
     except (wandb.Error, OSError, ValueError) as error:
-        print(f"Weights & Biases refuses ({error}): this run is logged offline", flush=True)
+        print(f"Weights & Biases failed to start ({error}): this run is logged offline", flush=True)
         os.environ["WANDB_MODE"] = "offline"
         wandb.init(project=project, name=name, mode="offline")
 
@@ -339,9 +340,9 @@ def _is_logged_in() -> bool:
         return False
 
 
-def _answers() -> bool:
-    """Returns whether the server says anything at all, through the proxy where one is set."""
-    heard = threading.Event()
+def _is_reachable() -> bool:
+    """Returns whether the server responds with any status, through the proxy if one is set."""
+    reached = threading.Event()
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
     def ask() -> None:
@@ -351,9 +352,9 @@ def _answers() -> bool:
             pass  # an answer too
         except (OSError, ValueError):
             return
-        heard.set()
+        reached.set()
 
     asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
     asking.start()
     asking.join(_ANSWER_SECONDS)
-    return heard.is_set()
+    return reached.is_set()

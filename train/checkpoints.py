@@ -35,8 +35,8 @@ _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _LEFT_OVER: Final = re.compile(r"(incomplete|broken|deleted|resharded)-checkpoint-\d+")
 _THREADS: Final = 8
 _RESHARD_WORKERS: Final = "2"  # processes that read, and that write; each holds one rank's part in memory
-_BEAT_SECONDS: Final = 5.0
-_SILENCE_SECONDS: Final = 30.0  # after which a holder of the lock on another host counts as gone
+_HEARTBEAT_SECONDS: Final = 5.0
+_STALE_SECONDS: Final = 30.0  # after which a holder of the lock on another host counts as gone
 # What may change between a run and its continuation. The last three change losses by rounding alone; what a change of
 # max_steps does to the learning rate is said when it happens. The DeepSpeed file's content is compared, not its path.
 _MAY_CHANGE: Final = (
@@ -64,7 +64,7 @@ _MAY_CHANGE: Final = (
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run was at a checkpoint, and what it was a run of.
+    """The state of a run at a checkpoint, and what it was trained on.
 
     Attributes:
         step: optimizer steps done.
@@ -74,7 +74,7 @@ class Progress:
         ranks: processes that wrote the checkpoint.
         window: sums of the steps since the last log line, and the seconds at that line.
         fingerprints: digests of the data, the DeepSpeed configuration and the schedule of learning rates.
-        faults: rows that all ranks passed over.
+        faults: unreadable rows, of all ranks, which were skipped.
         search: the state of the search for the stage plan; empty without one.
     """
 
@@ -282,9 +282,9 @@ def _sync(path: Path) -> None:
 class RunLock:
     """Holds a run folder from `take` to the end of the process.
 
-    flock excludes other processes of this host, and of others where the file system shares locks; it ends with its
-    process. Where it does not reach other hosts, the file's time, renewed every few seconds, tells that its holder
-    lives.
+    flock excludes other processes on this host, and on other hosts if the file system shares locks; the system releases
+    it when the process ends. Where locks are not shared, a heartbeat updates the file's modification time every few
+    seconds, so that other hosts see that the run is alive.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -304,13 +304,13 @@ class RunLock:
             raise self._refusal() from None
         except OSError:
             pass  # a file system without locks: the file's time is all there is
-        if self._lives_elsewhere():
+        if self._is_held_elsewhere():
             raise self._refusal()
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         self._handle.truncate(0)
         self._handle.write(json.dumps(holder))
         self._handle.flush()
-        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._heartbeat, daemon=True).start()
 
     def release(self) -> None:
         """Gives the lock back."""
@@ -324,13 +324,13 @@ class RunLock:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _lives_elsewhere(self) -> bool:
+    def _is_held_elsewhere(self) -> bool:
         """Returns whether a process of another host renews the file; waits for it where its last sign is recent."""
         if self._holder().get("host") in (None, socket.gethostname()):
             return False
         seen = self._file.stat().st_mtime
-        while time.time() - seen < _SILENCE_SECONDS:
-            time.sleep(_BEAT_SECONDS / 5)
+        while time.time() - seen < _STALE_SECONDS:
+            time.sleep(_HEARTBEAT_SECONDS / 5)
             if self._file.stat().st_mtime != seen:
                 return True
         return False
@@ -343,9 +343,9 @@ class RunLock:
             "expected another output, or the end of that run"
         )
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         while not self._handle.closed:
-            time.sleep(_BEAT_SECONDS)
+            time.sleep(_HEARTBEAT_SECONDS)
             try:
                 os.utime(self._file)
             except OSError:

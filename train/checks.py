@@ -36,7 +36,7 @@ _BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these
 
 
 def check_run(recipe: Recipe, num_ranks: int) -> Any:
-    """Refuses what would fail later on so many ranks, without weights and without data; returns the model's config.
+    """Checks a recipe for a number of ranks before any weights or data are loaded; returns the model's config.
 
     Raises:
         RecipeError: the recipe cannot be run here.
@@ -233,9 +233,7 @@ def _check_processor(key: str, recipe: Recipe, config: Any, visual: int | None) 
     size = config.vision_config.image_size
     found = vision.count(size, size)
     if found != visual:
-        raise RecipeError(
-            f"{key}: the processor makes {found} tokens of an image, expected {visual}, as the vision tower does"
-        )
+        raise RecipeError(f"{key}: processor: got {found} tokens for an image, expected {visual}, the vision tower's")
 
 
 def processor_is_here(model: ModelSection) -> bool:

@@ -1,4 +1,4 @@
-"""The processes of one run: how they start, meet, tell one another of faults, and go on to the next phase."""
+"""The ranks of a run: environment, rendezvous, barriers, failure propagation and the start of the next phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
-from torch import distributed
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from transformers.utils.logging import disable_progress_bar
@@ -27,9 +27,9 @@ from train.stop import STOP_SIGNALS, ignore_signals
 
 _TIMEOUT: Final = timedelta(hours=2)  # rank 0 may read a 7B checkpoint from the hub while the others wait
 _MEET_TIMEOUT: Final = timedelta(minutes=10)
-_GRACE_SECONDS: Final = 5.0  # in which a rank that hears of a fault elsewhere may end by itself
+_GRACE_SECONDS: Final = 5.0  # in which a rank may exit cleanly after another rank has failed
 _FAULT: Final = "fault"
-_STORE_FAULTS: Final = (distributed.DistNetworkError, distributed.DistStoreError)
+_STORE_FAULTS: Final = (dist.DistNetworkError, dist.DistStoreError)
 _LAUNCHED: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,7 +38,7 @@ class _Group:
 
     store: Any = None
     barriers = 0
-    heard: int | None = None  # exit code of another rank that failed
+    peer_exit_code: int | None = None  # exit code of another rank that failed
     watch: threading.Thread | None = None  # listens for it, until `left` is set
     left = threading.Event()
 
@@ -60,7 +60,7 @@ def setup_env() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port("127.0.0.1", 0)))
     _check_env()
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or count())
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         threads = max(1, len(os.sched_getaffinity(0)) // local)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate warns, and chooses a number
@@ -77,30 +77,30 @@ def setup_env() -> None:
 
 
 def rank() -> int:
-    """Returns the number of this process, 0 = the one that writes and speaks."""
+    """Returns the rank of this process; rank 0 writes files and prints."""
     return int(os.environ["RANK"])
 
 
-def count() -> int:
+def world_size() -> int:
     """Returns the number of processes of the run."""
     return int(os.environ["WORLD_SIZE"])
 
 
 def connect() -> None:
-    """Opens the store through which ranks hear of one another's faults; returns when rank 0 is there.
+    """Opens the store through which ranks report failures; returns when rank 0 has joined.
 
     Raises:
-        PeerError: rank 0 is not there in ten minutes.
+        PeerError: rank 0 does not join within ten minutes.
     """
     try:
         store, _, _ = next(rendezvous("env://", timeout=_MEET_TIMEOUT))
     except _STORE_FAULTS as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise _lost(f"cannot meet the other ranks at {at}: {one_line(error)}") from error
-    # torchrun keeps one store for all its attempts: what the ranks of another one said is of no concern
-    prefix = f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{count()}"
+        raise _contact_lost(f"cannot meet the other ranks at {at}: {one_line(error)}") from error
+    # torchrun keeps one store for all its restarts: a prefix separates the entries of each
+    prefix = f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
     _Group.store = PrefixStore(prefix, store)
-    if count() > 1:
+    if world_size() > 1:
         watched = PrefixStore(prefix, store.clone())
         _Group.watch = threading.Thread(target=_watch, args=(watched,), daemon=True)
         _Group.watch.start()
@@ -108,7 +108,7 @@ def connect() -> None:
 
 def is_initialized() -> bool:
     """Returns whether this process is in the process group of the run."""
-    return distributed.is_initialized()
+    return dist.is_initialized()
 
 
 def init() -> None:
@@ -124,7 +124,7 @@ def init() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, store=_Group.store, rank=rank(), world_size=count(), timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=_Group.store, rank=rank(), world_size=world_size(), timeout=_TIMEOUT)
     except RuntimeError as error:
         exit_if_lost(error)
         raise
@@ -140,29 +140,29 @@ def print_rank0(text: str) -> None:
 
 
 def exit_with(text: str, *, code: int) -> int:
-    """Writes one line, once for the whole run, and informs the other ranks; returns the exit code.
+    """Prints one line, once for the whole run, and reports the failure to the other ranks; returns the exit code.
 
-    Where several ranks end alike, rank 0 speaks, at once; the others only where it is silent.
+    When several ranks fail, rank 0 prints at once; another rank prints only if rank 0 does not within two seconds.
     """
     ignore_signals()  # the launcher sends them once one rank has ended, while this one may wait to speak
     line, store = one_line(text), _Group.store
     stream = sys.stderr if code else sys.stdout
-    if store is None or count() == 1:
+    if store is None or world_size() == 1:
         if rank() == 0:
             print(line, file=stream, flush=True)
         return code
     try:
         if rank() > 0:
             time.sleep(2.0)
-        if _Group.heard is None and store.add(f"{_FAULT}/count", 1) == 1:
+        if _Group.peer_exit_code is None and store.add(f"{_FAULT}/count", 1) == 1:
             print(f"rank {rank()}: {line}" if rank() else line, file=stream, flush=True)
             store.set(_FAULT, str(code))
         deadline = time.monotonic() + _GRACE_SECONDS
-        # rank 0, which holds the store, stays until the others have heard of the fault
-        while rank() == 0 and store.add(f"{_FAULT}/heard", 0) < count() - 1 and time.monotonic() < deadline:
+        # rank 0 holds the store, so it stays until the other ranks have seen the failure
+        while rank() == 0 and store.add(f"{_FAULT}/heard", 0) < world_size() - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
     except _STORE_FAULTS:
-        if _Group.heard is None:  # rank 0, which holds the store, is gone, and nothing was heard of it
+        if _Group.peer_exit_code is None:  # rank 0 and its store are gone, without a report
             print(f"rank {rank()}: {line}", file=stream, flush=True)
     return code
 
@@ -171,14 +171,14 @@ def exit_if_lost(error: RuntimeError) -> None:
     """Raises PeerError where an error of a collective call means that another rank is gone; else returns."""
     text = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "ncclRemoteError")
-    if count() == 1 or not (isinstance(error, distributed.DistError) or any(sign in text for sign in signs)):
+    if world_size() == 1 or not (isinstance(error, dist.DistError) or any(sign in text for sign in signs)):
         return
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
-        if _Group.heard is not None:
-            raise _told(_Group.heard) from error
+        if _Group.peer_exit_code is not None:
+            raise _peer_failed(_Group.peer_exit_code) from error
         time.sleep(0.2)
-    raise _lost("lost contact with another rank") from error
+    raise _contact_lost("lost contact with another rank") from error
 
 
 def barrier() -> None:
@@ -187,23 +187,27 @@ def barrier() -> None:
     Raises:
         PeerError: another rank failed meanwhile.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     _Group.barriers += 1
     name = f"barrier/{_Group.barriers}"
     try:
         _Group.store.add(name, 1)
-        while _Group.store.add(name, 0) < count():
-            if _Group.heard is not None:
-                raise _told(_Group.heard)
+        while _Group.store.add(name, 0) < world_size():
+            if _Group.peer_exit_code is not None:
+                raise _peer_failed(_Group.peer_exit_code)
             time.sleep(0.05)
     except _STORE_FAULTS as error:
-        raise (_lost("lost contact with rank 0") if _Group.heard is None else _told(_Group.heard)) from error
+        raise (
+            _contact_lost("lost contact with rank 0")
+            if _Group.peer_exit_code is None
+            else _peer_failed(_Group.peer_exit_code)
+        ) from error
 
 
 def any_rank(value: bool) -> bool:
     """Returns whether `value` is true on any rank; every rank must call it."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     name = f"any/{_Group.barriers}"
     _Group.store.add(name, int(value))
@@ -213,17 +217,17 @@ def any_rank(value: bool) -> bool:
 
 def shutdown() -> None:
     """Leaves the run, after all ranks are done; rank 0, which holds the store, goes last."""
-    if count() > 1 and _Group.store is not None:
+    if world_size() > 1 and _Group.store is not None:
         barrier()
         _Group.store.add("left", 1)
         deadline = time.monotonic() + _GRACE_SECONDS
-        while rank() == 0 and _Group.store.add("left", 0) < count() and time.monotonic() < deadline:
+        while rank() == 0 and _Group.store.add("left", 0) < world_size() and time.monotonic() < deadline:
             time.sleep(0.05)
     if _Group.watch is not None:  # a thread inside the store while Python ends would abort the process
         _Group.left.set()
         _Group.watch.join(_GRACE_SECONDS)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run_next(phase: int) -> NoReturn:
@@ -248,8 +252,8 @@ def _check_env() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise RecipeError(f"environment: {name}: got '{os.environ[name]}', expected a whole number")
-    if rank() >= count():
-        raise RecipeError(f"environment: RANK: got {rank()}, expected a number below WORLD_SIZE ({count()})")
+    if rank() >= world_size():
+        raise RecipeError(f"environment: RANK: got {rank()}, expected a number below WORLD_SIZE ({world_size()})")
 
 
 def _free_port(host: str, first: int) -> int:
@@ -268,7 +272,7 @@ def _free_port(host: str, first: int) -> int:
 def _choose_next_port() -> None:
     """Agrees with the other ranks on where the next phase meets: a free port of rank 0, because the old one lingers."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if count() > 1:
+    if world_size() > 1:
         if rank() == 0:
             if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:  # held by torchrun, maybe on another machine
                 with socket.create_connection((address, port)) as there:
@@ -280,12 +284,12 @@ def _choose_next_port() -> None:
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
-def _told(code: int) -> PeerError:
-    return PeerError("another rank ended the run", code=code, is_told=True)
+def _peer_failed(code: int) -> PeerError:
+    return PeerError("another rank ended the run", code=code, is_reported=True)
 
 
-def _lost(what: str) -> PeerError:
-    return PeerError(f"rank {rank()} {what}", code=1, is_told=False)
+def _contact_lost(what: str) -> PeerError:
+    return PeerError(f"rank {rank()} {what}", code=1, is_reported=False)
 
 
 def _watch(store: Any) -> None:
@@ -294,10 +298,10 @@ def _watch(store: Any) -> None:
         while not store.check([_FAULT]):
             if _Group.left.wait(1.0):
                 return
-        _Group.heard = code = int(store.get(_FAULT))
-        if rank() > 0:  # rank 0 hears itself too, and would leave before the others have heard
+        _Group.peer_exit_code = code = int(store.get(_FAULT))
+        if rank() > 0:  # rank 0 waits for this count, so it must not add itself
             store.add(f"{_FAULT}/heard", 1)
-    except (RuntimeError, ValueError):  # the store is gone with rank 0: the collective calls tell
+    except (RuntimeError, ValueError):  # rank 0 and its store are gone: the collective calls fail
         return
     time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()

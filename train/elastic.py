@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train what a recipe says, and start again after a lost rank.")
+    parser = argparse.ArgumentParser(description="Train a model from a recipe, and restart after a lost rank.")
     parser.add_argument("--restarts", type=int, required=True, metavar="N", help="starts after the first, at most")
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks of this machine; default: one a GPU")
     parser.add_argument("--nnodes", default="1", metavar="MIN:MAX", help="machines; default 1")

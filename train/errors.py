@@ -1,4 +1,4 @@
-"""How a training or a release ends before its end, and the one line that says so."""
+"""The exceptions that end a training run or a release with a one-line message."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class PeerError(RuntimeError):
 
     Attributes:
         code: the exit code of that rank.
-        is_told: that rank said why.
+        is_reported: that rank has printed the reason.
     """
 
-    def __init__(self, message: str, *, code: int, is_told: bool) -> None:
+    def __init__(self, message: str, *, code: int, is_reported: bool) -> None:
         super().__init__(message)
-        self.code, self.is_told = code, is_told
+        self.code, self.is_reported = code, is_reported
 
 
 def one_line(error: BaseException | str) -> str:

@@ -1,6 +1,7 @@
-"""What a phase takes before it runs: memory on each GPU by ZeRO stage, and floating-point operations.
+"""Estimates the memory per GPU under each ZeRO stage and the FLOPs of a phase, before it runs.
 
-DeepSpeed's estimators take every weight as trained by Adam in 16 bits; adapters, frozen parts and activations are ours.
+DeepSpeed's estimators assume that Adam trains every weight in 16 bits; this one also covers adapters, frozen parts and
+activations.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Estimate:
         if checkpointing:
             kept = sum(batch.samples * rows * text.hidden_size * size for saved, rows, _ in layers if saved)
             largest = max(saved for saved, _, _ in layers)
-        kept += sum(beside for saved, _, beside in layers if saved)
+        kept += sum(extra for saved, _, extra in layers if saved)
         gradients = 3 * batch.samples * max(rows for _, rows, _ in layers) * text.intermediate_size * size  # of an MLP
         return self._image[0] * self._images(batch) + kept + max(logits, largest + gradients)
 
@@ -256,13 +257,14 @@ class Estimate:
         return (self.weights - frozen) * self.dtype.itemsize + frozen * bits / 8
 
     def _layers(self, batch: Batch) -> list[tuple[float, int, float]]:
-        """Returns of each decoder layer the bytes that it keeps, 0 without a graph, and its rows of a sample.
+        """Returns (bytes, rows, extra bytes) of each decoder layer.
 
-        And the bytes that are kept beside its call, whatever checkpointing does: by gates and measures.
+        Bytes are the saved activations, 0 without a graph; rows are its tokens of one sample; extra bytes are those of
+        gates and penalties, which checkpointing does not free.
         """
         depth, costs = self.config.text_config.num_hidden_layers, self.costs(visual=batch.visual, text=batch.text)
-        dearest = max(costs, key=lambda name: costs[name].flops)  # memory is that of the dearest
-        plan, is_gated = self._plans[dearest].stages, self.learn is not None and dearest == SEARCH
+        costliest = max(costs, key=lambda name: costs[name].flops)  # it decides the peak memory
+        plan, is_gated = self._plans[costliest].stages, self.learn is not None and costliest == SEARCH
         counts = [batch.visual] * depth if plan is None else plan.visual_counts(batch.visual, depth)
         is_kv = plan is not None and plan.update == "kv"
         samples, found = batch.samples, []
@@ -272,14 +274,14 @@ class Estimate:
             has_graph = has_graph or visual > 0 or learns
             rows, kv = batch.text + (0 if is_kv else visual), visual if is_kv else 0
             kept = partial(self._kept, number, learns)
-            saved, beside = kept(self._layer, samples, rows, kv) if has_graph else 0.0, 0.0
+            saved, extra = kept(self._layer, samples, rows, kv) if has_graph else 0.0, 0.0
             if is_gated and has_graph:  # the layer on text alone, and what the gate lies between
                 saved += kept(self._layer, samples, batch.text, 0)
                 width = self.config.text_config.hidden_size
-                beside += samples * (2 * rows + batch.text) * width * self.dtype.itemsize
+                extra += samples * (2 * rows + batch.text) * width * self.dtype.itemsize
             if visual and has_graph and self.train.sparse_attention is not None:
-                beside += kept(self._keys, samples, batch.text + visual)
-            found.append((saved, rows, beside))
+                extra += kept(self._keys, samples, batch.text + visual)
+            found.append((saved, rows, extra))
         return found
 
     def _kept(self, number: int, learns: bool, run: Callable[..., Tensor], *shape: int) -> float:

@@ -1,8 +1,8 @@
-"""DeepSpeed's C++ operators: built once for each user, and never waited for in silence.
+"""Builds DeepSpeed's C++ operators once per user, and prints a message whenever a process waits for a build.
 
-torch guards a build with a file that a killed process leaves behind, and every later start then waits for it without a
-word. Here a build is guarded by flock as well, which ends with its process: what torch's file says is then stale unless
-some process has it open.
+torch guards a build with a lock file. A killed process leaves it behind, and every later start then waits forever. This
+file also takes a flock, which the system releases when the process ends: torch's lock file is then stale unless some
+process has it open.
 
 `python -m train.extensions` builds what a run on the CPU needs, so that the first run need not.
 """
@@ -79,11 +79,11 @@ def build_lock(name: str) -> Iterator[None]:
 
 def _clear(lock: Path) -> None:
     """Removes torch's lock once no process has it open."""
-    told = False
+    is_announced = False
     while (holder := _holder(lock)) is not None:
-        if not told:
+        if not is_announced:
             print(f"waiting for process {holder}, which compiles in {lock.parent}", flush=True)
-            told = True
+            is_announced = True
         time.sleep(0.5)
     if lock.exists():
         print(f"removed {lock}, which a killed build left behind", flush=True)

@@ -1,4 +1,4 @@
-"""What a finished phase leaves behind: final/, a checkpoint that loads like any other, with the run's figures."""
+"""Writes final/, the result of a finished phase: a loadable checkpoint with recipe.yaml and run.json."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from train.parameters import merged, trainable_counts
 from train.release.processor import save_processor
 from train.samples import Samples
 from train.trainer import FusedTrainer
-from train.weights import checkpoint_config, refuse_faults, save_model
-from train.window_search import give_plan
+from train.weights import check_loading_report, checkpoint_config, save_model
+from train.window_search import apply_plan
 
 
 def read_figures(phase: Phase) -> dict[str, Any] | None:
@@ -69,8 +69,8 @@ def save_final(trainer: FusedTrainer, recipe: Recipe, *, initial: Path, dataset:
         model = merged(learned, phase.train.lora, initial=initial, dtype=dtype)
         weights = model.state_dict()
         if trainer.search is not None:
-            give_plan(model, trainer.search.found)
-    stop_at(model, dataset.encoder.stop_ids)
+            apply_plan(model, trainer.search.found)
+    set_stop_tokens(model, dataset.encoder.stop_ids)
     final, partial = phase.folder / FINAL, phase.folder / f"{FINAL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     save_model(model, partial, weights=weights)
@@ -96,7 +96,7 @@ def _best_checkpoint(trainer: FusedTrainer) -> Path | None:
     return path
 
 
-def stop_at(model: Any, stop_ids: Sequence[int]) -> None:
+def set_stop_tokens(model: Any, stop_ids: Sequence[int]) -> None:
     """Makes generation stop at the tokens that training labelled as the end of an answer, and at the config's."""
     config = model.config.text_config.eos_token_id
     known = config if isinstance(config, list) else [] if config is None else [config]
@@ -112,7 +112,7 @@ def _check_loads(folder: Path) -> None:
     options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     _, report = kind.from_pretrained(folder, config=config, **options)
     try:
-        refuse_faults(folder, report)
+        check_loading_report(folder, report)
     except RecipeError as error:
         raise TrainingError(f"{folder} was not written whole: {error}") from error
 
@@ -132,7 +132,7 @@ def _figures(trainer: FusedTrainer, dataset: Samples) -> dict[str, Any]:
         "tokens_per_second": round(metrics.tokens / passed, 1),
         "loss": losses[-1] if losses else None,
         **_eval_figures(trainer),
-        "ranks": distributed.count(),
+        "ranks": distributed.world_size(),
         "precision": resolve_precision(trainer.phase.train),
         "trainable": trainable_counts(trainer.model),
         "skipped": [asdict(fault) for fault in [*dataset.skipped, *trainer.watch.all_faults()]],

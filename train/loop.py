@@ -55,7 +55,7 @@ def run_phase(recipe: Recipe, index: int, stop: StopRequest) -> bool:
         Stopped: a stop request came before the first step.
     """
     phase = recipe.phases[index]
-    check_run(recipe, distributed.count())
+    check_run(recipe, distributed.world_size())
     if _is_finished(recipe, index):
         distributed.print_rank0(f"{phase.name}: {phase.folder / FINAL} is there already; not run again")
         return True
@@ -130,19 +130,19 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     """Trains from `initial`, or from the newest whole checkpoint; returns whether it reached its end."""
     dataset, validation = hold_out(phase, dataset, seed=recipe.seed)
     resumed = next(reversed(checkpoints.whole_checkpoints(phase.folder)), None)
-    progress = checkpoints.read_progress(resumed) if resumed else Progress(ranks=distributed.count())
+    progress = checkpoints.read_progress(resumed) if resumed else Progress(ranks=distributed.world_size())
     order = sample_order(phase, dataset, seed=recipe.seed)
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
     fingerprints = {
         "data": data_fingerprint(phase, dataset, validation),
         "deepspeed": deepspeed_fingerprint(read_deepspeed(phase.train)),
-        "schedule": _rate_words(phase, total),
+        "schedule": _schedule_text(phase, total),
     }
     if resumed is not None:
         _check_resumed(phase, resumed, progress, fingerprints, total)
     # before DeepSpeed's configuration takes hold of every new model
     search, estimate, metrics = _measures(recipe, phase, progress, total)
-    is_resharded = progress.ranks != distributed.count()
+    is_resharded = progress.ranks != distributed.world_size()
     source = _reshard(resumed, progress) if resumed is not None and is_resharded else resumed
     arguments = training_arguments(recipe, phase, is_resharded=is_resharded)
     if isinstance(dataset, ConversationStream):
@@ -213,7 +213,7 @@ def _check_resumed(
         )
 
 
-def _rate_words(phase: Phase, total: int | None) -> str:
+def _schedule_text(phase: Phase, total: int | None) -> str:
     """Returns how the learning rate changes over the run."""
     train = phase.train
     length = f"{train.max_seconds:g} s" if total is None else f"{total} steps"
@@ -225,7 +225,7 @@ def _rate_words(phase: Phase, total: int | None) -> str:
 def _measures(
     recipe: Recipe, phase: Phase, progress: Progress, total: int | None
 ) -> tuple[WindowSearch | None, Estimate | None, TrainMetrics]:
-    """Returns the search for the stage plan and the sums of a run so far, and on rank 0, which logs, its costs."""
+    """Returns the window search, the cost estimate (on rank 0, which logs) and the metrics so far, of a resumed run."""
     config, peak, search = read_config(recipe.model), peak_here(), None
     if phase.learn is not None:
         depth = config.text_config.num_hidden_layers
@@ -239,14 +239,14 @@ def _measures(
         window=progress.window,
         image_token=config.image_token_id,
         flops=None if estimate is None else estimate.window_flops,
-        peak=None if peak is None else peak * distributed.count(),
+        peak=None if peak is None else peak * distributed.world_size(),
     )
     return search, estimate, metrics
 
 
 def _reshard(resumed: Path, progress: Progress) -> Path:
     """Returns a checkpoint for this number of ranks."""
-    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.count()}")
+    distributed.print_rank0(f"{resumed} is of {progress.ranks} ranks: converting it for {distributed.world_size()}")
     if distributed.rank() == 0:
         checkpoints.reshard(resumed)
     distributed.barrier()
@@ -254,7 +254,7 @@ def _reshard(resumed: Path, progress: Progress) -> Path:
 
 
 def _load_model(phase: Phase, initial: Path, *, seed: int) -> Any:
-    """Returns the model with what the recipe lets learn, and says how much that is."""
+    """Returns the model with its parameters frozen or trainable as in the recipe, and prints their counts."""
     bits = phase.train.lora.bits if phase.train.lora is not None else None
     model = load_checkpoint(initial, dtype=resolve_dtype(phase.train), bits=bits)
     if phase.train.tokens_per_step is not None and model.config.text_config._attn_implementation == "sdpa":

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from data.chat import IGNORE_INDEX
 from data.config import DataConfig
 from data.rows import Fault
-from train import distributed as peers
+from train import distributed
 from train.parameters import base_of
 
 _SUMS: Final = (
@@ -155,16 +156,16 @@ class TrainMetrics:
 
 
 class DataWatch:
-    """Takes out of each batch what is not the model's.
+    """Removes bookkeeping from each batch, counts unreadable rows and sums the loss of each source.
 
     Args:
         config: the phase's data section.
         skipped: rows that were left out before the training began; they count against `max_bad_rows` too.
-        met: faults that all ranks met before this run was stopped; so do they.
+        known_faults: faults of all ranks from before the run was resumed; they count as well.
     """
 
-    def __init__(self, config: DataConfig, skipped: int, met: Sequence[Fault] = ()) -> None:
-        self.names, self.met = config.names, list(met)
+    def __init__(self, config: DataConfig, skipped: int, known_faults: Sequence[Fault] = ()) -> None:
+        self.names, self.known_faults = config.names, list(known_faults)
         self.faults: list[Fault] = []  # of this rank
         self._allowed = config.max_bad_rows - skipped
         self._sources: Tensor | None = None  # (B,) of the present batch, and its labelled tokens a sample
@@ -172,12 +173,12 @@ class DataWatch:
         self._sums: Tensor | None = None
 
     def take(self, inputs: dict[str, Any]) -> None:
-        """Removes `sources` and `faults` from a batch; says each fault in one line, on the rank that met it."""
+        """Removes `sources` and `faults` from a batch; prints one line for each new fault, on the rank that read it."""
         for fault in inputs.pop("faults", ()):
-            if fault in self.faults or fault in self.met:  # a later epoch
+            if fault in self.faults or fault in self.known_faults:  # a later epoch
                 continue
             self.faults.append(fault)
-            print(f"rank {peers.rank()}: {fault}; passed over", file=sys.stderr, flush=True)
+            print(f"rank {distributed.rank()}: {fault}; passed over", file=sys.stderr, flush=True)
         self._sources = inputs.pop("sources", None)
         self._labelled = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
 
@@ -191,13 +192,13 @@ class DataWatch:
             self._sources = sources
 
     def excess(self, counts: Sequence[float]) -> str:
-        """Returns what to say when all ranks together passed over more rows than the recipe allows; else nothing."""
-        found, allowed = int(sum(counts)) + len(self.met), max(0, self._allowed)
+        """Returns an error if all ranks together skipped more rows than the recipe allows; else an empty string."""
+        found, allowed = int(sum(counts)) + len(self.known_faults), max(0, self._allowed)
         if found <= allowed:
             return ""
-        faults = self.faults or self.met
+        faults = self.faults or self.known_faults
         first = f", such as {faults[-1]}" if faults else ", named above"
-        return f"data: {found} rows could not be read{first}; expected up to {allowed} (data.max_bad_rows)"
+        return f"data: got {found} unreadable rows{first}; expected up to {allowed} (data.max_bad_rows)"
 
     def watch_loss(self, model: Any) -> None:
         """Makes a model's loss also add up for each source; the loss itself stays the same sum."""
@@ -214,9 +215,9 @@ class DataWatch:
             return {}
         sums = torch.zeros(2, len(self.names), dtype=torch.float64) if self._sums is None else self._sums.clone()
         self._sums = None
-        if distributed.is_initialized():
+        if dist.is_initialized():
             sums = sums.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
-            distributed.all_reduce(sums)
+            dist.all_reduce(sums)
         losses, labels = sums.tolist()
         return {
             f"loss_{name}": loss / count for name, loss, count in zip(self.names, losses, labels, strict=True) if count
@@ -225,10 +226,10 @@ class DataWatch:
     def all_faults(self) -> list[Fault]:
         """Returns the faults of all ranks; every rank must call it."""
         found: list[Any] = [self.faults]
-        if distributed.is_initialized():
-            found = [None] * peers.count()
-            distributed.all_gather_object(found, self.faults)
-        return list(dict.fromkeys([*self.met, *(fault for faults in found for fault in faults)]))
+        if dist.is_initialized():
+            found = [None] * distributed.world_size()
+            dist.all_gather_object(found, self.faults)
+        return list(dict.fromkeys([*self.known_faults, *(fault for faults in found for fault in faults)]))
 
     def _loss(
         self, logits: Tensor, labels: Tensor, shift_labels: Tensor, num_items_in_batch: Any = None, **_: Any

@@ -1,4 +1,4 @@
-"""The parameters that learn: three parts with their rates, the layers among them, adapters and their merge."""
+"""Trainable parameters: freezing by part and layer, optimizer groups, and LoRA adapters and their merge."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def tower_depth(model: Any) -> int:
 
 
 def freeze(model: nn.Module, train: TrainSection) -> None:
-    """Lets exactly the parameters learn whose group has a rate and, where the recipe names some, whose layer it names.
+    """Sets requires_grad: a parameter trains if its part has a learning rate and its layer is selected by the recipe.
 
-    Of a part with adapters only those learn; a scorer of visual tokens, which learns with the projector, has none.
+    In a part with adapters only the adapters train. The scorer of visual tokens trains with the projector and never has
+    adapters.
     """
     adapted = train.lora.parts if train.lora is not None else ()
     depth = tower_depth(model)

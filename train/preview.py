@@ -43,7 +43,7 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
     for part in ("checkpoint", "language_model", "vision_tower"):
         place = getattr(recipe.model, part)
         if place is not None and not Path(place).exists():
-            yield f"note: model.{part}: {place} is no folder here; the run needs it, as a folder or from the hub"
+            yield f"note: model.{part}: {place} is not a local folder; the run needs it, as a folder or from the hub"
     for phase in recipe.phases:
         rows, batch, note = _measure(recipe, phase, config)
         steps = _steps(phase.train, rows, batch)
@@ -68,7 +68,7 @@ def _size(phase: Phase, estimate: Estimate, steps: int | None, note: str) -> Ite
     if is_timed(phase.train):
         yield f"  steps: as many of {size} as {phase.train.max_seconds:g} s allow"
     elif steps is None:
-        yield "  steps: unknown without the data; expected_rows would tell"
+        yield "  steps: unknown without the data; set data.expected_rows"
     else:
         yield f"  steps: {steps:,} of {size}"
     if phase.eval is not None:
@@ -137,7 +137,7 @@ def _hours(estimate: Estimate, batch: Batch, *, steps: int | None, card: Card | 
     if card is None or steps is None:
         return
     if card.peak is None:
-        yield "  time: unknown; --gpu with the name of a card tells"
+        yield "  time: unknown; give --gpu the name of a card, such as A100"
         return
     flops = steps * estimate.step_flops(batch)
     hours = flops / (card.count * card.peak * mfu) / 3600

@@ -51,7 +51,7 @@ def main() -> int:
     except TrainingError as error:
         return distributed.exit_with(str(error), code=1)
     except PeerError as error:
-        return error.code if error.is_told else distributed.exit_with(str(error), code=1)
+        return error.code if error.is_reported else distributed.exit_with(str(error), code=1)
 
 
 def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
@@ -59,8 +59,8 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
     from recipes.schema import load_recipe
     from train import distributed
 
-    if distributed.count() > 1 and not arguments.check:
-        distributed.connect()  # from here on, ranks hear of one another's faults
+    if distributed.world_size() > 1 and not arguments.check:
+        distributed.connect()  # from here on, ranks report failures to each other
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     for given, other in (("gpu", "check"), ("mfu", "gpu")):
         found = getattr(arguments, given)
@@ -72,9 +72,9 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
 
         gc.enable()
         if distributed.rank() == 0:
-            card = parse_card(arguments.gpu, count=distributed.count()) if arguments.gpu is not None else None
+            card = parse_card(arguments.gpu, count=distributed.world_size()) if arguments.gpu is not None else None
             share = {} if arguments.mfu is None else {"mfu": _share(arguments.mfu)}
-            print("\n".join(preview(recipe, distributed.count(), card=card, **share)))
+            print("\n".join(preview(recipe, distributed.world_size(), card=card, **share)))
         return 0
     _train(recipe, arguments.phase, stop)
     distributed.shutdown()
@@ -99,12 +99,12 @@ def _train(recipe: "Recipe", first: int, stop: StopRequest) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train what a recipe says.")
+    parser = argparse.ArgumentParser(description="Train a model from a recipe.")
     parser.add_argument("recipe", help="YAML file, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=20")
-    parser.add_argument("--check", action="store_true", help="validate, say what it will do, stop")
-    parser.add_argument("--gpu", metavar="GPU", help="with --check: 24 (GB), A100, or 8xH100: does it fit, how long")
-    parser.add_argument("--mfu", metavar="SHARE", help="with --gpu: of the peak; default 0.4")
+    parser.add_argument("--check", action="store_true", help="validate, print steps, memory and cost, then exit")
+    parser.add_argument("--gpu", metavar="GPU", help="with --check: 24 (GB), A100 or 8xH100: estimate fit and time")
+    parser.add_argument("--mfu", metavar="SHARE", help="with --gpu: assumed model FLOPs utilization; default 0.4")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--phase", type=int, default=0, help=argparse.SUPPRESS)  # set by run_next
     return parser.parse_intermixed_args()

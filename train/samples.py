@@ -36,7 +36,7 @@ def read_samples(phase: Phase, processor: Any, *, seed: int = 0) -> Samples:
         processor = with_settings(processor, phase.data)
         if not phase.data.streaming:
             return ConversationDataset(phase.data, processor)
-        rank, ranks = distributed.rank(), distributed.count()
+        rank, ranks = distributed.rank(), distributed.world_size()
         batch, _ = split_batch(phase.train, ranks)
         return ConversationStream(phase.data, processor, seed=seed, batch=batch, rank=rank, ranks=ranks)
     except (DataError, TokenizerError, ProcessorError) as error:
@@ -154,7 +154,7 @@ def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches |
     shuffled = ShuffledSampler(len(samples), seed=seed, data=samples)
     batch, tokens = phase.train.global_batch, phase.train.tokens_per_step
     if tokens is not None:
-        passes = passes_per_step(phase.train, distributed.count())
+        passes = passes_per_step(phase.train, distributed.world_size())
         return TokenBatches(shuffled, samples.lengths, tokens_per_step=tokens, passes=passes)
     if not phase.data.group_by_length:
         return WholeBatches(shuffled, global_batch=batch)

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, Ctrl-C, or the death of the launcher end a run after the current step, with a checkpoint."""
+"""Stop requests: SIGTERM, Ctrl-C or the exit of the launcher end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers.Trainer with our groups of learning rates, order of data, stage plans, clock, and agreeing ranks."""
+"""A Trainer with learning rates per part, a fixed data order, stage plans, a training clock and synchronised ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -169,7 +170,7 @@ class FusedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the loss of one forward pass; at the last one of a step the ranks start to agree."""
+        """Returns the loss of one forward pass; the last one of a step starts the synchronisation of the ranks."""
         self.watch.take(inputs)
         schedule, distill = self._schedule()
         measure = None
@@ -190,7 +191,7 @@ class FusedTrainer(Trainer):
         return loss if distilled is None else loss + distilled
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the loss of one forward and backward pass; after the last one of a step the ranks have agreed.
+        """Returns the loss of one forward and backward pass; the last one of a step completes the synchronisation.
 
         Raises:
             TrainingError: the loss of any rank is not a number, or infinite.
@@ -279,7 +280,7 @@ class FusedTrainer(Trainer):
         given = torch.tensor([float(self.stop.is_requested()), seconds, len(self.watch.faults)], dtype=torch.float64)
         device = self.args.device
         values = torch.cat([given.to(device, non_blocking=True), self.metrics.take_step().to(device)])
-        self._shared = values, distributed.all_reduce(values, async_op=True) if distributed.is_initialized() else None
+        self._shared = values, dist.all_reduce(values, async_op=True) if dist.is_initialized() else None
 
     def _end_sync(self, values: Tensor, work: Any) -> None:
         if work is not None:
@@ -319,8 +320,8 @@ def predicting(labels: Tensor) -> Tensor:
 
 def divergence(student: Tensor, teacher: Tensor, distill: Distill) -> Tensor:
     """Returns the weighted sum over rows of KL(teacher || student), of logits (R, vocabulary)."""
-    learns, says = student.float().log_softmax(dim=-1), teacher.float().log_softmax(dim=-1)
-    return distill.weight * torch.nn.functional.kl_div(learns, says, reduction="sum", log_target=True)
+    student, teacher = student.float().log_softmax(dim=-1), teacher.float().log_softmax(dim=-1)
+    return distill.weight * torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 def rate_factor(kind: str, share: float, *, warmup: float) -> float:

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import Any, Final
 
 import torch
-from torch import Tensor, distributed, nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data.chat import IGNORE_INDEX
@@ -15,7 +16,7 @@ from data.dataset import ConversationDataset
 from data.rows import DataError
 from models.batch_facts import next_labels
 from recipes.schema import EvalSection, RecipeError
-from train import distributed as peers
+from train import distributed
 from train.stop import ignore_signals
 
 SHORT_ANSWER: Final = 10  # tokens, end mark included, of an answer that counts for accuracy
@@ -41,15 +42,17 @@ class Validation:
 
     def loader(self, collate: Callable[[Sequence[Mapping[str, Any]]], Any], *, batch: int) -> DataLoader[Any]:
         """Returns this rank's forward passes of up to `batch` samples."""
-        batches = rank_batches(self.samples.lengths, self.samples.has_image, batch=batch, ranks=peers.count())
+        batches = rank_batches(
+            self.samples.lengths, self.samples.has_image, batch=batch, ranks=distributed.world_size()
+        )
         return DataLoader(
             _WithFillers(self.samples),
-            batch_sampler=list(batches)[peers.rank() :: peers.count()],
+            batch_sampler=list(batches)[distributed.rank() :: distributed.world_size()],
             collate_fn=collate,
             num_workers=self.samples.config.workers,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the global one is the training's: it must not notice an evaluation
+            generator=torch.Generator(),  # an evaluation must not change the global random state of the training
         )
 
     @torch.no_grad()
@@ -89,8 +92,8 @@ class Validation:
         sums, self._sums = self._sums, None
         if sums is None:
             raise DataError("eval: got no held-out sample, expected at least one")
-        if distributed.is_initialized():
-            distributed.all_reduce(sums)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
         cells = sums.cpu().unflatten(0, (-1, 2))
         parts = {"": cells.sum(dim=(0, 1)), "_text": cells[:, 0].sum(dim=0), "_image": cells[:, 1].sum(dim=0)}
         if len(self._names) > 1:

@@ -1,4 +1,4 @@
-"""Weights: the checkpoint that a run starts from, how any checkpoint is loaded, and the form of ours on the disk."""
+"""Builds the initial checkpoint of a run, and loads and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def load_checkpoint(
             f"model: checkpoint '{source}': config.json: tie_word_embeddings: got false, but text_config's is true and "
             "there is no lm_head.weight; expected true in both"
         )
-    refuse_faults(source, report)
+    check_loading_report(source, report)
     return model
 
 
@@ -174,7 +174,7 @@ def checkpoint_config(source: str | Path) -> Any:
     return config_of(fields, source)
 
 
-def refuse_faults(source: str | Path, report: Mapping[str, Any]) -> None:
+def check_loading_report(source: str | Path, report: Mapping[str, Any]) -> None:
     """Raises RecipeError when a loading report of transformers names any weight that did not fit."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         faults = sorted(str(fault) for fault in report.get(kind, ()))
@@ -196,13 +196,13 @@ def check_tokens(config: Any, processor: Any) -> None:
     if config.image_token_id not in found:
         key = config.attribute_map.get("image_token_id", "image_token_id")  # LLaVA's is image_token_index
         raise RecipeError(
-            f"model.config: {key} is {config.image_token_id}, but the processor writes "
-            f"{tokenizer.convert_ids_to_tokens(found)} {found} for an image; expected one of them"
+            f"model.config: {key}: got {config.image_token_id}, expected one of {found}, the processor's tokens "
+            f"{tokenizer.convert_ids_to_tokens(found)} of an image"
         )
     rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise RecipeError(
-            f"model.config: text_config.vocab_size is {rows}, expected at least {len(tokenizer)}, the tokenizer's"
+            f"model.config: text_config.vocab_size: got {rows}, expected at least {len(tokenizer)}, the tokenizer's"
         )
 
 

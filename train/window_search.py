@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, distributed
+import torch.distributed as dist
+from torch import Tensor
 
 from models.schedules import Gated, window_gates
 from models.stage_plan import StagePlan
@@ -41,14 +42,14 @@ class WindowSearch:
     """Finds the window of layers that lowers the loss most, among all of one width, in the first steps of a training.
 
     The relaxation is a distribution over windows. A layer's gate is the share of windows that hold it, so every
-    distribution keeps the budget, a sure one is a stage plan, and nothing has to be weighed against the loss. Gates
+    distribution keeps the budget, a one-hot one is a stage plan, and no penalty is added to the loss. Gates
     start open, where the model is the dense one that it was, and close in proportion to the steps done. The
     distribution follows the gates' gradients by exponentiated gradient ("Hedge"): a window's score is the sum, over
     steps and over its layers, of minus the gradient of the loss, older steps counting less, and the weights are the
     softmax of the scores divided by the root of the squares, summed alike. So a score counts in standard errors of
     itself: windows that differ by chance stay about equally likely, and no learning rate is needed. There is no
     sampling, so a resumed run needs the sums alone, and ranks that add up their gradients agree. The window with the
-    highest score is taken, however sure it is.
+    highest score is taken, whatever its weight.
 
     Against L independent gates (hard concrete, arXiv 1712.01312): those need a penalty whose weight decides the
     budget, noise that a run of a few hundred steps cannot average out, and may end in layers with gaps, which no plan
@@ -103,9 +104,9 @@ class WindowSearch:
         gradient = self._gates.grad
         if gradient is None:
             raise ValueError(f"step {step}: got no gradient of the gates, expected a forward pass under them")
-        if distributed.is_initialized():
-            distributed.all_reduce(gradient)
-            gradient /= distributed.get_world_size()  # each rank's loss is scaled for the mean over ranks
+        if dist.is_initialized():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()  # each rank's loss is scaled for the mean over ranks
         gains = -gradient.double().cpu().unfold(0, self.width, 1).sum(dim=1)
         gains -= gains.mean()
         memory = max(0.0, 1 - 1 / (_MEMORY * self.learn.steps))
@@ -134,14 +135,14 @@ class WindowSearch:
             found |= {"enter": enter, "exit": enter + self.width, "window_weight": float(self.weights.max())}
         return found
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """Returns the window that was found, the next one, and how likely each is."""
         weights, order = self.weights.tolist(), self.weights.argsort(descending=True, stable=True).tolist()
         first, second = (f"[{start}, {start + self.width}) {weights[start]:.0%}" for start in order[:2])
         return f"found the window {first}, before {second}"
 
 
-def give_plan(model: Any, plan: StagePlan) -> None:
+def apply_plan(model: Any, plan: StagePlan) -> None:
     """Makes a model, with adapters or without, run and be saved under a plan."""
     base = base_of(model)
     base.config.stages, base.plan = plan.to_dict(), plan

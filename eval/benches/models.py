@@ -45,7 +45,7 @@ class Shape:
 
 
 def text_config(shape: Shape) -> LlamaConfig:
-    """Returns a decoder of LLaVA-1.5-7B's proportions; its heads are as wide as there from a width of 1024 on."""
+    """Returns a decoder config of LLaVA-1.5-7B's proportions; head width 128 as there, 64 below a width of 1024."""
     heads = max(1, shape.width // (128 if shape.width >= WIDE else 64))
     return LlamaConfig(
         vocab_size=VOCABULARY,

@@ -39,8 +39,8 @@ class Store:
 
     folder: Path  # of the comparison
     name: str  # of the checkpoint in it
-    weights: str  # what says that the weights are still the same
-    code: str  # what says that the code is
+    weights: str  # fingerprint of the weights
+    code: str  # digest of the code that decides answers
     schedules: Mapping[str, str]  # the schedule behind each label, as text with all its settings
 
     def read(self, *parts: str) -> Record | None:
@@ -76,7 +76,7 @@ class Store:
 def run_cell(
     loaded: Loaded, schedule: Schedule, task: str, *, harness: Harness, limit: int | None, pictures: Path
 ) -> Record | None:
-    """Returns a cell's record: what lmms-eval says, each question's value, costs, and live tokens to be drawn.
+    """Returns a cell's record: metrics of lmms-eval, the score of each question, costs, and live tokens to draw.
 
     None on ranks other than the first, whose answers the first one gathers. `limit` asks only the task's first so many
     questions; the images of the sample pages go to the folder `pictures`.
@@ -144,7 +144,7 @@ def shown(loaded: Loaded, schedule: Schedule, prompts: Mapping[int, VqaPrompt], 
 def run_speed(loaded: Loaded, schedules: Mapping[str, Schedule], prompts: Sequence[VqaPrompt]) -> Record:
     """Returns what prefill and decoding take under each schedule, side by side on one batch of prompts.
 
-    `dense` is always among them: the others' times are told as a ratio to it. What a text tower takes is not in them.
+    `dense` is always measured too, as the reference of `faster_than_dense`. Times exclude a text tower.
     """
     chosen = {"dense": Dense(), **schedules}
     reader = max(chosen.values(), key=lambda schedule: schedule.reads_relevance)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Row = dict[str, Any]
 Members = Mapping[tuple[str, str], Sequence[Row]]  # of a row by (run, schedule): its seeds' rows, else itself
-FLOOR = "-"  # the schedule of a row that no model stands behind
+FLOOR = "-"  # the schedule of a baseline row without a model, such as `words only`
 _CLOSE = 1e-6
 _USUAL = {"update": "full", "select": "attention"}  # of a stage plan
 _LABELS = ("seed", "name", "output")  # keys of a recipe that say which run it is, not how it was trained
@@ -112,7 +112,7 @@ def cell_row(run: str, label: str, task: str, cell: Record, schedule: Schedule, 
 def score_error(score: float, scale: float | None, counted: Sequence[Record]) -> float | None:
     """Returns the standard error of a score that is `scale` times the mean of its questions' values.
 
-    None for a score of another kind, of which the questions tell no error so simply.
+    None for a score that is not the mean of its questions' values.
     """
     if scale is None or not counted:
         return None
@@ -145,10 +145,10 @@ def settings_text(schedule: Schedule) -> str:
 
     Of a plan `update` and `select` are left out where they are what they usually are.
     """
-    told = schedule.plan if isinstance(schedule, Fused) else getattr(schedule, "inner", schedule)
+    source = schedule.plan if isinstance(schedule, Fused) else getattr(schedule, "inner", schedule)
     parts = []
-    for one in dataclasses.fields(told):  # type: ignore[arg-type]  # every schedule is a dataclass
-        value = getattr(told, one.name)
+    for one in dataclasses.fields(source):  # type: ignore[arg-type]  # every schedule is a dataclass
+        value = getattr(source, one.name)
         if value is None or value is False or value == {} or _USUAL.get(one.name) == value:
             continue
         parts.append(f"{one.name} {_value_text(value)}" if value is not True else one.name)

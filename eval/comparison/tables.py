@@ -39,7 +39,7 @@ def score_text(row: Row, value: float | None, error: float | None = None) -> str
 
 
 def score_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Returns one task's scores; a column that tells rows apart in nothing is left out."""
+    """Returns one task's scores, without uninformative columns."""
     extra = [name for row in rows for name in row.get("metrics", {}) if name != row["metric"]]
     extra = list(dict.fromkeys(extra))
     metric = next((row["metric"] for row in rows if row.get("metric")), "score")
@@ -56,7 +56,7 @@ def score_table(rows: Sequence[Row]) -> list[list[str]]:
                 row.get("settings") or "-",
             ]
         )
-    return informing(lines, keep=("run", "schedule", metric))
+    return drop_uninformative(lines, keep=("run", "schedule", metric))
 
 
 def _difference_texts(row: Row) -> tuple[str, str, str]:
@@ -76,24 +76,24 @@ def note(rows: Sequence[Row], baseline: str | None) -> str:
     pooled, compared = any("seeds" in row for row in rows), sum("difference" in row for row in rows)
     over = "over seeds in rows of several, else over images" if pooled else "over images"
     if baseline is None:
-        return f"Behind ± stands one standard error, {over}. There is no dense row to compare with."
+        return f"± is one standard error, {over}. There is no dense row to compare with."
     students = " (Student's t over seeds and images where both rows have several seeds)" if pooled else ""
-    told = "1 comparison" if compared == 1 else f"{compared} comparisons"
+    comparisons = "1 comparison" if compared == 1 else f"{compared} comparisons"
     return (
-        f"Behind ± stands one standard error, {over}. Differences are to {baseline} on the same questions, in points, "
+        f"± is one standard error, {over}. Differences are to {baseline} on the same questions, in points, "
         f"with the 95 % interval of a paired bootstrap that resamples whole images{students}. p is two-sided and "
-        f"corrected for the {told} of this table by Holm's rule; gained and lost count the questions that a row "
+        f"corrected for the {comparisons} of this table by Holm's rule; gained and lost count the questions that a row "
         "answers better, and worse."
     )
 
 
-def informing(lines: Sequence[Sequence[str]], keep: Sequence[str]) -> list[list[str]]:
-    """Returns a table without the columns in which no row says anything, or all say the same within 2 %."""
-    kept = [column for column in zip(*lines, strict=True) if column[0] in keep or _tells(column[1:])]
+def drop_uninformative(lines: Sequence[Sequence[str]], keep: Sequence[str]) -> list[list[str]]:
+    """Returns a table without the columns that are empty, or whose numbers agree within 2 %."""
+    kept = [column for column in zip(*lines, strict=True) if column[0] in keep or _is_informative(column[1:])]
     return [list(line) for line in zip(*kept, strict=True)]
 
 
-def _tells(column: Sequence[str]) -> bool:
+def _is_informative(column: Sequence[str]) -> bool:
     cells = [cell for cell in column if cell != "-"]
     if len(cells) < 2:
         return bool(cells)
@@ -123,7 +123,11 @@ def cost_table(rows: Sequence[Row]) -> list[list[str]]:
             figures = {**row, "share_of_flops": row["flops"] / row["dense_flops"]}
             cells = [_number(figures.get(column[0]), *column[1:]) for column in columns.values()]
             lines.append([row["run"], shown_schedule(row), *cells])
-    return informing(lines, keep=("run", "schedule", "visual token-layers", "of dense")) if len(lines) > 1 else lines
+    return (
+        drop_uninformative(lines, keep=("run", "schedule", "visual token-layers", "of dense"))
+        if len(lines) > 1
+        else lines
+    )
 
 
 def flops_unit(rows: Sequence[Row]) -> tuple[float, str]:

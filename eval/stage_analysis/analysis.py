@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.stage_analysis.probes import Firing, Insight, firings
+from eval.stage_analysis.probes import Firing, LayerMeasurements, firings
 from eval.stage_analysis.samples import ProbeBatcher, Sample
 from eval.stage_analysis.search import Trial, Trials
 from models.stage_plan import StagePlan
@@ -36,7 +36,7 @@ class Analysis:
     plan: StagePlan | None
     window: int
     trials: Trials = field(init=False)
-    insight: Insight = field(init=False)
+    measurements: LayerMeasurements = field(init=False)
     firings: list[Firing] = field(init=False, default_factory=list)
     text_tokens: list[int] = field(init=False, default_factory=list)
     visual_tokens: list[int] = field(init=False, default_factory=list)
@@ -44,7 +44,7 @@ class Analysis:
     def __post_init__(self) -> None:
         self.trials = Trials(self.plan, self.model.config.text_config.num_hidden_layers)
         self.trials.groups = [sample.group for sample in self.samples]
-        self.insight = Insight(self.model, self.plan)
+        self.measurements = LayerMeasurements(self.model, self.plan)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -54,7 +54,7 @@ class Analysis:
         with tqdm(total=total, unit="pass", desc="layers") as bar:
             for _, batch in self.batcher.batches(self.samples, self.batch):
                 self.trials.run(self.model, batch, sweep, bar.update)
-                self.insight.add(batch)
+                self.measurements.add(batch)
                 self.firings += firings(self.model, batch, self.plan)
                 self.text_tokens += batch.text_tokens
                 self.visual_tokens += batch.visual.sum(dim=1).tolist()

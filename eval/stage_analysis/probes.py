@@ -132,8 +132,8 @@ def answered(model: Any, batch: Batch, hidden: Tensor) -> list[bool]:
     return (~wrong.any(dim=1)).tolist()
 
 
-class Insight:
-    """What each layer of a checkpoint shows over many batches; a NaN where it sees no vision.
+class LayerMeasurements:
+    """Collects the measurements of each layer over many batches; NaN in layers that see no vision.
 
     The lens puts the decoder's last norm and the head on the hidden state of the last instruction token after each
     layer. Attention is the mean over heads, of the last instruction token (`last`) and of all instruction tokens that
@@ -241,8 +241,8 @@ class Firing:
 def firings(model: Any, batch: Batch, plan: StagePlan | None) -> list[Firing]:
     """Returns what VisiPruner does with each sample, inside the checkpoint's plan.
 
-    Its settings are the published ones, `shallow_end` scaled to the depth. A layer that fires its middle test and
-    keeps every token cannot be told from one that does not.
+    Settings are the published ones, with `shallow_end` scaled to the depth. A layer whose middle test fires but keeps
+    every token looks the same as one whose test does not fire.
     """
     depth = model.config.text_config.num_hidden_layers
     pruner = published("visipruner", depth)

@@ -43,7 +43,7 @@ def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Name
         **_masked(trials),
         "masked_window": _results(trials, windows.__getitem__, len(windows)),
         "removed_before": _results(trials, lambda layer: trials.removed_outside(layer, depth), depth + 1),
-        "by_layer": analysis.insight.means(),
+        "by_layer": analysis.measurements.means(),
         "by_family": _families(analysis),
         "visipruner": _firings(analysis),
     }
@@ -134,14 +134,14 @@ def _proposal(analysis: Analysis, found: Proposal | None, tolerance: float) -> t
 
 def evidence_lines(record: Record) -> list[str]:
     """Returns the finding in lines that fit on a screen, and in a recipe's comment."""
-    return [line for said in evidence(record) for line in wrap(said, WIDTH, subsequent_indent="  ")]
+    return [line for sentence in evidence(record) for line in wrap(sentence, WIDTH, subsequent_indent="  ")]
 
 
 def evidence(record: Record) -> list[str]:
     """Returns the finding in a few sentences: what was asked, what is proposed, and why."""
     score, without, depth = record["score"], record["without_vision"], record["layers"]
     lines = [
-        f"{record['checkpoint']} ({_plan_words(record['stages'])}), {record['samples']} samples of {record['task']}: "
+        f"{record['checkpoint']} ({_plan_text(record['stages'])}), {record['samples']} samples of {record['task']}: "
         f"{_score(score)} as it is, {_score(without)} with vision masked in all {depth} layers.",
     ]
     found = record["proposal"]
@@ -154,10 +154,8 @@ def evidence(record: Record) -> list[str]:
         f"layer {enter + 1} lose {_loss(record['masked_before'][enter + 1])}, all from layer {leave - 1} on "
         f"{_loss(record['masked_from'][leave - 1])}.",
     ]
-    told = [f"{name} {low}" + (f" to {high}" if high > low else "") for name, (low, high) in found["interval"].items()]
-    lines.append(
-        f"Other images of the kind say {' and '.join(told)}: each side alone, 95 % of a bootstrap over images."
-    )
+    sides = [f"{name} {low}" + (f" to {high}" if high > low else "") for name, (low, high) in found["interval"].items()]
+    lines.append(f"95 % intervals of a bootstrap over images, each side alone: {' and '.join(sides)}.")
     if found["widened"]:
         first = found["first"]
         lines.append(f"Each side alone allows [{first[0]}, {first[1]}); both together did not, so it was widened.")
@@ -168,8 +166,8 @@ def evidence(record: Record) -> list[str]:
     flops = cost["proposed"]["flops"] / cost["dense"]["flops"]
     return [
         *lines,
-        f"With visual tokens really removed outside, and nothing trained, it loses {_loss(found['removed'])} points: "
-        "there a training with these stages starts.",
+        f"With visual tokens removed outside, before any training, it loses {_loss(found['removed'])} points: the "
+        "starting point of a training with these stages.",
         f"Cost of a sample ({cost['visual']} visual, {cost['text']} text tokens): {tokens['proposed']:,} visual "
         f"token-layers (as it is {tokens['as_it_is']:,}, dense {tokens['dense']:,}), {flops:.0%} of dense "
         "decoder FLOPs.",
@@ -284,7 +282,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _plan_words(stages: Record | None) -> str:
+def _plan_text(stages: Record | None) -> str:
     if stages is None:
         return "dense"
     if stages["layers"] is not None:

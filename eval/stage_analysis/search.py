@@ -46,7 +46,7 @@ class Result:
 
 
 class Trials:
-    """What was answered right in each trial; a trial is run once, however many ranges of layers come down to it.
+    """The correct answers of each trial. Ranges of layers that mask the same layers share one trial.
 
     Args:
         plan: the checkpoint's; None is dense.

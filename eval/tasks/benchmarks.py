@@ -1,4 +1,4 @@
-"""What is read off each task: its main metric, what one question counts, and which questions share an image."""
+"""The benchmarks: the main metric of each task, the score of one question, and which questions share an image."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def value_of(sample: Mapping[str, Any], metric: str) -> float | None:
         return None
     if "score" in entry:  # pope, mme, mmvet
         return float(entry["score"])
-    said = entry.get("pred", entry.get("prediction"))  # seedbench, mmbench: a letter, or a text that begins with it
-    if said is None or "answer" not in entry:
+    prediction = entry.get(
+        "pred", entry.get("prediction")
+    )  # seedbench, mmbench: a letter, or a text that begins with it
+    if prediction is None or "answer" not in entry:
         return None
-    return float(str(said).strip()[:1].lower() == str(entry["answer"]).strip().lower())
+    return float(str(prediction).strip()[:1].lower() == str(entry["answer"]).strip().lower())

@@ -1,4 +1,4 @@
-"""What a release says of itself: the model card, README.md, with the hub's metadata, and the licences of its parts."""
+"""Writes the model card of a release (README.md with the hub's metadata) and the licences of its parts."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _packages(folder: Path) -> list[str]:
     return [*packages, "num2words"] if kind == "SmolVLMProcessor" else packages
 
 
-def plan_words(plan: StagePlan | None, depth: int) -> str:
+def plan_text(plan: StagePlan | None, depth: int) -> str:
     """Returns what a stage plan does in a decoder of `depth` layers, in a few sentences."""
     if plan is None:
         return f"Dense: visual tokens run through all {depth} decoder layers, as in LLaVA."
@@ -186,8 +186,8 @@ def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str,
         "place": place,
         "plain": plain,
         "staged": config.stages is not None,
-        "plan": _words(config.stages, depth),
-        "plans": [(name, _words(fields, depth)) for name, fields in (config.plans or {}).items()],
+        "plan": _fields_text(config.stages, depth),
+        "plans": [(name, _fields_text(fields, depth)) for name, fields in (config.plans or {}).items()],
         "schedule": TRAINED if config.schedule is None else config.schedule["name"],
         "kinds": _KINDS,
         "costs": _COSTS,
@@ -207,8 +207,8 @@ def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str,
     }
 
 
-def _words(fields: Mapping[str, Any] | None, depth: int) -> str:
-    return plan_words(None if fields is None else StagePlan.from_dict(fields), depth)
+def _fields_text(fields: Mapping[str, Any] | None, depth: int) -> str:
+    return plan_text(None if fields is None else StagePlan.from_dict(fields), depth)
 
 
 @dataclass(frozen=True)

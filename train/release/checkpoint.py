@@ -1,4 +1,4 @@
-"""A finished run, and what a release makes of its checkpoint: weights, config and code, or a plain Hugging Face one."""
+"""Reads a finished run and writes its checkpoint for release: with code, or as a plain Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from data.config import DataConfig
 from models import FusedAutoModel
 from models.families import family_of
-from models.fused import require_nothing_more, resolve_config
+from models.fused import require_runnable, resolve_config
 from models.schedules import TRAINED, ScheduleError
 from recipes.schema import Recipe, load_recipe
 from train.checkpoints import FINAL, RECIPE, RUN, read_progress, step_of, whole_checkpoints
 from train.errors import InputError, one_line
-from train.weights import refuse_faults, save_model
+from train.weights import check_loading_report, save_model
 
 OLDEST: Final = "5.22"  # transformers that a release runs on
 ENTRY: Final = "modeling_fused.py"  # the file that config.json's auto_map names
@@ -128,7 +128,7 @@ def parse_schedule(text: str | None, run: Run) -> dict[str, Any] | None:
         choice = json.loads(text) if text.lstrip().startswith("{") else {"name": text.strip()}
         fields = json.loads((run.final / "config.json").read_text(encoding="utf-8"))
         config = family_of(fields.get("model_type")).config_class.from_pretrained(run.final)
-        require_nothing_more(resolve_config(config, choice), config)
+        require_runnable(resolve_config(config, choice), config)
     except ScheduleError as error:
         raise InputError(f"--schedule: {error}") from None
     except (OSError, ValueError, TypeError) as error:
@@ -146,7 +146,7 @@ def load(run: Run, schedule: Mapping[str, Any] | None) -> Any:
         raise InputError(
             f"{run.final}: cannot be loaded: {one_line(error)}; expected the checkpoint that a run writes"
         ) from error
-    refuse_faults(run.final, report)
+    check_loading_report(run.final, report)
     plan, layers = model.plan, range(model.config.text_config.num_hidden_layers)
     is_full = plan is not None and plan.update == "full" and not plan.keep and all(map(plan.sees, layers))
     if is_full and not model.config.plans:

@@ -1,4 +1,4 @@
-"""Loads releases where the repository is not, and asks them, as their users do.
+"""Loads releases outside the repository and runs them as a user would.
 
 Run as a script in a fresh, isolated process by proof.py; imports nothing of the repository.
 """

@@ -1,4 +1,4 @@
-"""The processor that a release carries: it asks as training asked, and shows images as training showed them."""
+"""The processor of a release: its chat template and image processor match those used in training."""
 
 from __future__ import annotations
 

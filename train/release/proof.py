@@ -1,4 +1,4 @@
-"""The proof of releases: a fresh process, which cannot import this repository, must make of each what its run makes."""
+"""Verifies releases: a fresh process that cannot import this repository must reproduce the outputs of the run."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-class ImagesApart(dict[str, Any]):
-    """Encodes the images of a training batch where they are looked up, and merges none of them.
+class LazyImages(dict[str, Any]):
+    """Stands in for `mm_encoder_outputs`: encodes the images on first access, and reports none to merge.
 
-    For a batch without any, a blank one is encoded: every rank runs the same modules in the same order, containers too,
-    which ZeRO-3 relies on. For one whose visual tokens are counted already, the decoder takes the features as they are:
-    Hugging Face's merging waits for the device, forward and backward.
+    A batch without images encodes a blank one, so that every rank runs the same modules in the same order, as ZeRO-3
+    requires. A batch whose visual tokens are already counted passes its features straight to the decoder, because
+    Hugging Face's merging synchronises with the device in forward and backward.
     """
 
     def __init__(self, encode: Callable[[], tuple[Tensor, list[Tensor]]]) -> None:
