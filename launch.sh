@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# The one way in.
-#   ./launch.sh                          set-up, then the quickstart: train, compare, print the table
-#   ./launch.sh setup                    the set-up alone
-#   ./launch.sh test [pytest arguments]  the set-up, then the tests that a change needs, in minutes
-#   ./launch.sh test --all [...]         the set-up, then all tests
+# Entry point for set-up, training and tests. Every command runs the set-up first, which is skipped once done.
+#   ./launch.sh                          quickstart: train two models, compare them, print the table
+#   ./launch.sh setup                    set-up only
+#   ./launch.sh test [pytest arguments]  fast tests, minutes
+#   ./launch.sh test --all [...]         all tests
 #   ./launch.sh train RECIPE [key=value ...]
-#       DeepSpeed on every GPU of this machine, on the CPU where there is none; on the machines of ./hostfile (or
-#       of $HOSTFILE) where there is one; inside `srun` with several tasks, one rank a task.
+#       Trains with DeepSpeed on every GPU of this machine, or on the CPU if it has none; on the machines of ./hostfile
+#       (or $HOSTFILE) if that file exists; inside `srun` with several tasks, one rank per task.
 #   ./launch.sh train RECIPE [key=value ...] --restarts N [--nnodes MIN:MAX --rdzv-endpoint HOST:PORT]
-#       the same on this machine, or on every machine that it is called on; starts again after a lost rank or machine
-#   PYTHON=/path/to/python3.12 ./launch.sh ...   makes .venv with that interpreter
+#       Trains on this machine, or on every machine that runs this command; restarts after a lost rank or machine.
+#   PYTHON=/path/to/python3.12 ./launch.sh ...   creates .venv with that interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=.venv
 STAMP=$VENV/.setup-done
-# Installed without its dependencies, of which requirements.lock has those that it needs: the others bring torchvision,
-# whose CUDA build breaks transformers beside a CPU build of torch.
+# Installed without dependencies: requirements.lock has the ones needed here, and the others pull in torchvision, whose
+# CUDA build breaks transformers with a CPU build of torch.
 LMMS_EVAL=lmms-eval==0.7.3
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # why: train/run.py
 
@@ -67,9 +67,9 @@ has_gpu() {
   nvidia-smi -L >/dev/null 2>&1 || [[ -e /dev/kfd ]]
 }
 
-# Runs a launcher in a new session, so that Ctrl-C reaches this script alone. SIGTERM and the first Ctrl-C go to
-# the ranks alone: they save and leave with 0, and the launcher follows them. The launcher itself would kill them half
-# a minute after it got the signal. A second Ctrl-C ends everything at once.
+# Runs a launcher in a new session, so that Ctrl-C reaches only this script. SIGTERM and the first Ctrl-C are forwarded
+# to the ranks only: they save and exit with 0, and the launcher exits after them. If it got the signal itself, it would
+# kill them half a minute later. A second Ctrl-C kills everything at once.
 launch() {
   local runner status=0 last=0 stopped= interrupted=
   env -u RANK -u LOCAL_RANK setsid "$@" &
@@ -80,10 +80,10 @@ launch() {
     status=0
     wait "$runner" || status=$?
   done
-  wait "$runner" 2>/dev/null || last=$? # where the signal came between its end and our wait for it
+  wait "$runner" 2>/dev/null || last=$? # if the signal arrived between its exit and our wait
   [[ -z $stopped || $last -eq 127 ]] || status=$last
   trap - TERM INT
-  [[ -z $stopped || $status -ne 0 ]] || exit 0 # stopped on request: nothing that follows is wanted
+  [[ -z $stopped || $status -ne 0 ]] || exit 0 # stopped on request: skip all further steps
   return "$status"
 }
 
@@ -94,12 +94,12 @@ stop_ranks() {
     found=$(ranks "$1")
     # shellcheck disable=SC2086  # one word a rank
     [[ -n $found ]] && { kill -TERM $found 2>/dev/null || true; return; }
-    [[ $((tries += 1)) -lt 150 ]] || kill -TERM "$1" 2>/dev/null || true # half a minute: they run on other machines
+    [[ $((tries += 1)) -lt 150 ]] || kill -TERM "$1" 2>/dev/null || true # after 30 s: ranks on other machines
     sleep 0.2
   done
 }
 
-# Prints the ranks below a launcher, and not the processes below those.
+# Prints the pids of the ranks among the descendants of a process.
 ranks() {
   local child
   for child in $(children "$1"); do
@@ -126,7 +126,7 @@ children() {
 }
 
 train() {
-  [[ $# -ge 1 ]] || die "train: which recipe? e.g. ./launch.sh train recipes/quickstart.yaml"
+  [[ $# -ge 1 ]] || die "train: got no recipe, expected one, such as ./launch.sh train recipes/quickstart.yaml"
   local argument
   for argument in "$@"; do
     case $argument in --restarts | --restarts=*)
@@ -151,7 +151,7 @@ train() {
   fi
 }
 
-# Arguments: the port that its ranks meet at, then those of train/run.py.
+# Arguments: the master port, then the arguments of train/run.py.
 train_small() {
   has_gpu || export DS_ACCELERATOR=cpu
   OMP_NUM_THREADS=1 launch "$VENV/bin/deepspeed" --log_level warning --num_accelerators 1 --master_port "$1" \
@@ -164,21 +164,21 @@ run_tests() {
     if [[ $argument == --all ]]; then all=yes; else rest+=("$argument"); fi
   done
   [[ -n $all ]] || rest=(-m "not slow" "${rest[@]}")
-  # one thread a worker, so that the numbers are those of every machine; a worker takes up to 3 GiB
+  # one thread per worker, so that results do not depend on the machine; a worker takes up to 3 GiB
   OMP_NUM_THREADS=1 exec "$VENV/bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "${rest[@]}"
 }
 
-# Both models train at the same time, one thread each: so small a model gains nothing from a second one.
+# Trains both models at the same time, one thread each: models this small gain nothing from a second thread.
 quickstart() {
-  told=outputs/quickstart_dense.txt
+  log=outputs/quickstart_dense.txt
   mkdir -p outputs
-  echo "quickstart: two models train side by side; what the dense one says is in $told"
+  echo "quickstart: training two models side by side; the output of the dense one goes to $log"
   train_small 29600 recipes/quickstart.yaml model.stages=null name=quickstart_dense \
-    output=outputs/quickstart_dense >"$told" 2>&1 &
-  twin=$!
-  trap 'kill -TERM "$twin" 2>/dev/null || true; wait "$twin" || true' EXIT # stopped, or failed: the other one saves too
+    output=outputs/quickstart_dense >"$log" 2>&1 &
+  dense_pid=$!
+  trap 'kill -TERM "$dense_pid" 2>/dev/null || true; wait "$dense_pid" || true' EXIT # the dense one saves too
   train_small 29500 recipes/quickstart.yaml
-  wait "$twin" || die "the dense model was not trained; see the end of $told"
+  wait "$dense_pid" || die "the dense model was not trained; see the end of $log"
   trap - EXIT
   "$VENV/bin/python" -m eval.compare outputs/quickstart_fused outputs/quickstart_dense \
     --schedules trained --tasks easy_vqa --out outputs/quickstart

@@ -1,4 +1,4 @@
-"""The sets that a recipe can name in place of a file: easy-VQA and scenes."""
+"""The built-in data sets, which a recipe names in place of a file: easy-VQA and scenes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ NAMES: Final = (*(f"easy_vqa:{name}" for name in easy_vqa.NAMES), *(f"scenes:{na
 
 
 def is_built_in(file: str) -> bool:
-    """Returns whether a recipe's file name means a built-in set."""
+    """Returns whether a recipe's file name refers to a built-in set."""
     return any(one.is_built_in(file) for one in _SETS)
 
 
 def version(file: str) -> str:
-    """Returns the version of a built-in set; caches of other versions are not used."""
+    """Returns the version of a built-in set, which is part of every cache key."""
     return str(_set(file).VERSION)
 
 
 def conversations(file: str) -> Iterator[dict[str, Any]]:
     """Yields the LLaVA rows of a built-in set."""
-    found = _set(file)
-    yield from found.conversations(found.name_of(file))
+    module = _set(file)
+    yield from module.conversations(module.name_of(file))
 
 
 def image_folder(file: str) -> Path:
-    """Returns the folder that the image paths of a built-in set start from.
+    """Returns the folder that the image paths of a built-in set are relative to.
 
     Raises:
-        DataError: it cannot be made.
+        DataError: the folder cannot be created.
     """
-    found = _set(file)
-    return Path(found.image_folder(found.name_of(file)))
+    module = _set(file)
+    return Path(module.image_folder(module.name_of(file)))
 
 
 def _set(file: str) -> ModuleType:

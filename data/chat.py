@@ -1,8 +1,8 @@
-"""Chat formats: turns -> one text -> one tokenisation -> token ids and labels.
+"""Chat formats: render turns as one text, tokenise it once, and derive token ids and labels.
 
-A conversation is rendered once and tokenised once. Its answers are character spans of the text, and the tokenizer
-reports the characters of each token: labels follow from the two. (LLaVA's code compares two tokenisations, and silently
-drops a sample's labels where they differ.)
+Answers are character spans of the rendered text, and the tokenizer reports the characters of each token: a token is
+labelled if it overlaps an answer. (LLaVA's code compares two tokenisations, and silently drops a sample's labels where
+they differ.)
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, Final
 from jinja2.exceptions import TemplateError
 
 from data.config import shorten
-from data.rows import IMAGE_MARK, RowError, Turn, count_marks, split_marks
+from data.rows import IMAGE_PLACEHOLDER, RowError, Turn, count_placeholders, split_at_placeholders
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-FROZEN_DAY: Final = datetime(2024, 7, 26)  # the day that Llama 3's template falls back to
+FROZEN_DAY: Final = datetime(2024, 7, 26)  # the default date of Llama 3's template
 _EXPECTED = "expected one that writes all turns in the same way (or data.format vicuna_v1)"
 _NOW: Final = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 Parts = list[str | None]  # of a message: texts, and None for an image
@@ -33,32 +33,32 @@ Span = tuple[int, int]  # characters [start, end) of a rendered text
 
 
 class TokenizerError(ValueError):
-    """The tokenizer cannot render or label conversations; the text says why."""
+    """The tokenizer cannot render or label conversations; the message gives the reason."""
 
 
 @dataclass(frozen=True)
-class ImageText:
-    """How a text holds an image, before the processor replaces its token.
+class ImageMarkup:
+    """How an image is written in the text of a conversation, before the processor expands its token.
 
     Attributes:
-        token: the token that the processor replaces, one for each image.
-        mark: what `vicuna_v1` and `plain` write for an image: the token, and what the family writes around it.
+        token: the token that the processor expands, one for each image.
+        mark: what `vicuna_v1` and `plain` write for an image: the token and the family's markers around it.
         template: the chat template; None is the tokenizer's.
-        has_parts: the template takes content in parts; otherwise content is text that holds the token.
-        before: ordinary text that the processor puts in front of the tokens of an image (Gemma 3: two newlines).
-        after: the same, after them.
-        begin: what the processor writes before every text that does not begin with it (Molmo2).
+        has_parts: the template takes content as a list of parts; otherwise content is text that contains the token.
+        before: ordinary text that the processor inserts before the tokens of an image (Gemma 3: two newlines).
+        after: ordinary text that it inserts after them.
+        begin: prefix that the processor adds to every text without it (Molmo2).
     """
 
-    token: str = IMAGE_MARK
-    mark: str = IMAGE_MARK
+    token: str = IMAGE_PLACEHOLDER
+    mark: str = IMAGE_PLACEHOLDER
     template: str | None = None
     has_parts: bool = False
     before: str = ""
     after: str = ""
     begin: str = ""
 
-    def bordered(self, text: str) -> str:
+    def wrap_tokens(self, text: str) -> str:
         """Returns a text with `before` and `after` around each image token."""
         if not self.before + self.after:
             return text
@@ -71,19 +71,19 @@ class ChatFormat:
     Args:
         name: `vicuna_v1`, `chat_template` or `plain`.
         tokenizer: a fast Hugging Face tokenizer with the image token in its vocabulary.
-        image: how a text holds an image; the default is LLaVA's way.
+        image: how an image is written in the text; the default is LLaVA's way.
 
     Attributes:
-        image_token_id: the token that stands for an image.
-        stop_ids: tokens that end an answer: the one that training labels as its end, and the tokenizer's. Empty
+        image_token_id: id of the image token.
+        stop_ids: tokens that end an answer: the last token that training labels, and the tokenizer's EOS token. Empty
             for `plain`, which is for alignment and ends a caption with a newline.
 
     Raises:
-        TokenizerError: the tokenizer is slow, has no end mark or image token, adds an end mark to every text,
-            or its chat template cannot be labelled, depends on the day, or does not end answers with one token.
+        TokenizerError: the tokenizer is slow, has no EOS or image token, adds EOS to every text, or its chat template
+            cannot be labelled, depends on the date, or does not end answers with a special token.
     """
 
-    def __init__(self, name: str, tokenizer: Any, image: ImageText = ImageText()) -> None:
+    def __init__(self, name: str, tokenizer: Any, image: ImageMarkup = ImageMarkup()) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerError(
                 f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, because labels need the "
@@ -96,16 +96,16 @@ class ChatFormat:
             raise TokenizerError("tokenizer: got no eos_token, expected one that ends an answer")
         bare = tokenizer(image.token, add_special_tokens=False)["input_ids"]
         if tokenizer(image.token)["input_ids"][-len(bare) :] != bare:
-            raise TokenizerError("tokenizer: got an end mark after every text, expected add_eos_token false")
-        self.name, self.tokenizer, self._mark = name, tokenizer, image.bordered(image.mark)
+            raise TokenizerError("tokenizer: got eos_token after every text, expected add_eos_token false")
+        self.name, self.tokenizer, self._mark = name, tokenizer, image.wrap_tokens(image.mark)
         self._begin = image.begin, tokenizer(image.begin, add_special_tokens=False)["input_ids"]
         self._template = ChatTemplate(tokenizer, image) if name == "chat_template" else None
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special - {tokenizer.unk_token_id} | {self.image_token_id}
-        self.stop_ids = [] if name == "plain" else self._stops()
+        self.stop_ids = [] if name == "plain" else self._find_stop_ids()
 
     def encode(self, turns: Sequence[Turn], system: str | None = None) -> tuple[list[int], list[int]]:
-        """Returns ids, with one image token for each image, and labels: ids where supervised, else IGNORE_INDEX.
+        """Returns token ids, with one image token for each image, and labels, IGNORE_INDEX where unsupervised.
 
         Args:
             turns: user and assistant, alternating.
@@ -117,26 +117,26 @@ class ChatFormat:
         return self._tokenise(self.render(turns, system))
 
     def prompt(self, turns: Sequence[Turn], system: str | None = None) -> list[int]:
-        """Returns the ids of a conversation that ends with a question, up to where the answer begins."""
+        """Returns the ids of a conversation that ends with a question, generation prompt included."""
         return self.encode(turns, system)[0]
 
     def render(self, turns: Sequence[Turn], system: str | None = None) -> Rendered:
-        """Returns the text that is tokenised, with its spans; raises RowError as `encode` does."""
+        """Returns the text to tokenise, with its spans; raises RowError as `encode` does."""
         if self._template is not None:
             return self._template.render(turns, system)
         if self.name == "plain":
-            return plain(turns, system, mark=self._mark)
-        return vicuna(turns, self.tokenizer.eos_token, system, mark=self._mark)
+            return render_plain(turns, system, mark=self._mark)
+        return render_vicuna(turns, self.tokenizer.eos_token, system, mark=self._mark)
 
-    def _stops(self) -> list[int]:
-        """Returns the token that training labels as an answer's last, and the tokenizer's end mark."""
+    def _find_stop_ids(self) -> list[int]:
+        """Returns the last labelled token of an answer, and the tokenizer's EOS token."""
         _, labels = self.encode([Turn("user", "a"), Turn("assistant", "b")])
         end = [label for label in labels if label != IGNORE_INDEX][-1]
         if end not in self._special and end != self.tokenizer.eos_token_id:
             mark = self.tokenizer.convert_ids_to_tokens(end)
             raise TokenizerError(
-                f"tokenizer.chat_template: got answers that end with {mark!r}, where generation cannot stop, expected "
-                "a special token at their end (or data.format vicuna_v1)"
+                f"tokenizer.chat_template: got answers that end with {mark!r}, which cannot stop generation, expected "
+                "a special token (or data.format vicuna_v1)"
             )
         return list(dict.fromkeys([end, self.tokenizer.eos_token_id]))
 
@@ -157,7 +157,7 @@ class ChatFormat:
             labels[tokens] = ids[tokens]
         special = [place for place, token in enumerate(ids) if token in self._special]
         for place in reversed(special):
-            if _is_written(rendered, *offsets[place]):
+            if _is_user_text(rendered, *offsets[place]):
                 text = self._as_text(rendered.text[slice(*offsets[place])])
                 labels[place : place + 1] = text if labels[place] != IGNORE_INDEX else [IGNORE_INDEX] * len(text)
                 ids[place : place + 1] = text
@@ -185,8 +185,8 @@ def _overlaps(spans: Sequence[Span], start: int, end: int) -> bool:
     return place < len(spans) and spans[place][0] < end
 
 
-def _is_written(rendered: Rendered, start: int, end: int) -> bool:
-    """Returns whether a special token is part of a user's text; white space that some tokens include does not count."""
+def _is_user_text(rendered: Rendered, start: int, end: int) -> bool:
+    """Returns whether a special token lies in a row's own text; white space that some tokens include is ignored."""
     name = rendered.text[start:end]
     start += len(name) - len(name.lstrip())
     return bool(name.strip()) and _overlaps(rendered.user_spans, start, start + len(name.strip()))
@@ -197,9 +197,9 @@ class Rendered:
     """A conversation as one text; spans are in order and do not overlap.
 
     Attributes:
-        text: what is tokenised.
-        answers: what a model has to generate: each answer, from where its prompt ends, with its end mark.
-        user_spans: text of users and answers, in which names of special tokens are ordinary text.
+        text: the text to tokenise.
+        answers: the spans that a model has to generate: each answer, from the end of its prompt to its end mark.
+        user_spans: the row's own text (questions and answers), in which names of special tokens are ordinary text.
     """
 
     text: str
@@ -207,39 +207,39 @@ class Rendered:
     user_spans: tuple[Span, ...]
 
 
-class Writer:
-    """Writes a text piece by piece and keeps the spans; `mark` is what stands for an image."""
+class SpanWriter:
+    """Builds a text piece by piece and records its spans; `mark` is written for each image."""
 
-    def __init__(self, mark: str = IMAGE_MARK) -> None:
+    def __init__(self, mark: str = IMAGE_PLACEHOLDER) -> None:
         self.text, self._mark = "", mark
         self._answers: list[Span] = []
         self._user_spans: list[Span] = []
 
     def literal(self, text: str) -> None:
-        """Writes text of the format, in which special tokens are special."""
+        """Appends text of the format, in which names of special tokens are special tokens."""
         self.text += text
 
     def question(self, text: str) -> None:
-        """Writes a user's text; its image marks stay marks."""
-        for place, part in enumerate(split_marks(text)):
+        """Appends a user's text, with `mark` for each image placeholder."""
+        for place, part in enumerate(split_at_placeholders(text)):
             if place > 0:
                 self.literal(self._mark)
             self.user_text(part)
 
     def user_text(self, text: str) -> None:
-        """Writes text of a row, in which names of special tokens are ordinary text."""
+        """Appends text of a row, in which names of special tokens are ordinary text."""
         start = len(self.text)
         self.text += text
         if text:
             self._user_spans.append((start, len(self.text)))
 
     def answer(self, text: str, *, prefix: str, end_mark: str, is_trained: bool = True) -> None:
-        """Writes an answer.
+        """Appends an answer.
 
         Args:
             text: the answer's text.
-            prefix: what stands between the prompt and the answer; a model has to generate it too.
-            end_mark: what ends the answer.
+            prefix: text between prompt and answer, which a model has to generate too.
+            end_mark: text that ends the answer.
             is_trained: whether the answer is supervised.
         """
         start = len(self.text)
@@ -250,19 +250,21 @@ class Writer:
             self._answers.append((start, len(self.text)))
 
     def rendered(self) -> Rendered:
-        """Returns all that was written."""
+        """Returns the text and its spans."""
         return Rendered(self.text, tuple(self._answers), tuple(self._user_spans))
 
 
-def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None, *, mark: str = IMAGE_MARK) -> Rendered:
-    """Returns the system prompt (None is LLaVA's), then `USER: question ASSISTANT: answer</s>` for each pair.
+def render_vicuna(
+    turns: Sequence[Turn], end_mark: str, system: str | None = None, *, mark: str = IMAGE_PLACEHOLDER
+) -> Rendered:
+    """Renders the system prompt (None is LLaVA's), then `USER: question ASSISTANT: answer</s>` for each pair.
 
     The prompt ends with `ASSISTANT:`, so the space after it belongs to the answer; most tokenizers write it into the
     answer's first token, but not before a Chinese character.
 
     Source: LLaVA's conv_vicuna_v1. An empty answer differs: LLaVA leaves out the space and the end mark.
     """
-    writer = Writer(mark)
+    writer = SpanWriter(mark)
     if system is None:
         writer.literal(VICUNA_SYSTEM)
     else:
@@ -278,44 +280,44 @@ def vicuna(turns: Sequence[Turn], end_mark: str, system: str | None = None, *, m
     return writer.rendered()
 
 
-def plain(turns: Sequence[Turn], system: str | None = None, *, mark: str = IMAGE_MARK) -> Rendered:
-    """Returns image, newline, caption, newline; the question is left out.
+def render_plain(turns: Sequence[Turn], system: str | None = None, *, mark: str = IMAGE_PLACEHOLDER) -> Rendered:
+    """Renders image, newline, caption, newline; the question is left out.
 
     Source: LLaVA's conv_llava_plain. The newline between image and caption differs: a caption's first token is
     predicted from the token before it, and a fused model no longer holds a visual token's state at the end.
     """
     if system is not None:
         raise RowError("got a system prompt, which format plain does not have, expected another format")
-    writer = Writer()
+    writer = SpanWriter()
     for turn in turns:
         if turn.role == "user":
-            writer.literal(mark * count_marks(turn.text) + "\n")
+            writer.literal(mark * count_placeholders(turn.text) + "\n")
         else:
             writer.answer(turn.text, prefix="", end_mark="\n", is_trained=turn.is_trained)
     return writer.rendered()
 
 
 class ChatTemplate:
-    """Renders conversations by a chat template, with the spans of their answers.
+    """Renders conversations with a chat template and records the spans of their answers.
 
-    An answer is what a model has to generate: it begins where the generation prompt ends, and its end mark, which is
-    the first special token that follows every answer, belongs to it. Both are found once, from two stand-in pairs.
+    An answer begins where the generation prompt ends, and includes its end mark: the text up to and including the first
+    special token after every answer. Both are found once, by rendering two pairs of dummy messages.
 
     Args:
-        tokenizer: whose `chat_template` it is, unless the image's text names one.
-        image: how a text holds an image. Where content is in parts, texts and images stand without the newline that
-            LLaVA's rows have between them.
+        tokenizer: provides the chat template, unless `image` has one.
+        image: how an image is written in the text. Where content is a list of parts, the newline that LLaVA's rows
+            have between image and text is dropped.
 
     Raises:
         TokenizerError: training would not fit generation, because the template is missing or fails, rewrites messages,
             does not end answers, or begins an answer differently after its generation prompt or at another place.
     """
 
-    def __init__(self, tokenizer: Any, image: ImageText = ImageText()) -> None:
+    def __init__(self, tokenizer: Any, image: ImageMarkup = ImageMarkup()) -> None:
         if not tokenizer.chat_template and image.template is None:
             raise TokenizerError("data.format: got chat_template, but the tokenizer has none, expected vicuna_v1")
         self._tokenizer, self._image = tokenizer, image
-        self._text = frozen(image.template or tokenizer.get_chat_template())
+        self._text = freeze_template(image.template or tokenizer.get_chat_template())
         self._pieces: dict[tuple[Any, bool], list[str]] = {}
         messages = _stand_ins(4)
         contents: list[Parts] = [[message] for message in messages]
@@ -324,32 +326,32 @@ class ChatTemplate:
             prompts = [self._apply(contents[:1]), self._apply(contents[:3])]
             around = _around(whole, messages)
         except TemplateError as error:
-            raise _refused(f"fails: {error}") from None
+            raise _template_error(f"fails: {error}") from None
         except RowError as error:
-            raise _refused(str(error)) from None
+            raise _template_error(str(error)) from None
         if not all(whole.startswith(prompt) for prompt in prompts):
-            raise _refused("an answer does not follow the generation prompt")
+            raise _template_error("an answer does not follow the generation prompt")
         leads = {whole[len(prompts[place]) : whole.index(messages[2 * place + 1])] for place in (0, 1)}
         if len(leads) > 1:
-            raise _refused("the last answer begins differently from those before it")
+            raise _template_error("the last answer begins differently from those before it")
         self._prefix = leads.pop()  # between generation prompt and answer: nothing, or a space
         self._end_mark = self._end_mark_of(around[2], around[4])
         if not self._end_mark:
-            raise _refused("no end mark follows an answer")
+            raise _template_error("no end mark follows an answer")
 
     def render(self, turns: Sequence[Turn], system: str | None = None) -> Rendered:
-        """Returns the conversation's text; up to where an answer would begin when the last turn is a question.
+        """Returns the conversation's text, which ends with the generation prompt if the last turn is a question.
 
         Raises:
             RowError: the template does more to these messages than trim them.
         """
         contents = [self._parts(turn) for turn in turns]
         try:
-            expected = self._image.bordered(self._apply(contents, system))
+            expected = self._image.wrap_tokens(self._apply(contents, system))
             before, *after = self._around(contents, system is not None)
         except TemplateError as error:
             raise RowError(f"the chat template fails: {shorten(str(error))}") from None
-        writer = Writer(self._image.bordered(self._image.token))
+        writer = SpanWriter(self._image.wrap_tokens(self._image.token))
         if system is not None:
             trim = _trim(system, system, expected[len(before) :], after[0])
             writer.literal(before)
@@ -359,7 +361,7 @@ class ChatTemplate:
             for text in content:
                 if text is None:
                     continue
-                shown = self._image.bordered(text)
+                shown = self._image.wrap_tokens(text)
                 following, *after = after
                 trim = _trim(shown, turn.text, expected[len(writer.text) + len(before) :], following)
                 if turn.role == "user":
@@ -379,10 +381,10 @@ class ChatTemplate:
         return writer.rendered()
 
     def _parts(self, turn: Turn) -> Parts:
-        """Returns a turn's content: one text that holds the image tokens, or texts and images in their order."""
+        """Returns a turn's content: one text with the image tokens, or texts and images in order."""
         if turn.role != "user":
             return [turn.text]
-        texts = split_marks(turn.text)
+        texts = split_at_placeholders(turn.text)
         if not self._image.has_parts:
             return [self._image.token.join(texts)]
         parts: Parts = []
@@ -404,11 +406,11 @@ class ChatTemplate:
             ]
             written = [system, *texts] if system else texts
             pieces = _around(self._apply(stand_ins, system), written)
-            self._pieces[key] = [self._image.bordered(piece) for piece in pieces]
+            self._pieces[key] = [self._image.wrap_tokens(piece) for piece in pieces]
         return self._pieces[key]
 
     def _apply(self, contents: Sequence[Parts], system: str | None = None) -> str:
-        """Returns the template's text; up to where an answer begins when the last message is a question."""
+        """Returns the template's text, with the generation prompt if the last message is a question."""
         roles = ("user", "assistant")
         conversation = [] if system is None else [{"role": "system", "content": self._content([system])}]
         conversation += [
@@ -435,7 +437,7 @@ class ChatTemplate:
         return text.rstrip() or text
 
 
-def _refused(reason: str) -> TokenizerError:
+def _template_error(reason: str) -> TokenizerError:
     return TokenizerError(f"tokenizer.chat_template: {reason}, {_EXPECTED}")
 
 
@@ -443,12 +445,12 @@ _STAND_IN_SYSTEM: Final = "(7f3C System 9a1E)"
 
 
 def _stand_ins(count: int) -> list[str]:
-    """Returns messages that no template writes by itself; mixed case, so that a change of case shows."""
+    """Returns dummy messages that no template contains; in mixed case, to detect templates that change case."""
     return [f"(7f3C Message {place} 9a1E)" for place in range(count)]
 
 
 def _around(text: str, messages: Sequence[str]) -> list[str]:
-    """Returns what stands before, between and after the messages: one piece more than there are messages."""
+    """Returns the text before, between and after the messages: one piece more than there are messages."""
     pieces = []
     for message in messages:
         before, found, text = text.partition(message)
@@ -459,7 +461,7 @@ def _around(text: str, messages: Sequence[str]) -> list[str]:
 
 
 def _trim(message: str, written: str, text: str, following: str) -> Callable[[str], str]:
-    """Returns what the template did to a message that `text` begins with: nothing, or one of the trimmings."""
+    """Returns the trimming, if any, that the template applied to a message at the start of `text`."""
     trimmings: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
     for trim in trimmings:
         if text.startswith(trim(message) + following):
@@ -467,25 +469,25 @@ def _trim(message: str, written: str, text: str, following: str) -> Callable[[st
     raise RowError(f"the chat template rewrites the message {shorten(written, 40)!r}")
 
 
-def frozen(template: str) -> str:
-    """Returns a chat template whose text no longer depends on the day that it is rendered: it says FROZEN_DAY.
+def freeze_template(template: str) -> str:
+    """Returns a chat template with FROZEN_DAY in place of the current date.
 
-    Otherwise the rows of a run and later questions to its model would name different days.
+    Otherwise the training rows and later prompts would contain different dates.
 
     Raises:
-        TokenizerError: the template uses the day in a way that cannot be replaced, or draws at random.
+        TokenizerError: the template uses the date in a way that cannot be replaced, or draws at random.
     """
     text = _NOW.sub(lambda found: repr(FROZEN_DAY.strftime(found[2])), template)
     if re.search(r"strftime_now(?!\s+is\s)|\|\s*random\b", text):
-        raise _refused("depends on the day, or on chance, in a way that cannot be frozen")
+        raise _template_error("depends on the day, or on chance, in a way that cannot be frozen")
     return text
 
 
 def freeze_templates(processor: Any) -> None:
-    """Replaces the chat templates of a processor and its tokenizer by what `frozen` makes of them."""
+    """Freezes the date in the chat templates of a processor and its tokenizer: see `freeze_template`."""
     for part in (processor, processor.tokenizer):
         template = getattr(part, "chat_template", None)
         if isinstance(template, str):
-            part.chat_template = frozen(template)
+            part.chat_template = freeze_template(template)
         elif isinstance(template, dict):  # by name
-            part.chat_template = {name: frozen(text) for name, text in template.items()}
+            part.chat_template = {name: freeze_template(text) for name, text in template.items()}

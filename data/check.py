@@ -1,6 +1,6 @@
-"""`python -m data.check RECIPE [key=value ...]`: reads every row and opens every image, and lists what is wrong.
+"""`python -m data.check RECIPE [key=value ...]`: reads every row, opens every image, and lists the faults.
 
-Exit code 0: no fault. 2: faults, or something in the recipe's data sections or their files cannot be read.
+Exit code 0: no fault. 2: faults, or a data section of the recipe or one of its files cannot be read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from data.chat import TokenizerError
 from data.config import DataConfig, expand, first_fault, shorten
 from data.dataset import Encoder
-from data.processor import ProcessorError, model_processor, with_settings
+from data.processor import ProcessorError, apply_settings, model_processor
 from data.rows import NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
 from data.table import check_rows, record_of, rows_of, sizes_of
@@ -31,15 +31,15 @@ _BATCH: Final = 500  # rows whose texts are in memory together
 _SHOWN_KEYS: Final = 12
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Checks the data sections of a recipe and prints what it found; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks the data sections of a recipe and prints a report; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.check", description="Lists the faults of a recipe's data.")
     parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.images=/data/llava")
-    parser.add_argument("--all", action="store_true", help="a line for each fault; else like faults share one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with every fault in place of lines")
-    parser.add_argument("--decode", action="store_true", help="decode every image whole, as data.decode: true does")
-    arguments = parser.parse_intermixed_args(given)
+    parser.add_argument("--all", action="store_true", help="print one line per fault instead of grouping similar ones")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with every fault")
+    parser.add_argument("--decode", action="store_true", help="decode every image, as data.decode: true does")
+    arguments = parser.parse_intermixed_args(argv)
     try:
         raw = _read_recipe(arguments.recipe)
         sections = read_sections(arguments.recipe, raw, arguments.overrides)
@@ -48,9 +48,9 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     reports, failed = {}, False
     for name, config in sections.items():
-        wanted = config.model_copy(update={"decode": True}) if arguments.decode else config
+        section = config.model_copy(update={"decode": True}) if arguments.decode else config
         try:
-            reports[name] = report(wanted, raw.get("model"))
+            reports[name] = report(section, raw.get("model"))
         except DataError as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
@@ -71,19 +71,19 @@ def _print(text: str) -> None:
 
 
 def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
-    """Returns what a section's data holds.
+    """Returns the counts and faults of a data section.
 
     Args:
         config: the section.
-        model: the recipe's model section, whose tokenizer tells which answers are too long.
+        model: the recipe's model section; its processor is needed to find answers that are too long.
 
     Returns:
-        sources: for each, path, counts, notes and ignored keys; faults: of every row; note: what was not checked.
+        sources: for each, path, counts, notes and ignored keys; faults: of every row; note: any check that was skipped.
 
     Raises:
         DataError: a source, an image folder or the cache cannot be used.
     """
-    rows = checked_rows(config) if config.streaming else _each(check_rows(config, anew=True))
+    rows = checked_rows(config) if config.streaming else _iter_rows(check_rows(config, recheck=True))
     try:
         processor = _processor(model, config)
     except TokenizerError as error:
@@ -104,7 +104,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
 
 
 class _Summary:
-    """Counts what one source holds."""
+    """Counts the rows, images and turns of one source."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -126,13 +126,13 @@ class _Summary:
         return {"path": self.path, **counts, "notes": dict(self.notes), "ignored": dict(self.ignored.most_common())}
 
 
-def _each(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
+def _iter_rows(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
     for batch in rows.iter(batch_size=_BATCH):
         yield from rows_of(batch)
 
 
 def _faults(rows: Iterable[dict[str, Any]], encoder: Encoder | None, summaries: Sequence[_Summary]) -> Iterator[Fault]:
-    """Yields every fault, and counts the rows."""
+    """Yields every fault, and updates the summaries."""
     for row in rows:
         summary = summaries[row["source"]]
         summary.counts["rows"] += 1
@@ -150,7 +150,7 @@ def _faults(rows: Iterable[dict[str, Any]], encoder: Encoder | None, summaries: 
 
 
 def _is_answer_cut(row: dict[str, Any], encoder: Encoder) -> bool:
-    """Returns whether the first answer ends where max_length does; tokenises only where it may.
+    """Returns whether the first answer is cut at max_length; tokenises only rows that may be too long.
 
     Raises:
         RowError: the format cannot write the row, or its first answer is too long.
@@ -186,10 +186,10 @@ def _lines(name: str, found: dict[str, Any], *, each: bool) -> Iterator[str]:
 
 
 def _processor(model: Any, config: DataConfig) -> Any:
-    """Returns the processor of a recipe's model section, which counts a sample's tokens.
+    """Returns the processor of a recipe's model section.
 
     Raises:
-        TokenizerError: they are not at hand.
+        TokenizerError: there is none, or it cannot be loaded.
     """
     from transformers import logging  # slow to import
 
@@ -197,9 +197,9 @@ def _processor(model: Any, config: DataConfig) -> Any:
         raise TokenizerError("the recipe names no model")
     logging.set_verbosity_error()
     try:
-        given = (model.get(name) for name in ("config", "checkpoint", "language_model"))
-        found = model_processor(*(expand(str(place)) if place else None for place in given))
-        return with_settings(found, config)
+        sources = (model.get(name) for name in ("config", "checkpoint", "language_model"))
+        processor = model_processor(*(expand(str(source)) if source else None for source in sources))
+        return apply_settings(processor, config)
     except ProcessorError as error:
         raise TokenizerError(shorten(str(error), 160)) from None
 
@@ -219,11 +219,11 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
 def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, DataConfig]:
     """Returns a recipe's data sections by key: `align.data` where there is one, `data`, and held-out files (`eval`).
 
-    Reads these sections alone, because data/ knows nothing of the rest of a recipe.
+    Reads only these sections, because data/ does not import the recipe schema.
 
     Args:
         recipe: for messages.
-        raw: what its YAML says.
+        raw: the parsed YAML.
         overrides: `data.key=value`, `align.data.key=value` or `model.key=value`, the value in YAML.
 
     Raises:

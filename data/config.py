@@ -1,4 +1,4 @@
-"""What a recipe says about its data."""
+"""The data section of a recipe."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Source(BaseModel):
     """One entry of `data.files`.
 
     Attributes:
-        path: file, folder, glob, `hf://org/name/subset:split` or a built-in set; `~` and variables expand, and a
-            relative path starts from the working directory.
-        weight: share of the samples of an epoch, relative to the weights of the other sources: all sources have one,
-            or none has. Without weights an epoch has every row once.
-        limit: number of rows to read, from the first on.
+        path: file, folder, glob, `hf://org/name/subset:split` or a built-in set; `~` and variables are expanded, and
+            a relative path starts from the working directory.
+        weight: share of an epoch's samples, relative to the other sources' weights; either all sources have one or none
+            does. Without weights an epoch has every row once.
+        limit: reads only this many rows, from the first on.
         images: folder that the image paths of this source start from; without it, `data.images`.
-        format: of this source; without it, `data.format`.
+        format: format of this source; without it, `data.format`.
     """
 
     model_config = _SECTION
@@ -35,16 +35,16 @@ class Source(BaseModel):
     format: Format | None = None
 
 
-def _read_source(given: Any) -> Any:
-    if isinstance(given, str) and given:
-        return given
-    if isinstance(given, dict):
+def _read_source(entry: Any) -> Any:
+    if isinstance(entry, str) and entry:
+        return entry
+    if isinstance(entry, dict):
         try:
-            return Source.model_validate(given)
+            return Source.model_validate(entry)
         except ValidationError as error:
             raise ValueError(": ".join(first_fault(error, Source))) from None
     known = ", ".join(Source.model_fields)
-    raise ValueError(f"got {shorten(repr(given))}, expected a path or a mapping of {known}")
+    raise ValueError(f"got {shorten(repr(entry))}, expected a path or a mapping of {known}")
 
 
 def first_fault(error: ValidationError, schema: type[BaseModel]) -> tuple[str, str]:
@@ -69,24 +69,24 @@ class DataConfig(BaseModel):
 
     Attributes:
         files: sources of conversations: each a path (see `Source`) or a mapping of path, weight, limit, images, format.
-        images: folder that the rows' image paths start from; a built-in set brings its folder.
+        images: folder that the rows' image paths start from; a built-in set has its own.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's) or `plain`
             (image and caption, for alignment).
-        max_length: tokens of a sample, visual tokens included; a longer one is cut at a turn border.
+        max_length: maximum tokens of a sample, visual tokens included; a longer one is cut after an answer.
         long_answers: a first answer that ends after `max_length` is a fault (`refuse`), or is cut (`cut`, as in LLaVA).
         image_aspect: `pad` to a square first, as LLaVA-1.5 does, or the image `processor`'s default.
         processor: settings of the family's image processor, such as {max_pixels: 1003520}.
         chat_template: file with a chat template in place of the processor's.
         exif: `apply` turns photos upright, as viewers and servers do; `ignore` leaves them as stored, as LLaVA does.
         follow_links: links inside the image folder may lead out of it.
-        decode: the check decodes every image, which also finds damage in the middle of a file.
+        decode: decodes every image in the check, which also finds damage in the middle of a file.
         streaming: reads rows while training, without a first pass over them and without a copy on the disk.
-        max_bad_rows: rows with a fault that may be skipped, counted and listed; 0 allows none.
-        group_by_length: batches of samples of similar length, with images or without.
-        workers: processes that check rows and then open images, for each rank.
-        expected_rows: published number of rows, for estimates where the files are not at hand.
-        expected_text_tokens: the same for text tokens of a mean sample.
-        expected_visual_tokens: the same for visual tokens of a mean image; LLaVA's follow from its config.
+        max_bad_rows: how many faulty rows may be skipped; they are counted and listed. 0 allows none.
+        group_by_length: forms batches of samples of similar length, all with images or all without.
+        workers: processes of each rank that check rows and load images.
+        expected_rows: published number of rows, for estimates without the files.
+        expected_text_tokens: published mean number of text tokens of a sample.
+        expected_visual_tokens: published mean number of visual tokens of an image; LLaVA's follows from its config.
     """
 
     model_config = _SECTION
@@ -119,11 +119,11 @@ class DataConfig(BaseModel):
 
     @property
     def sources(self) -> list[Source]:
-        """The entries of `files`; what an entry leaves out is the section's."""
-        given = [Source(path=entry) if isinstance(entry, str) else entry for entry in self.files]
+        """The entries of `files`, with the section's defaults filled in."""
+        entries = [Source(path=entry) if isinstance(entry, str) else entry for entry in self.files]
         return [
             source.model_copy(update={"images": source.images or self.images, "format": source.format or self.format})
-            for source in given
+            for source in entries
         ]
 
     @property

@@ -1,4 +1,4 @@
-"""Conversations as training samples: checked and tokenised once as a whole, then read one at a time; their batches."""
+"""Training samples: checks and tokenises all conversations once, reads them one at a time, and makes batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data.chat import IGNORE_INDEX, ChatFormat, Rendered, TokenizerError, freeze
 from data.config import DataConfig
 from data.image_groups import connected_rows
 from data.images import open_image
-from data.processor import TYPES, EncodedImages, ProcessorError, VisionProcessor
+from data.processor import TYPE_IDS, EncodedImages, ProcessorError, VisionProcessor
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, group_faults
 from data.table import (
     check_rows,
@@ -39,10 +39,10 @@ from data.table import (
     usable_cache,
 )
 
-_TRAINERS: Final = ("source", "faults")  # keys of a sample that the model does not take
+_TRAINER_KEYS: Final = ("source", "faults")  # keys of a sample that are not inputs of the model
 _POOLING: Final = "image_token_pooling"
 SHOWN_FAULTS: Final = 5  # faults that an error lists
-_POOL: Final = 50  # batches whose samples are sorted by length together: similar lengths, and still a random mix
+_POOL: Final = 50  # batches sorted by length together: enough for similar lengths, few enough for a random mix
 _EXTRA_TOKENS: Final = 16  # a beginning, and spaces that tokenizers write by themselves
 _TOKENS: Final = {
     "source": datasets.Value("int32"),
@@ -62,25 +62,25 @@ _TOKENS: Final = {
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Conversations as token ids, labels and pixel values.
 
-    Building it reads, checks and tokenises every row (format, roles, marks, images, length), in parallel and once:
-    all results are cached on disk. Training then only opens images, and finds no faults hours later.
+    The constructor reads, checks and tokenises every row (format, roles, placeholders, images, length) in parallel, and
+    caches the result on disk. Training then only opens images, so a faulty row is reported before the first step.
 
     Args:
         config: the recipe's data section.
-        processor: the family's; a chat template of it that depends on the day is replaced by a frozen one.
+        processor: the family's; the current date in its chat template is replaced by a fixed one.
 
     Attributes:
         lengths: tokens of each sample, visual tokens included.
-        visual_tokens: of all samples, what the processor writes around them included.
+        visual_tokens: of all samples, markers around images included.
         has_image: whether each sample has an image.
         source: number of each sample's source in `config.sources`.
         source_rows: samples of each source.
         num_cut: samples that lost turns at their end, or the end of their answer, to `config.max_length`.
-        skipped: the rows left out, at most `config.max_bad_rows`.
-        encoder: makes samples of records.
+        skipped: the faulty rows that were left out, at most `config.max_bad_rows`.
+        encoder: turns records into samples.
 
     Raises:
-        DataError: more rows have faults than the recipe allows, and the first of them; or no row is left.
+        DataError: more rows have faults than the recipe allows (the message lists the first), or no row is left.
         TokenizerError: the tokenizer cannot label conversations.
     """
 
@@ -88,10 +88,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.config, self.processor = config, processor
         self.encoder = Encoder.of(config, processor)
         rows, unusable = _without_faults(check_rows(config), config)
-        rows, self.skipped = _without_faults(_tokenised(rows, self.encoder, config), config, unusable)
-        self._take(rows)
+        rows, self.skipped = _without_faults(_tokenise_rows(rows, self.encoder, config), config, unusable)
+        self._set_rows(rows)
 
-    def _take(self, rows: datasets.Dataset) -> None:
+    def _set_rows(self, rows: datasets.Dataset) -> None:
         self.rows = rows
         self.lengths: list[int] = rows["length"][:]
         self.visual_tokens: int = sum(rows["visual"][:])
@@ -104,10 +104,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns input_ids (S,), labels (S,), source and, with images, what the processor makes of them.
+        """Returns input_ids (S,), labels (S,), source and the image processor's outputs, if the row has images.
 
-        Where an image has changed since it was checked, or is broken inside, the sample is that of a later row, and
-        `faults` lists the skipped rows; the trainer decides whether that is allowed.
+        If an image has changed since the check, or is damaged inside, returns the sample of a later row, with the
+        skipped rows as `faults`; the trainer decides whether that is allowed.
 
         Raises:
             DataError: no row has images that can be opened.
@@ -123,8 +123,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return {**sample, "faults": faults} if faults else sample
         raise DataError(f"{faults[0]}; and no other row can be opened")
 
-    def split(self, share: float, *, seed: int) -> tuple[ConversationDataset, ConversationDataset]:
-        """Returns two sets without a common image, chosen by the seed: the rest, and about `share` of the samples.
+    def split(self, ratio: float, *, seed: int) -> tuple[ConversationDataset, ConversationDataset]:
+        """Splits off about `ratio` of the samples at random; returns the rest and these, without a common image.
 
         Rows that share an image, directly or through other rows, stay together.
 
@@ -132,24 +132,24 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             DataError: one of them would be empty.
         """
         members = connected_rows(self.rows, self.config)
-        wanted, taken = max(1, round(share * len(self))), set[int]()
+        wanted, taken = max(1, round(ratio * len(self))), set[int]()
         for place in torch.randperm(len(members), generator=Generator().manual_seed(seed)).tolist():
             if len(taken) < wanted:
                 taken.update(members[place])
         parts = [[n for n in range(len(self)) if (n in taken) == is_taken] for is_taken in (False, True)]
         if not parts[0]:
             raise DataError(
-                f"got {len(members)} groups of samples without a common image to hold {share:g} of the samples out, "
+                f"got {len(members)} groups of samples without a common image to hold {ratio:g} of the samples out, "
                 "expected more"
             )
         rest, held_out = copy.copy(self), copy.copy(self)
-        rest._take(self.rows.select(parts[0]))
-        held_out._take(self.rows.select(parts[1]))
+        rest._set_rows(self.rows.select(parts[0]))
+        held_out._set_rows(self.rows.select(parts[1]))
         return rest, held_out
 
     def epoch(self, generator: Generator) -> list[int]:
-        """Returns the samples of one epoch: each once, or drawn from the sources by their weights."""
-        return draw(self.source, [source.weight for source in self.config.sources], generator)
+        """Returns the sample indices of one epoch: each once, or drawn from the sources by their weights."""
+        return draw_epoch(self.source, [source.weight for source in self.config.sources], generator)
 
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
         folder = folder_of(self.config.sources[row["source"]], row["file"])
@@ -174,10 +174,10 @@ class Sample:
         images: its image paths.
         ids: token ids, one image token an image.
         labels: ids where supervised, IGNORE_INDEX elsewhere.
-        length: tokens, each image token counted as what the processor writes for its image.
-        visual: how many of these stand for images.
-        is_cut: turns at its end were cut off.
-        is_answer_cut: its first answer ends where `max_length` does.
+        length: number of tokens after image tokens are expanded.
+        visual: how many of these belong to images.
+        is_cut: turns at its end were dropped.
+        is_answer_cut: its first answer is cut at `max_length`.
     """
 
     images: tuple[str | EmbeddedImage, ...]
@@ -191,13 +191,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns records into token ids and labels that fit into a sample.
+    """Turns records into token ids and labels of at most `max_length` tokens.
 
     Attributes:
         chats: the format of each source.
         vision: turns images into tokens and inputs.
-        max_length: tokens that a sample may have, visual tokens included.
-        cuts_answers: a first answer that is too long ends at `max_length`, and is no fault.
+        max_length: maximum tokens of a sample, visual tokens included.
+        cuts_answers: cuts a first answer that is too long at `max_length`; otherwise it is a fault.
     """
 
     chats: tuple[ChatFormat, ...]
@@ -207,7 +207,7 @@ class Encoder:
 
     @classmethod
     def of(cls, config: DataConfig, processor: Any) -> Encoder:
-        """Returns the encoder of a recipe's data section; raises TokenizerError where the processor does not fit."""
+        """Returns the encoder of a recipe's data section; raises TokenizerError if the processor cannot be used."""
         freeze_templates(processor)
         try:
             vision = VisionProcessor(processor, aspect=config.image_aspect)
@@ -222,11 +222,11 @@ class Encoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The tokens at which generation has to stop: those that training labels as the end of an answer."""
+        """The tokens at which generation has to stop: those that end an answer in training."""
         return list(dict.fromkeys(token for chat in self.chats for token in chat.stop_ids))
 
     def encode(self, record: Record, sizes: Sequence[tuple[int, int]], source: int = 0) -> Sample:
-        """Returns the record's sample; one too long ends after the last answer that fits, without later images.
+        """Returns the record's sample, cut after the last answer that fits, without later images.
 
         Args:
             record: the record.
@@ -234,16 +234,18 @@ class Encoder:
             source: number of its source.
 
         Raises:
-            RowError: no label is left, or the processor refuses an image of these sides.
+            RowError: no label is left, or the processor rejects an image of this size.
         """
         chat = self.chats[source]
         ids, labels = chat.encode(record.turns, record.system)
         marks = ids.count(chat.image_token_id)
         if marks != len(record.images):
-            raise RowError(f"got {marks} image tokens for {len(record.images)} images: the tokenizer misses a mark")
-        return self._fitting(ids, labels, record.images, sizes, chat.image_token_id)
+            raise RowError(
+                f"got {marks} image tokens after tokenisation, expected {len(record.images)}, one for each image"
+            )
+        return self._truncate(ids, labels, record.images, sizes, chat.image_token_id)
 
-    def _fitting(
+    def _truncate(
         self,
         ids: list[int],
         labels: list[int],
@@ -251,7 +253,7 @@ class Encoder:
         sizes: Sequence[tuple[int, int]],
         image_token: int,
     ) -> Sample:
-        """Returns the part of a tokenised record that fits, with the images in it."""
+        """Returns the part of a tokenised record that fits into `max_length`, with its images."""
         stays, kept = len(images) + 1, len(ids)
         while stays != (stays := ids[:kept].count(image_token)):  # fewer images may take more tokens each
             counts = [*self.vision.counts(sizes[:stays]), *[self.max_length + 1] * (len(sizes) - stays)]
@@ -259,15 +261,15 @@ class Encoder:
             if counts:
                 places = iter(counts)
                 lengths = list(accumulate(next(places) if token == image_token else 1 for token in ids))
-            kept, is_answer_cut = self._kept(labels, lengths)
+            kept, is_answer_cut = self._kept_length(labels, lengths)
         is_cut = kept < len(ids) and not is_answer_cut
         visual = sum(counts[:stays])
         return Sample(images[:stays], ids[:kept], labels[:kept], lengths[kept - 1], visual, is_cut, is_answer_cut)
 
     def expand(self, ids: Sequence[int], labels: Sequence[int], images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Returns input_ids (S,), labels (S,), and what the model needs beside them.
+        """Returns input_ids (S,), labels (S,) and the model's other inputs.
 
-        Each image token becomes what the processor writes for its image; all of it carries no label.
+        Each image token is expanded to the processor's tokens for its image, which carry no label.
         """
         encoded = self.vision.encode(images) if images else EncodedImages([], {})
         spans, tokens, targets = iter(encoded.spans), list[int](), list[int]()
@@ -284,18 +286,18 @@ class Encoder:
         }
 
     def may_be_long(self, rendered: Rendered, sizes: Sequence[tuple[int, int]]) -> bool:
-        """Returns whether the first answer may end after `max_length`; False is certain, without any token counted.
+        """Returns False only if the first answer certainly fits into `max_length`; a bound, without tokenising.
 
-        No token stands for less than a byte; a tokenizer's normalisation may make three of one that is not ASCII.
+        A token covers at least one byte; normalisation may turn a byte that is not ASCII into three.
         """
         text = rendered.text[: rendered.answers[0][1]]
         most = len(text) if text.isascii() else 3 * len(text.encode())
         return most + _EXTRA_TOKENS + sum(self.vision.counts(sizes)) > self.max_length
 
-    def _kept(self, labels: Sequence[int], lengths: Sequence[int]) -> tuple[int, bool]:
+    def _kept_length(self, labels: Sequence[int], lengths: Sequence[int]) -> tuple[int, bool]:
         """Returns how many ids to keep: all, or up to the end of an answer; and whether that answer itself is cut."""
         if labels.count(IGNORE_INDEX) == len(labels):
-            raise RowError("no label is left: the tokenizer makes no token of the answers")
+            raise RowError("no label is left: got no token for the answers, expected at least one")
         if lengths[-1] <= self.max_length:
             return len(labels), False
         following = [*labels[1:], IGNORE_INDEX]
@@ -320,26 +322,25 @@ class Encoder:
 class Collator:
     """Pads to the batch's longest sample, on the right.
 
-    What a processor makes of images is joined by one rule, whatever the family: every axis but the first is padded to
-    the batch's largest, the first is concatenated, and a sample without an image adds nothing.
+    Image inputs of all families are joined by one rule: concatenated along the first axis, with every other axis padded
+    to the batch's largest. A sample without an image adds nothing.
 
-    One input holds numbers of patches, which go on from sample to sample: see `_renumbered`.
+    Patch indices (Molmo2's `image_token_pooling`) are shifted to count over the batch.
 
     Args:
-        pad_token_id: the tokenizer's, or None; padding is masked, its id is ignored.
+        pad_token_id: the tokenizer's, or None; padding is masked, so its id does not matter.
     """
 
     def __init__(self, pad_token_id: int | None) -> None:
         self.pad_token_id = pad_token_id or 0
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns input_ids, attention_mask, labels (B, S), inputs of types (B, S), and the inputs of all images.
+        """Returns input_ids, attention_mask, labels (B, S), token type ids (B, S), and the inputs of all images.
 
-        The inputs of images are absent from a batch without one: the model encodes a blank image then. `sources`
-        (B,), the number of each sample's source, and `faults`, the skipped rows, are there where samples have them;
-        they are for the trainer.
+        A batch without images has no image inputs: the model then encodes a blank image. If samples have them, the
+        trainer also gets `sources` (B,), the number of each sample's source, and `faults`, the skipped rows.
         """
-        values = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, **dict.fromkeys(TYPES, 0)}
+        values = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, **dict.fromkeys(TYPE_IDS, 0)}
         texts = {name: value for name, value in values.items() if name in samples[0]}
         batch: dict[str, Any] = {
             name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
@@ -348,10 +349,10 @@ class Collator:
         ones = [torch.ones_like(sample["input_ids"]) for sample in samples]
         batch["attention_mask"] = pad_sequence(ones, batch_first=True)
         names = dict.fromkeys(name for sample in samples for name in sample)
-        for name in (name for name in names if name not in values and name not in _TRAINERS):
-            batch[name] = joined([sample[name] for sample in samples if name in sample])
+        for name in (name for name in names if name not in values and name not in _TRAINER_KEYS):
+            batch[name] = pad_and_concat([sample[name] for sample in samples if name in sample])
         if _POOLING in batch:
-            batch[_POOLING] = _renumbered([sample for sample in samples if _POOLING in sample])
+            batch[_POOLING] = _shift_pooling([sample for sample in samples if _POOLING in sample])
         if all("source" in sample for sample in samples):
             batch["sources"] = torch.tensor([sample["source"] for sample in samples])
         faults = [fault for sample in samples for fault in sample.get("faults", ())]
@@ -360,7 +361,7 @@ class Collator:
         return batch
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def pad_and_concat(tensors: Sequence[Tensor]) -> Tensor:
     """Returns tensors concatenated along their first axis, every other axis padded with 0 to the largest."""
     sizes = [max(axis) for axis in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
@@ -370,21 +371,23 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(padded)
 
 
-def _renumbered(samples: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Returns Molmo2's `image_token_pooling` of a batch: which patches make a token, by their places in the batch."""
+def _shift_pooling(samples: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Returns Molmo2's `image_token_pooling` of a batch: the patches of each token, numbered over the batch."""
     before = accumulate((sample["pixel_values"].shape[:2].numel() for sample in samples), initial=0)
     numbers = [sample[_POOLING] for sample in samples]
-    return joined([torch.where(one >= 0, one + shift, one) for one, shift in zip(numbers, before, strict=False)])
+    return pad_and_concat(
+        [torch.where(one >= 0, one + shift, one) for one, shift in zip(numbers, before, strict=False)]
+    )
 
 
-def draw(source: Sequence[int], weights: Sequence[float | None], generator: Generator) -> list[int]:
-    """Returns the samples of one epoch, as many as there are.
+def draw_epoch(source: Sequence[int], weights: Sequence[float | None], generator: Generator) -> list[int]:
+    """Returns the sample indices of one epoch, which has as many samples as the set.
 
     Args:
         source: number of each sample's source.
         weights: each source's share of the epoch, relative to the others; its rows are repeated or left out to reach
             it, different ones in each epoch. None everywhere: each sample is drawn once.
-        generator: of the draw.
+        generator: source of randomness.
     """
     if not weights or weights[0] is None:
         return list(range(len(source)))
@@ -406,15 +409,15 @@ def draw(source: Sequence[int], weights: Sequence[float | None], generator: Gene
 class LengthModalitySampler(Sampler[int]):
     """Yields the samples of an epoch so that each run of `batch_size` is of one modality and of similar length.
 
-    The order follows from the seed and the epoch alone: it is the same on every rank, and a resumed run skips to
-    its place in it. Left-over samples of either modality come at the end.
+    The order depends only on the seed and the epoch: it is the same on every rank, and a resumed run skips to its
+    position. Left-over samples of both modalities come at the end.
 
     Args:
         lengths: tokens of each sample.
         has_image: whether each sample has an image.
         batch_size: samples of one optimizer step over all ranks.
         seed: seed of the order.
-        data: whose `epoch` chooses the samples; None takes each once.
+        data: its `epoch` chooses the samples; None takes each once.
 
     Source: LLaVA's group_by_modality_length; there the left-overs of both modalities share a batch too.
     """
@@ -461,7 +464,7 @@ class LengthModalitySampler(Sampler[int]):
         return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
 
 
-def _tokenised(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> datasets.Dataset:
+def _tokenise_rows(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> datasets.Dataset:
     tokenizer = encoder.chats[0].tokenizer
     with usable_cache():
         return rows.map(
@@ -504,7 +507,7 @@ def _tokens_of(row: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
 def _without_faults(
     rows: datasets.Dataset, config: DataConfig, before: Sequence[Fault] = ()
 ) -> tuple[datasets.Dataset, list[Fault]]:
-    """Returns the rows without a fault, and the faults of these rows and `before`, unless they are too many."""
+    """Returns the rows without a fault, and `before` with the faults of the others; DataError if they are too many."""
     faults = [*before, *faults_of(rows)]
     if len(faults) > config.max_bad_rows:
         lines = group_faults(faults)

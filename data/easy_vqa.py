@@ -19,7 +19,7 @@ _SHORT = 3  # questions of a conversation in `short`
 
 @dataclass(frozen=True)
 class Question:
-    """One test question. `kind` is `yes/no`, `shape` or `colour`, after its answer."""
+    """One test question. `kind` is the type of its answer: `yes/no`, `shape` or `colour`."""
 
     image: Path
     text: str
@@ -28,7 +28,7 @@ class Question:
 
 
 def is_built_in(file: str) -> bool:
-    """Returns whether a recipe's file name means this set."""
+    """Returns whether a recipe's file name refers to this set."""
     return file.startswith(_PREFIX) and file.removeprefix(_PREFIX) in NAMES
 
 
@@ -43,10 +43,10 @@ def image_folder(name: str) -> Path:
 
 
 def conversations(name: str) -> Iterator[dict[str, Any]]:
-    """Yields LLaVA rows, one an image with all its questions: 4,000 for `train`, 1,000 for `test`.
+    """Yields LLaVA rows, one per image with all its questions: 4,000 for `train`, 1,000 for `test`.
 
     Two more names are variants of `train`. `open` leaves out the questions whose answer is yes or no: 3,816 images.
-    `short` has three questions a row, because later ones of a long row can be answered from the words of earlier ones.
+    `short` has three questions a row, because the text of a long row's earlier questions gives away later answers.
     """
     by_image: dict[int, list[tuple[str, str]]] = {}
     for text, answer, number in _questions("test" if name == "test" else "train"):
@@ -70,8 +70,8 @@ def questions(split: str) -> list[Question]:
     ]
 
 
-def answers_by_words() -> dict[str, str]:
-    """Returns the most frequent training answer to each question text: the best guess without an image."""
+def words_only_answers() -> dict[str, str]:
+    """Returns the most frequent training answer to each question text, the best guess without an image."""
     counts: dict[str, Counter[str]] = {}
     for text, answer, _ in _questions("train"):
         counts.setdefault(text, Counter())[answer] += 1

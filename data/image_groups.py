@@ -1,4 +1,4 @@
-"""Rows that share an image, directly or through other rows: a split must not separate them."""
+"""Groups rows that share an image, directly or through other rows, so that a split keeps them together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from data.table import EMBEDDED, code_stamp, fingerprint, folder_of, images_of, 
 
 
 def connected_rows(rows: datasets.Dataset, config: DataConfig) -> list[list[int]]:
-    """Returns the numbers of the rows in groups: rows with a common image are in one, a row without is alone.
+    """Returns the row numbers in groups: rows with a common image form one group, a row without images its own.
 
-    Two images are the same where they are the same file, whichever source names it, or where the same bytes are
-    embedded in the rows.
+    Two images are the same if they are the same file, whatever source it belongs to, or have the same embedded bytes.
 
     Args:
         rows: a table with the columns source, file, row and images.
-        config: the data section that the rows are of.
+        config: the data section of these rows.
 
     Raises:
         DataError: the cache cannot be used.

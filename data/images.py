@@ -1,4 +1,4 @@
-"""Finds images below their folder, and opens them in RGB as a viewer shows them."""
+"""Finds images inside their folder and opens them in RGB, as an image viewer would."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Exif = Literal["apply", "ignore"]
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How the images of a recipe are read; fields are keys of `DataConfig`."""
+    """How to read the images of a recipe; fields are keys of `DataConfig`."""
 
     aspect: Literal["pad", "processor"] = "pad"
     exif: Exif = "apply"
@@ -64,16 +64,16 @@ _DEFAULT: Final = ImageOptions()
 
 
 def resolve(folder: Path | None, name: str, *, follow_links: bool = False) -> Path:
-    """Returns the file that `name` means below `folder`.
+    """Returns the file `name` in `folder`.
 
     Raises:
-        RowError: no folder is given, the path leads out of it (`..`, absolute, link), or nothing is there.
+        RowError: there is no folder, the path leaves it (`..`, absolute, link), or there is no such file.
     """
     shown = shorten(name)
     if name.startswith("data:"):
-        raise RowError(f"image {shown!r} is an address without an image, expected data:image/...;base64,")
+        raise RowError(f"image: got the data URL {shown!r}, expected data:image/...;base64,")
     if "://" in name[:12]:
-        raise RowError(f"image {shown!r} is an address, expected a path below the image folder: download it first")
+        raise RowError(f"image: got the URL {shown!r}, expected a path inside the image folder (download it first)")
     if folder is None:
         raise RowError(f"image {shown!r} without an image folder, expected data.images in the recipe")
     try:
@@ -106,18 +106,18 @@ def _resolved(folder: Path) -> Path:
 def inspect_image(
     folder: Path | None, image: str | EmbeddedImage, options: ImageOptions = _DEFAULT
 ) -> tuple[list[str], tuple[int, int]]:
-    """Opens the header, and decodes the whole file only where it does not end with its format's end mark.
+    """Checks an image by its header, and decodes it only if it does not end with its format's end marker.
 
     Args:
-        folder: that a path starts from.
-        image: path, `data:` address, or embedded image.
-        options: with `decode`, the file is decoded in any case, and a JPEG strictly.
+        folder: folder that a path is relative to.
+        image: path, `data:` URL, or embedded image.
+        options: with `decode`, every file is decoded, JPEG strictly.
 
     Returns:
-        What is worth counting, keys of `rows.NOTES`; and width and height as training sees them.
+        Notes to count, keys of `rows.NOTES`; and width and height after rotation and padding.
 
     Raises:
-        RowError: as `resolve`; not an image, too many pixels, a mode without a known range, or truncated.
+        RowError: as `resolve`; not an image, too many pixels, a mode of unknown range, or truncated.
     """
     name, place = _locate(folder, image, options)
     if options.decode:
@@ -150,26 +150,26 @@ def open_image(folder: Path | None, image: str | EmbeddedImage, options: ImageOp
 
 
 def read_image(file: str | Path, options: ImageOptions = _DEFAULT) -> Image.Image:
-    """Returns the RGB image of a file that needs no folder: an upload, an example.
+    """Returns the RGB image of a file outside any image folder, such as an upload.
 
     Raises:
-        RowError: it is no image, or one that training would refuse.
+        RowError: it is not an image, or training would reject it.
     """
     with _opened(Path(file), Path(file).name, options) as opened:
         return rgb(opened, exif=options.exif)
 
 
 def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
-    """Returns the image in RGB as a viewer shows it: upright, on white where it is transparent, 16 bits scaled to 8.
+    """Returns the image in RGB as a viewer shows it: upright, transparency on white, 16 bits scaled to 8.
 
-    A second call changes nothing. Colour profiles are not applied, as in LLaVA.
+    Idempotent. Colour profiles are not applied, as in LLaVA.
 
     Args:
         image: of any mode.
         exif: `ignore` leaves a photo as its file stores it.
 
     Raises:
-        RowError: the mode has no known range, so that no scale is right.
+        RowError: the value range of the mode is unknown.
     """
     _check_mode(image, "image")
     with warnings.catch_warnings():
@@ -190,11 +190,11 @@ def rgb(image: Image.Image, *, exif: Exif = "apply") -> Image.Image:
     return image
 
 
-def framed(image: Image.Image, aspect: str, mean: Sequence[float] | None) -> Image.Image:
-    """Returns the image as the image processor gets it: `rgb`, and under `pad` in a square of the colour `mean`.
+def prepare_image(image: Image.Image, aspect: str, mean: Sequence[float] | None) -> Image.Image:
+    """Returns the input of the image processor: the image in RGB and, under `pad`, on a square of the colour `mean`.
 
     Raises:
-        RowError: the sides differ too much.
+        RowError: the aspect ratio is too extreme.
     """
     check_size(image.size, "image", aspect)
     image = rgb(image)
@@ -227,10 +227,10 @@ def _locate(folder: Path | None, image: str | EmbeddedImage, options: ImageOptio
 
 @contextmanager
 def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[Image.Image]:
-    """Opens an image's header; an error in the `with` block that is the file's becomes a RowError."""
+    """Opens an image's header; turns errors of the file, also in the `with` block, into RowError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's: what is wrong is refused here, in the row's words
+            warnings.simplefilter("ignore")  # Pillow's: faults are reported as RowError instead
             with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
                 check_size(image.size, f"image {name!r}", options.aspect)
                 _check_mode(image, f"image {name!r}")
@@ -249,7 +249,7 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
 
 
 def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
-    """Raises RowError where an image has too many pixels, or sides that differ too much."""
+    """Raises RowError if an image has too many pixels or an extreme aspect ratio."""
     width, height = size
     longer, shorter = max(size), min(size)
     if width * height > MAX_PIXELS:
@@ -264,7 +264,7 @@ def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
 
 
 def _check_mode(image: Image.Image, what: str) -> None:
-    """Refuses pixels without a known range, and formats that Pillow cannot decode alone."""
+    """Rejects pixels of unknown range, and formats that Pillow needs another program for."""
     found = ""
     if image.mode == "F":
         found = "floating-point pixels (mode F)"
@@ -296,9 +296,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation; 1, upright, where there is none that can be read."""
+    """Returns the EXIF orientation; 1 (upright) if there is none or it cannot be read."""
     if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
-        return 1  # asking further would decode the file
+        return 1  # reading further would decode the file
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
@@ -326,7 +326,7 @@ def _tail(place: Path | bytes) -> bytes:
 
 
 def _check_jpeg(place: Path | bytes, name: str) -> None:
-    """Refuses a JPEG that libjpeg warns about: Pillow decodes such a file without a warning."""
+    """Rejects a JPEG that libjpeg warns about; Pillow would decode it silently."""
     data = place if isinstance(place, bytes) else place.read_bytes()
     try:
         colours = simplejpeg.decode_jpeg_header(data)[2]

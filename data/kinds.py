@@ -1,4 +1,4 @@
-"""What a file looks like by its first bytes, for messages about files that cannot be read."""
+"""Guesses a file's type from its first bytes, for messages about files that cannot be read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BRANDS: Final = {b"heic": "an image (HEIC)", b"heix": "an image (HEIC)", b"mif1
 
 
 def kind_of(head: bytes) -> str:
-    """Returns what a file is by its first bytes, such as "a zip archive"; nothing for text and for what is unknown."""
+    """Returns the type of a file with these first bytes, such as "a zip archive"; "" for text and unknown types."""
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind

@@ -1,4 +1,4 @@
-"""A family's processor as the data uses it: what stands for an image in a text, what that becomes, and its inputs."""
+"""Adapts a family's Hugging Face processor: how images are written in text, their tokens, and the model's inputs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from data.chat import ImageText
+from data.chat import ImageMarkup
 from data.config import DataConfig, expand, shorten
-from data.images import framed
-from data.rows import IMAGE_MARK, RowError
+from data.images import prepare_image
+from data.rows import IMAGE_PLACEHOLDER, RowError
 
-VIDEOS: Final = "video_processor"  # a part of many processors, which needs torchvision
-_VIDEO_CLASSES: Final = {  # of processors that take videos: what they need where a checkpoint does not say
+VIDEOS: Final = "video_processor"  # an attribute of many processors; needs torchvision
+_VIDEO_CLASSES: Final = {  # default video processor of processors that take videos
     "LlavaOnevisionProcessor": "LlavaOnevisionVideoProcessor",
     "InternVLProcessor": "InternVLVideoProcessor",
     "Qwen2VLProcessor": "Qwen2VLVideoProcessor",
@@ -35,16 +35,16 @@ _VIDEO_CLASSES: Final = {  # of processors that take videos: what they need wher
     "SmolVLMProcessor": "SmolVLMVideoProcessor",
 }
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-# what transformers raises of a processor, a tokenizer or a config that is wrong
+# what transformers raises for a broken processor, tokenizer or config
 _READING: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
-TYPES: Final = ("mm_token_type_ids", "token_type_ids")  # inputs that tell image tokens from text
+TYPE_IDS: Final = ("mm_token_type_ids", "token_type_ids")  # inputs that separate image tokens from text
 _PROBE: Final = Image.new("RGB", (64, 64), "gray")
-_SIZES: Final = 1 << 16  # sizes of images whose tokens are remembered
+_SIZES: Final = 1 << 16  # image sizes whose token counts are cached
 _STAND_IN: Final = "(7f3C Question 9a1E)"
 
 
 class ProcessorError(ValueError):
-    """A processor cannot be read, or cannot do what the data asks of it; the text names the key."""
+    """A processor cannot be read or does not fit the data; the message names the key."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class EncodedImages:
     """The images of one sample.
 
     Attributes:
-        spans: for each image, the ids in the place of its token.
-        inputs: what the model needs beside ids, by name (`pixel_values`, `image_grid_thw`, ...).
+        spans: for each image, the ids that its token expands to.
+        inputs: the model's other inputs, by name (`pixel_values`, `image_grid_thw`, ...).
     """
 
     spans: list[list[int]]
@@ -64,17 +64,17 @@ class VisionProcessor:
     """Turns images into tokens and inputs as the family's processor does.
 
     Args:
-        processor: of Hugging Face, with a tokenizer and an image processor.
+        processor: a Hugging Face processor with a tokenizer and an image processor.
         aspect: `pad` pads images to a square in the processor's mean colour first (LLaVA-1.5); `processor` does not.
 
     Attributes:
         tokenizer: the processor's.
-        text: how a text holds an image.
+        text: how an image is written in text.
         image_token_id: the id of `text.token`.
-        visual_ids: ids that stand in the place of an image and are no ordinary text.
+        visual_ids: special ids that an image token expands to.
 
     Raises:
-        ProcessorError: the processor lacks something; the text names it.
+        ProcessorError: the processor lacks a part; the message names it.
     """
 
     def __init__(self, processor: Any, *, aspect: str = "processor") -> None:
@@ -97,57 +97,57 @@ class VisionProcessor:
             raise ProcessorError("tokenizer: got no eos_token, expected one that ends an answer")
         self._added = set(self.tokenizer.added_tokens_decoder)
         span, self._types = self._probe()
-        start, end = self._core(span)
+        start, end = self._special_range(span)
         before, after = (self.tokenizer.decode(part) for part in (span[:start], span[end:]))
         self._border = span[:start], span[end:]
         self.visual_ids = set(span[start:end]) & self._added
-        self.text = replace(_image_text(processor, before, after), begin=self._begin())
-        self._is_alone = [len(one) for one in self._call([_PROBE] * 2)[0]] == [len(span)] * 2
+        self.text = replace(_image_markup(processor, before, after), begin=self._begin())
+        self._is_count_independent = [len(one) for one in self._run_processor([_PROBE] * 2)[0]] == [len(span)] * 2
         self.count = lru_cache(_SIZES)(self._count)
-        self._together = lru_cache(_SIZES)(self._counts_together)
+        self._joint_counts = lru_cache(_SIZES)(self._counts_together)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles without the cache of sizes; workers build it anew."""
-        return _rebuilt, (self.processor, self.aspect)
+        """Pickles without the cache of token counts; workers rebuild it."""
+        return _rebuild, (self.processor, self.aspect)
 
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
         """Returns the images of one sample as tokens and inputs; `data.images.rgb` is applied to each.
 
         Raises:
-            RowError: the sides of an image differ too much, or the processor cannot take it.
+            RowError: the aspect ratio of an image is too extreme, or the processor rejects it.
         """
         mean = getattr(self.processor.image_processor, "image_mean", None)
-        shown = [framed(image, self.aspect, mean) for image in images]
+        shown = [prepare_image(image, self.aspect, mean) for image in images]
         try:
-            spans, inputs, _ = self._call(shown)
+            spans, inputs, _ = self._run_processor(shown)
         except (ValueError, TypeError, OSError, RuntimeError) as error:  # what image processors raise of odd shapes
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise RowError(f"image of {sizes}: the processor refuses it: {shorten(str(error), 120)}") from None
+            raise RowError(f"image of {sizes}: the processor rejects it: {shorten(str(error), 120)}") from None
         before, after = map(len, self._border)
         for span in spans:
             if (span[:before], span[len(span) - after :]) != self._border:
-                raise RowError("the processor writes other text for this image, expected image tokens alone")
+                raise RowError("image: got other text around its tokens than for other images, expected the same")
         return EncodedImages([span[before : len(span) - after] for span in spans], inputs)
 
     def counts(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Returns how many ids stand in the place of each image of one sample, by widths and heights.
+        """Returns how many tokens each image of one sample expands to, given its width and height.
 
-        LLaVA-OneVision cuts an image into tiles only if it is the sample's only one.
+        LLaVA-OneVision splits an image into tiles only if it is the only one of its sample.
         """
-        if self._is_alone or len(sizes) < 2:
+        if self._is_count_independent or len(sizes) < 2:
             return [self.count(*size) for size in sizes]
-        return list(self._together(tuple(sizes)))
+        return list(self._joint_counts(tuple(sizes)))
 
     def type_ids(self, ids: Tensor) -> dict[str, Tensor]:
-        """Returns the input that tells image tokens from text, for families that have one; ids (S,)."""
+        """Returns the token type ids of ids (S,), which mark image tokens, for families that have them."""
         return {name: torch.isin(ids, torch.tensor(sorted(typed))).long() for name, typed in self._types.items()}
 
     def settings(self) -> str:
-        """Returns the settings that decide the number of an image's tokens, for caches."""
+        """Returns the settings that determine the number of tokens of an image, for cache keys."""
         return self.processor.to_json_string() + self.aspect
 
     def _count(self, width: int, height: int) -> int:
-        """Returns the ids in the place of the token of an image of these sides."""
+        """Returns how many tokens a single image of this size expands to."""
         if isinstance(self.processor, LlavaProcessor) and _is_one_shape(self.processor.image_processor):
             width, height = _PROBE.size
         return len(self.encode([Image.new("RGB", (width, height))]).spans[0])
@@ -156,36 +156,38 @@ class VisionProcessor:
         return tuple(len(span) for span in self.encode([Image.new("RGB", size) for size in sizes]).spans)
 
     def _probe(self) -> tuple[list[int], dict[str, set[int]]]:
-        """Returns the ids of one image, and the ids that each input of types counts as image."""
+        """Returns the ids of one image, and the ids that each token type input marks as image."""
         try:
-            [span], _, types = self._call([_PROBE])
+            [span], _, types = self._run_processor([_PROBE])
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
             kind = type(self.processor).__name__
-            raise ProcessorError(f"processor: {kind} takes no image: {shorten(str(error), 160)}") from None
+            raise ProcessorError(f"processor: {kind} cannot encode an image: {shorten(str(error), 160)}") from None
         return span, types
 
     def _begin(self) -> str:
-        """Returns what the processor writes before a text."""
+        """Returns the prefix that the processor adds to a text."""
         ids, bare = (
             make(text=["?"], add_special_tokens=False)["input_ids"][0] for make in (self.processor, self.tokenizer)
         )
         return self.tokenizer.decode(ids[: len(ids) - len(bare)])
 
-    def _core(self, span: Sequence[int]) -> tuple[int, int]:
-        """Returns where the tokens that are no ordinary text begin and end."""
+    def _special_range(self, span: Sequence[int]) -> tuple[int, int]:
+        """Returns the range [start, end) of the special tokens in an image's ids."""
         places = [place for place, token in enumerate(span) if token in self._added]
         if not places:
-            raise ProcessorError("processor: makes no image token of an image, expected at least one")
+            raise ProcessorError("processor: got no image token for an image, expected at least one")
         return places[0], places[-1] + 1
 
-    def _call(self, images: Sequence[Image.Image]) -> tuple[list[list[int]], dict[str, Tensor], dict[str, set[int]]]:
-        """Returns the ids of each image, the inputs, and the ids that the inputs of types count as image."""
+    def _run_processor(
+        self, images: Sequence[Image.Image]
+    ) -> tuple[list[list[int]], dict[str, Tensor], dict[str, set[int]]]:
+        """Returns the ids of each image, the inputs, and the ids that each token type input marks as image."""
         separator = self._separator
         text = separator + separator.join([self.processor.image_token] * len(images)) + separator
         output = dict(self.processor(images=[list(images)], text=[text], add_special_tokens=False, return_tensors="pt"))
         ids = output.pop("input_ids")[0]
         output.pop("attention_mask", None)
-        types = {name: set(ids[output.pop(name)[0] == 1].tolist()) for name in TYPES if name in output}
+        types = {name: set(ids[output.pop(name)[0] == 1].tolist()) for name in TYPE_IDS if name in output}
         places = (ids == self.tokenizer.convert_tokens_to_ids(separator)).nonzero()[:, 0].tolist()
         if len(places) != len(images) + 1:
             raise ValueError(f"got the tokens of {len(places) - 1} images, expected {len(images)}")
@@ -193,34 +195,34 @@ class VisionProcessor:
         return spans, output, types
 
 
-def _rebuilt(processor: Any, aspect: str) -> VisionProcessor:
+def _rebuild(processor: Any, aspect: str) -> VisionProcessor:
     return VisionProcessor(processor, aspect=aspect)
 
 
 def _is_one_shape(images: Any) -> bool:
-    """Returns whether an image processor makes every image the same shape."""
+    """Returns whether an image processor resizes or crops every image to the same shape."""
     fields = images.to_dict()
     crop, size = (fields.get(name) or {} for name in ("crop_size", "size"))
     is_cut = bool(fields.get("do_center_crop") and crop.get("height") and crop.get("width"))
     return is_cut or bool(fields.get("do_resize") and size.get("height") and size.get("width"))
 
 
-def _image_text(processor: Any, before: str, after: str) -> ImageText:
-    """Returns how a text holds an image: learned from what the chat template writes for one."""
+def _image_markup(processor: Any, before: str, after: str) -> ImageMarkup:
+    """Returns how an image is written in text, inferred from the chat template's output."""
     token, template = processor.image_token, processor.chat_template or processor.tokenizer.chat_template
     if not isinstance(template, str):
-        return ImageText(token, token, before=before, after=after)
+        return ImageMarkup(token, token, before=before, after=after)
     question = {"type": "text", "text": _STAND_IN}
     parts = _apply(processor, template, [{"type": "image"}, question])
     if parts.count(token) != 1 or parts.count(_STAND_IN) != 1:  # takes text alone
-        return ImageText(token, token, template, before=before, after=after)
+        return ImageMarkup(token, token, template, before=before, after=after)
     mark = _difference(parts, _apply(processor, template, [question]))
     is_text = _apply(processor, template, f"{token}\n{_STAND_IN}") == parts
-    return ImageText(token, mark if token in mark else token, template, not is_text, before, after)
+    return ImageMarkup(token, mark if token in mark else token, template, not is_text, before, after)
 
 
 def _apply(processor: Any, template: str, content: Any) -> str:
-    """Returns what a chat template writes for one question; nothing where it cannot."""
+    """Returns a chat template's output for one question, "" if it fails."""
     try:
         return processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], chat_template=template, tokenize=False
@@ -230,7 +232,7 @@ def _apply(processor: Any, template: str, content: Any) -> str:
 
 
 def _difference(longer: str, shorter: str) -> str:
-    """Returns what the first text has beyond the second, without white space around it."""
+    """Returns the text that `longer` has and `shorter` lacks, stripped."""
     start = 0
     while start < min(len(longer), len(shorter)) and longer[start] == shorter[start]:
         start += 1
@@ -243,11 +245,11 @@ def _difference(longer: str, shorter: str) -> str:
 def load_processor(source: str | Path, tokenizer: Any = None) -> Any:
     """Returns the processor of a checkpoint or a config folder, with its image processor and its tokenizer.
 
-    Where torchvision is missing, a processor that also takes videos is read without that part, which needs it.
+    Without torchvision, the video part of a processor is left out.
 
     Args:
         source: folder or hub id.
-        tokenizer: in place of the source's.
+        tokenizer: replaces the source's tokenizer.
 
     Raises:
         ProcessorError: a part is missing or cannot be fetched.
@@ -272,21 +274,21 @@ def load_processor(source: str | Path, tokenizer: Any = None) -> Any:
 def model_processor(config: str | None, checkpoint: str | None = None, language_model: str | None = None) -> Any:
     """Returns the processor of a recipe's model.
 
-    It is the checkpoint's, unless the config folder holds one. Where that has no tokenizer, the language model's or the
-    checkpoint's is taken, with `<image>` and `<pad>` added as llava-hf has them.
+    It is the checkpoint's, unless the config folder has one. If that folder has no tokenizer, it is the language
+    model's or the checkpoint's, with `<image>` and `<pad>` added in llava-hf's order.
 
     Raises:
         ProcessorError: a part is missing or cannot be fetched.
     """
-    source, brings = processor_sources(config, checkpoint, language_model)
-    if brings is None:
+    source, tokenizer_source = processor_sources(config, checkpoint, language_model)
+    if tokenizer_source is None:
         return load_processor(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(brings)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
     except (OSError, ValueError) as error:
         reason = shorten(str(error), 300)
-        raise ProcessorError(f"the tokenizer of '{brings}' cannot be read: {reason}") from error
-    for kind in ({"additional_special_tokens": [IMAGE_MARK]}, {"pad_token": "<pad>"}):  # llava-hf's order
+        raise ProcessorError(f"the tokenizer of '{tokenizer_source}' cannot be read: {reason}") from error
+    for kind in ({"additional_special_tokens": [IMAGE_PLACEHOLDER]}, {"pad_token": "<pad>"}):  # llava-hf's order
         tokenizer.add_special_tokens(kind)
     return load_processor(source, tokenizer)
 
@@ -294,7 +296,7 @@ def model_processor(config: str | None, checkpoint: str | None = None, language_
 def processor_sources(
     config: str | None, checkpoint: str | None = None, language_model: str | None = None
 ) -> tuple[str, str | None]:
-    """Returns the folder or hub id that a recipe's processor is read from, and that of its tokenizer, if another."""
+    """Returns the folder or hub id of a recipe's processor, and that of its tokenizer if it differs, else None."""
     folder = Path(config or "")
     if config is None or (checkpoint is not None and not (folder / "processor_config.json").is_file()):
         return str(checkpoint), None
@@ -304,7 +306,7 @@ def processor_sources(
 
 
 def save_processor(processor: Any, folder: Path) -> None:
-    """Writes a processor; one that was read without its part for videos still names it, for use with torchvision."""
+    """Saves a processor; one loaded without its video part still names it, for use with torchvision."""
     processor.save_pretrained(folder)
     kind = type(processor)
     if kind.__module__ != __name__:
@@ -316,13 +318,13 @@ def save_processor(processor: Any, folder: Path) -> None:
 
 
 def image_only(kind: Any) -> Any:
-    """Returns a processor's class without its part for videos, under the same name."""
+    """Returns a processor class without its video part, under the same name."""
     names = [name for name in kind.get_attributes() if name != VIDEOS]
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: names), "__module__": __name__})
 
 
 def _kind(source: str | Path) -> Any:
-    """Returns the class of a source's processor, None where AutoProcessor has to find it."""
+    """Returns the class of a source's processor; None if only AutoProcessor can tell."""
     name = _fields(source, "processor_config.json").get("processor_class")
     name = name or _fields(source, "preprocessor_config.json").get("processor_class")
     kind = str(_fields(source, "config.json").get("model_type")).removeprefix("fused_")
@@ -331,7 +333,7 @@ def _kind(source: str | Path) -> Any:
 
 
 def _assembled(kind: Any, source: str | Path, tokenizer: Any) -> Any:
-    """Returns a processor made of its parts, without the one for videos."""
+    """Returns a processor built from its parts, without the video part."""
     fields = _fields(source, "processor_config.json")
     own = {
         name: value
@@ -356,7 +358,7 @@ def _assembled(kind: Any, source: str | Path, tokenizer: Any) -> Any:
 
 
 def _text(source: str | Path, name: str) -> str | None:
-    """Returns the text of a file of a checkpoint, None where there is none."""
+    """Returns the text of a checkpoint's file, None if there is no such file."""
     path = transformers.utils.cached_file(
         source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
@@ -371,13 +373,13 @@ def _fields(source: str | Path, name: str) -> dict[str, Any]:
     return fields
 
 
-def with_settings(processor: Any, config: DataConfig) -> Any:
+def apply_settings(processor: Any, config: DataConfig) -> Any:
     """Applies the settings of a recipe's data section to a processor; returns it.
 
-    `data.processor` goes to its image processor, `data.chat_template` takes the place of its chat template.
+    `data.processor` sets fields of its image processor, `data.chat_template` replaces its chat template.
 
     Raises:
-        ProcessorError: the image processor does not know a setting, a value is wrong, or the template cannot be read.
+        ProcessorError: a setting is unknown, a value is wrong, or the template cannot be read.
     """
     if config.chat_template is not None:
         try:

@@ -1,4 +1,4 @@
-"""One row of any chat format -> a checked Record. Every key of a row is used, ignored and counted, or a fault.
+"""Parses one row of any chat format into a checked Record. A key is used, ignored and counted, or a fault.
 
 Formats: LLaVA and ShareGPT (`conversations` of from/value), OpenAI and Hugging Face (`messages` of role/content, the
 content a text or a list of parts), the Cauldron and FineVision (`texts` of user/assistant pairs).
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from data.config import shorten
 
-IMAGE_MARK: Final = "<image>"
+IMAGE_PLACEHOLDER: Final = "<image>"
 _MARK: Final = re.compile(r"(?<!\\)<image>")
 DUPLICATE: Final = "\0duplicate key"  # set by the JSON reader where an object has a key twice, with different values
 
@@ -36,7 +36,7 @@ _TURN_SWITCHES: Final = frozenset(
     | {"train", "trainable", "training", "train_on_turn"}
 )
 _ROW_SWITCHES: Final = _TURN_SWITCHES | {"sample_weight"}
-# Keys that other tools act on and this one does not.
+# Keys that other tools support and this one does not.
 _MEDIA: Final = frozenset({"video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url"})
 _OTHER_IMAGES: Final = frozenset(
     {"image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "image_base64"}
@@ -67,11 +67,11 @@ _PART_IMAGES: Final = ("image", "image_url", "url", "path", "base64", "source")
 
 
 class DataError(ValueError):
-    """The data cannot be used as the recipe says; the text names file, row and reason."""
+    """The data of a recipe cannot be used; the message names file, row and reason."""
 
 
 class RowError(ValueError):
-    """One row cannot be used; the text is the reason."""
+    """One row cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Turn:
 
     Attributes:
         role: `user` or `assistant`.
-        text: in a user's, `<image>` stands for an image and `\<image>` for that text.
-        is_trained: an answer to learn; the row's writer can switch it off.
+        text: in a user turn, `<image>` is the placeholder of an image and `\<image>` that literal text.
+        is_trained: whether the answer is supervised; a row can switch it off.
     """
 
     role: str
@@ -103,7 +103,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image whose bytes are in the row; `name` is for messages."""
+    """An image stored as bytes in the row; `name` is for messages."""
 
     name: str
     data: bytes = field(repr=False)
@@ -114,11 +114,11 @@ class Record:
     """One conversation.
 
     Attributes:
-        images: paths as written in the row, or embedded images, in the order of their marks.
+        images: paths as written in the row, or embedded images, in the order of their placeholders.
         turns: user and assistant, alternating, a user first.
         system: the system prompt; None means the format's default.
-        notes: what is worth counting, keys of NOTES.
-        ignored: keys of the row and of its turns that have no meaning here.
+        notes: peculiarities to count, keys of NOTES.
+        ignored: unknown keys of the row and of its turns.
     """
 
     images: tuple[str | EmbeddedImage, ...]
@@ -131,40 +131,40 @@ class Record:
 NOTES: Final = {
     "answer_first": "begin with an answer, which is left out, as LLaVA does",
     "question_last": "end with a question that has no answer",
-    "empty_answer": "have an empty answer, which trains its end mark alone",
-    "empty_question": "have a question without words or images",
-    "untrained": "have answers that the row says not to train",
-    "image_as_text": f"have {IMAGE_MARK} as text in a question, for no image",
+    "empty_answer": "have an empty answer, of which only the end mark is trained",
+    "empty_question": "have an empty question",
+    "untrained": "have answers that the row excludes from training",
+    "image_as_text": f"have {IMAGE_PLACEHOLDER} as text in a question, for no image",
     "media_as_text": "have <video> or <audio> as text in a question, for no file",
     "question_left_out": "have a question, which format plain leaves out",
     "plain_dialogue": "have several turns under format plain, which is for captions",
     "plain_text_only": "have no image under format plain, which is for captions",
-    "turned": "have an image that its EXIF orientation turns",
+    "turned": "have an image that is turned by its EXIF orientation",
     "answer_cut": "have a first answer that is cut at max_length (data.long_answers: cut)",
     "frames": "have an animated or multi-page image, of which the first frame is used",
 }
 
 
-def count_marks(text: str) -> int:
-    """Returns how many images stand in a user's text."""
-    return len(_MARK.findall(text)) if IMAGE_MARK in text else 0
+def count_placeholders(text: str) -> int:
+    """Returns the number of image placeholders in a user's text."""
+    return len(_MARK.findall(text)) if IMAGE_PLACEHOLDER in text else 0
 
 
-def split_marks(text: str) -> list[str]:
-    r"""Returns the text before, between and after a user's image marks, `\<image>` unescaped."""
-    return [part.replace("\\" + IMAGE_MARK, IMAGE_MARK) for part in _MARK.split(text)]
+def split_at_placeholders(text: str) -> list[str]:
+    r"""Returns the text before, between and after a user's image placeholders, `\<image>` unescaped."""
+    return [part.replace("\\" + IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER) for part in _MARK.split(text)]
 
 
 def parse(row: Any) -> Record:
-    """Returns the row's record; with a single image its mark stands first in its turn, as in LLaVA.
+    """Returns the row's record; the placeholder of a single image moves to the front of its turn, as in LLaVA.
 
     Args:
         row: as read from a file: text, numbers, lists and dicts; images may be dicts of bytes and path. For a line
             that could not be read, its RowError, which is raised.
 
     Raises:
-        RowError: no conversation, a key whose meaning is not supported, an unknown role, turns out of order, or marks
-            that do not match the images.
+        RowError: no conversation, a key whose meaning is not supported, an unknown role, turns out of order, or
+            placeholders that do not match the images.
     """
     if isinstance(row, RowError):
         raise row
@@ -189,8 +189,8 @@ def parse(row: Any) -> Record:
         turns = turns[1:]
         notes.append("answer_first")
     _check_order(turns)
-    if _has_pairs(given) and images and not any(count_marks(turn.text) for turn in turns):
-        turns[0] = Turn("user", f"{IMAGE_MARK}\n" * len(images) + turns[0].text)
+    if _has_pairs(given) and images and not any(count_placeholders(turn.text) for turn in turns):
+        turns[0] = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].text)
     _check_marks(turns, images)
     if len(images) == 1:
         turns = [_image_first(turn) for turn in turns]
@@ -200,7 +200,7 @@ def parse(row: Any) -> Record:
 
 @dataclass(frozen=True)
 class _Message:
-    """A message as written: its texts and images in order, and its keys that have no meaning here."""
+    """A message as written: its texts and images in order, and its unknown keys."""
 
     role: str
     parts: tuple[Any, ...]  # str, or _Slot for an image
@@ -208,13 +208,13 @@ class _Message:
     ignored: Sequence[str] = ()
 
     def turn(self, *, marks_are_text: bool) -> Turn:
-        """Returns the turn; in its texts, `<image>` may be text: the row has no image, or has them as parts."""
+        """Returns the turn; with `marks_are_text` (no images, or images as parts) `<image>` is literal text."""
         texts = []
         for part in self.parts:
             if isinstance(part, _Slot):
-                texts.append(IMAGE_MARK)
-            elif marks_are_text and self.role == "user" and IMAGE_MARK in part:
-                texts.append(_MARK.sub(lambda _: "\\" + IMAGE_MARK, part))
+                texts.append(IMAGE_PLACEHOLDER)
+            elif marks_are_text and self.role == "user" and IMAGE_PLACEHOLDER in part:
+                texts.append(_MARK.sub(lambda _: "\\" + IMAGE_PLACEHOLDER, part))
             else:
                 texts.append(part)
         return Turn(self.role, "\n".join(texts), self.is_trained)
@@ -222,7 +222,7 @@ class _Message:
 
 @dataclass(frozen=True)
 class _Slot:
-    """The place of an image among a message's parts: the image itself, or its number among the row's, or neither."""
+    """An image among a message's parts: the image itself, its index in the row's images, or neither."""
 
     image: str | EmbeddedImage | None
     index: int | None = None
@@ -234,7 +234,7 @@ def _kind(value: Any) -> str:
 
 
 def _is_empty(value: Any, depth: int = 0) -> bool:
-    """Returns whether exporters write this for "nothing": null, NaN, "", [], or a list or object of such."""
+    """Returns whether a value means "none": null, NaN, "", [], or a list or object of these."""
     if depth > 3:
         return False
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -247,7 +247,7 @@ def _is_empty(value: Any, depth: int = 0) -> bool:
 
 
 def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset[str], where: str) -> list[str]:
-    """Returns the keys of an object that have no meaning here.
+    """Returns the unknown keys of an object.
 
     Raises:
         RowError: a key occurs twice, has a meaning that is not supported, or misspells a known key.
@@ -292,7 +292,7 @@ def _check_switches(row: dict[str, Any]) -> None:
 
 
 def _check_unnamed_media(row: dict[str, Any]) -> None:
-    """Refuses a row without images that names or holds an image, video or sound under an unknown key."""
+    """Rejects a row without images that has an image, video or sound under an unknown key."""
     for key, value in row.items():
         if key not in _NEVER_MEDIA and key not in _CONVERSATIONS and _is_media(value):
             raise RowError(f"got key '{shorten(key, 30)}', which names or holds a file, expected it as image or images")
@@ -369,7 +369,7 @@ def _message(given: Any, where: str) -> _Message:
 
 
 def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
-    """Returns the value of whichever of two keys is there."""
+    """Returns the value of the one of two keys that is present."""
     first, second = keys
     if (first in given) != (second in given):
         return given[first] if first in given else given[second]
@@ -383,7 +383,7 @@ def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
 
 
 def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
-    """Returns whether the turn's switches (`loss`, `weight`, `train`, ...) leave an answer trained."""
+    """Returns whether an answer is trained, by the turn's switches (`loss`, `weight`, `train`, ...)."""
     trained = True
     for key in _TURN_SWITCHES & given.keys():
         value = given[key]
@@ -462,7 +462,7 @@ def _images(row: dict[str, Any]) -> list[str | EmbeddedImage]:
 
 
 def _image(given: Any, where: str) -> str | EmbeddedImage:
-    """Returns a path, or the image whose bytes stand there: in a row of Parquet or a datasets folder."""
+    """Returns a path, or the image embedded in a row of Parquet or of a datasets folder."""
     if isinstance(given, dict):
         data, path = given.get("bytes"), given.get("path")
         if isinstance(data, bytes) and data:
@@ -476,7 +476,7 @@ def _image(given: Any, where: str) -> str | EmbeddedImage:
 
 
 def _part_images(slots: Sequence[_Slot], listed: list[str | EmbeddedImage]) -> list[str | EmbeddedImage]:
-    """Returns the images in the order of their places: from the parts themselves, or as the row lists them."""
+    """Returns the images in the order of the parts, taken from these or from the row's list."""
     empty = [slot for slot in slots if slot.image is None]
     inside = [slot.image for slot in slots if slot.image is not None]
     if not empty and (not listed or listed == inside):
@@ -514,22 +514,22 @@ def _check_order(turns: Sequence[Turn]) -> None:
     if len(roles) < 2 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         raise RowError(f"got turns {', '.join(roles[:6])}, expected user and assistant in turns, at least one answer")
     if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
-        raise RowError("no label is left: the row says not to train any of its answers")
+        raise RowError("no label is left: got training switched off for every answer, expected it on for one")
 
 
 def _check_marks(turns: Sequence[Turn], images: Sequence[str | EmbeddedImage]) -> None:
     questions = [turn.text for turn in turns if turn.role == "user"]
-    marks = sum(map(count_marks, questions))
+    marks = sum(map(count_placeholders, questions))
     if marks != len(images):
         first = f" ({shorten(images[0], 40)!r})" if images and isinstance(images[0], str) else ""
         raise RowError(
-            f"got {marks} {IMAGE_MARK} in the questions for {len(images)} images{first}, expected one for each "
-            rf"(\{IMAGE_MARK} is that text)"
+            f"got {marks} {IMAGE_PLACEHOLDER} in the questions for {len(images)} images{first}, expected one for each "
+            rf"(\{IMAGE_PLACEHOLDER} is that text)"
         )
     for text in questions:
         if "</" in text and (found := _NAMED_IN_TEXT.search(text)):
             raise RowError(
-                f"got {shorten(found[0], 40)!r} in a question, expected {IMAGE_MARK} there and the file as image"
+                f"got {shorten(found[0], 40)!r} in a question, expected {IMAGE_PLACEHOLDER} there and the file as image"
             )
 
 
@@ -545,7 +545,7 @@ def _notes(turns: Sequence[Turn]) -> list[str]:
         notes.append("empty_question")
     if not all(turn.is_trained for turn in answers):
         notes.append("untrained")
-    if any("\\" + IMAGE_MARK in text for text in questions):
+    if any("\\" + IMAGE_PLACEHOLDER in text for text in questions):
         notes.append("image_as_text")
     if any("<video>" in text or "<audio>" in text for text in questions):
         notes.append("media_as_text")
@@ -553,31 +553,31 @@ def _notes(turns: Sequence[Turn]) -> list[str]:
 
 
 def _unicode(text: str, where: str) -> str:
-    """Returns `text`; JSON can spell half of a character, which no tokenizer and no file system takes."""
+    """Returns `text`; rejects lone surrogates, which JSON can express and neither tokenizers nor file systems take."""
     if text.isascii():
         return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = text[error.start]
-        if "\udc80" <= found <= "\udcff":  # how the reader keeps a byte that is no UTF-8
+        if "\udc80" <= found <= "\udcff":  # surrogateescape: a byte that is not UTF-8
             raise RowError(f"{where}: not UTF-8 at character {error.start}, expected Unicode text") from None
         raise RowError(f"{where}: got {found!r}, half a character, expected Unicode text") from None
     return text
 
 
 def _image_first(turn: Turn) -> Turn:
-    """Source: LLaVA's preprocess_multimodal. With several images it would lose marks, so they stay in place there."""
-    if turn.role != "user" or not count_marks(turn.text):
+    """Moves a single image to the front, as LLaVA's preprocess_multimodal does; that loses one of several."""
+    if turn.role != "user" or not count_placeholders(turn.text):
         return turn
-    return Turn(turn.role, f"{IMAGE_MARK}\n{_MARK.sub('', turn.text).strip()}".strip())
+    return Turn(turn.role, f"{IMAGE_PLACEHOLDER}\n{_MARK.sub('', turn.text).strip()}".strip())
 
 
 _SPECIFIC: Final = re.compile(r"'[^']*'|\"[^\"]*\"|\[\d+\]|\d[\d,.]*")
 
 
 def group_faults(faults: Iterable[Fault]) -> list[str]:
-    """Returns one line for each kind of fault in each file: the fault, or how many are like it and the first."""
+    """Returns one line for each kind of fault in each file: the fault, or the count and the first of them."""
     kinds: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], Fault] = {}
     for fault in faults:

@@ -1,7 +1,7 @@
-"""What a scene of the built-in set `scenes` holds, and its picture: 96 x 96 pixels, a grid of three by three cells.
+"""Scenes of the built-in set `scenes` and their rendering: 96 x 96 pixels, a grid of three by three cells.
 
-Every shape is a rule on whole pixel distances and every character a bitmap below, so that a scene has the same pixels
-with any version of Pillow and without a font.
+Shapes are defined by integer pixel distances and characters by the bitmaps below, so that a scene has the same pixels
+under any version of Pillow, without a font.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _BITMAPS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: what it is, its cell, and the pixel at its centre. `paint` is a shade of its colour."""
+    """One object: its attributes, its cell, and the pixel at its centre. `paint` is a shade of its colour."""
 
     shape: str
     colour: str
@@ -81,7 +81,7 @@ class Sign:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Objects and signs, each in a cell without another, on a light background."""
+    """Objects and signs, at most one in each cell, on a light background."""
 
     background: Colour
     things: tuple[Thing, ...]

@@ -1,8 +1,8 @@
-"""The generator behind the built-in set `scenes`: random scenes, and questions whose words do not give the answer.
+"""The generator of the built-in set `scenes`: random scenes, and questions whose text does not reveal the answer.
 
-A question's form and the class of its answer are drawn first, with the odds of a fair guess; then scenes are drawn
-until one holds such a question for each of a row's families. Within a form no colour, shape, word or number differs
-from another of its kind, so that the odds given the words alone stay those of the fair guess.
+A question's form and the class of its answer are drawn first, at chance probabilities; then scenes are drawn until one
+has such a question for each of a row's families. Within a form all colours, shapes, words and numbers are treated
+alike, so that given the text alone the answer stays at chance.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _Choice = TypeVar("_Choice")
 
 @dataclass(frozen=True, slots=True)
 class SceneQuestion:
-    """A question about a scene: its family, its words, its answer.
+    """A question about a scene.
 
-    `chance` is the share of right answers by a guess among the training answers to such words.
+    `chance` is the accuracy of a random guess among the training answers to such a question.
     """
 
     family: str
@@ -59,8 +59,8 @@ class SceneQuestion:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A question about a scene, the class of its answer (`kind`), and the pairs that it names."""
+class _Candidate:
+    """A possible question about a scene, the class of its answer (`kind`), and the pairs in its text."""
 
     kind: str
     text: str
@@ -82,20 +82,20 @@ class _Form:
     """One form of a family's questions.
 
     Attributes:
-        odds: classes of answers, and how often each is drawn.
-        chance: how often a fair guess is right.
+        odds: probability of each class of answers.
+        chance: accuracy of a random guess.
         find: yields every question of this form about a scene.
-        has_pairs: its questions name pairs of colour and shape, or of word and number.
+        has_pairs: its questions mention pairs of colour and shape, or of word and number.
     """
 
     odds: Mapping[str, float]
     chance: float
-    find: Callable[[Scene], Iterator[_Found]]
+    find: Callable[[Scene], Iterator[_Candidate]]
     has_pairs: bool
 
 
-class Draws:
-    """Random choices that are the same with every version of Python: they rest on random() alone.
+class PortableRandom:
+    """Random choices that are the same under every version of Python, because they use random() alone.
 
     Args:
         key: the seed.
@@ -117,8 +117,8 @@ class Draws:
         rest = list(choices)
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
-    def weighed(self, odds: Mapping[str, float]) -> str:
-        """Returns a key with the probability that is its value."""
+    def weighted_pick(self, odds: Mapping[str, float]) -> str:
+        """Returns a key, with a probability proportional to its value."""
         left = self._random.random() * sum(odds.values())
         for name, share in odds.items():
             left -= share
@@ -130,14 +130,14 @@ class Draws:
 def is_held_out(pair: Pair) -> bool:
     """Returns whether training has no scene with this pair: (colour, shape), or (word, number).
 
-    Held out are two of the six shapes of each colour and two of the six colours of each shape; two of the ten numbers
-    of each word and three of the fifteen words of each number.
+    For each colour two of the six shapes are held out, and for each shape two of the six colours; for each word two of
+    the ten numbers, and for each number three of the fifteen words.
     """
     return pair in _HELD_OUT
 
 
 def caption(scene: Scene) -> str:
-    """Returns what is in each cell of a scene, in reading order."""
+    """Describes the content of each cell of a scene, in reading order."""
     cells = {(sign.column, sign.row): f"{sign.word} {sign.number}" for sign in scene.signs}
     cells |= {(one.column, one.row): f"{one.size} {one.colour} {one.shape}" for one in scene.things}
     rows = [", ".join(cells.get((column, row), "nothing") for column in range(GRID)) for row in range(GRID)]
@@ -150,35 +150,35 @@ def generate(seed: str, row: int, *, compositional: bool) -> tuple[Scene, list[S
     Args:
         seed: names the set of rows.
         row: its number.
-        compositional: every question is about a held-out pair; otherwise no held-out pair occurs at all.
+        compositional: every question is about a held-out pair; otherwise no held-out pair occurs.
     """
-    draws = Draws(f"{seed}:{row}")
-    wanted = []
+    draws = PortableRandom(f"{seed}:{row}")
+    targets = []
     for family in draws.sample(_FAMILY_SETS[row % len(_FAMILY_SETS)], QUESTIONS):
         form = draws.pick([form for form in _FORMS[family] if form.has_pairs or not compositional])
-        wanted.append((family, form, draws.weighed(form.odds)))
+        targets.append((family, form, draws.weighted_pick(form.odds)))
     while True:
         scene = _scene(draws, compositional=compositional)
         found = []
-        for _, form, kind in wanted:
+        for _, form, kind in targets:
             fitting = [one for one in form.find(scene) if one.kind == kind and _fits(one, compositional)]
             if not fitting:
                 break
             found.append(draws.pick(fitting))
-        if len(found) == len(wanted):
+        if len(found) == len(targets):
             break
     return scene, [
         SceneQuestion(family, one.text, one.answer, form.chance)
-        for (family, form, _), one in zip(wanted, found, strict=True)
+        for (family, form, _), one in zip(targets, found, strict=True)
     ]  # fmt: skip
 
 
-def _fits(found: _Found, compositional: bool) -> bool:
-    """Returns whether a question belongs to the set: its words name a held-out pair too, where it is absent."""
+def _fits(found: _Candidate, compositional: bool) -> bool:
+    """Returns whether a question belongs to the set; a held-out pair counts even if only its text mentions it."""
     return any(map(is_held_out, found.pairs)) == compositional
 
 
-def _scene(draws: Draws, *, compositional: bool) -> Scene:
+def _scene(draws: PortableRandom, *, compositional: bool) -> Scene:
     """Returns a scene of few colours and shapes, so that counts, comparisons and likenesses of all kinds occur."""
     pairs: list[Pair] = []
     while not pairs:
@@ -196,7 +196,7 @@ def _scene(draws: Draws, *, compositional: bool) -> Scene:
     return Scene(background, tuple(things), tuple(signs))
 
 
-def _thing(draws: Draws, cell: tuple[int, int], pair: Pair) -> Thing:
+def _thing(draws: PortableRandom, cell: tuple[int, int], pair: Pair) -> Thing:
     colour, shape = pair
     size = draws.pick(_SIZES)
     shade = draws.below(25) - 12
@@ -205,7 +205,7 @@ def _thing(draws: Draws, cell: tuple[int, int], pair: Pair) -> Thing:
     return Thing(shape, colour, size, *cell, *_centre(draws, cell, CELL // 2 - RADII[size] - 1), paint)
 
 
-def _signs(draws: Draws, cells: Sequence[tuple[int, int]], *, compositional: bool) -> list[Sign]:
+def _signs(draws: PortableRandom, cells: Sequence[tuple[int, int]], *, compositional: bool) -> list[Sign]:
     signs: list[Sign] = []
     for cell in cells:
         while True:
@@ -217,7 +217,7 @@ def _signs(draws: Draws, cells: Sequence[tuple[int, int]], *, compositional: boo
     return signs
 
 
-def _centre(draws: Draws, cell: tuple[int, int], play: int) -> tuple[int, int]:
+def _centre(draws: PortableRandom, cell: tuple[int, int], play: int) -> tuple[int, int]:
     """Returns the middle of a cell, moved by up to `play` pixels."""
     column, row = cell
     middle = CELL // 2 - play
@@ -251,18 +251,18 @@ def _pair(thing: Thing) -> Pair:
     return thing.colour, thing.shape
 
 
-def _counted(scene: Scene, kind: str) -> Iterator[_Found]:
+def _counted(scene: Scene, kind: str) -> Iterator[_Candidate]:
     for group in _groups(scene, kind):
         number = str(group.size)
-        yield _Found(number, f"how many {group.name} are there?", number, group.pairs)
+        yield _Candidate(number, f"how many {group.name} are there?", number, group.pairs)
 
 
-def _compared(scene: Scene, kind: str) -> Iterator[_Found]:
+def _compared(scene: Scene, kind: str) -> Iterator[_Candidate]:
     """Yields comparisons of groups that are both there."""
     for one, other in permutations([group for group in _groups(scene, kind) if group.size], 2):
         answer = "equal" if one.size == other.size else "greater" if one.size > other.size else "less"
         text = f"is the number of {one.name} greater than, less than or equal to the number of {other.name}?"
-        yield _Found(answer, text, answer, one.pairs + other.pairs)
+        yield _Candidate(answer, text, answer, one.pairs + other.pairs)
 
 
 def _unique(scene: Scene) -> list[Thing]:
@@ -271,17 +271,17 @@ def _unique(scene: Scene) -> list[Thing]:
     return [thing for thing in scene.things if counts[_pair(thing)] == 1]
 
 
-def _related(scene: Scene) -> Iterator[_Found]:
+def _related(scene: Scene) -> Iterator[_Candidate]:
     """Yields where an object stands that shares a row or a column with another."""
     for thing, other in permutations(_unique(scene), 2):
         for side, (right, down) in _SIDES.items():
             across, along = thing.column - other.column, thing.row - other.row
             if (across * right > 0 and along == 0) or (along * down > 0 and across == 0):
                 text = f"where is the {_label(thing, 'pair')}, seen from the {_label(other, 'pair')}?"
-                yield _Found(side, text, side, (_pair(thing), _pair(other)))
+                yield _Candidate(side, text, side, (_pair(thing), _pair(other)))
 
 
-def _beside(scene: Scene, kind: str) -> Iterator[_Found]:
+def _beside(scene: Scene, kind: str) -> Iterator[_Candidate]:
     """Yields the colour, shape or size of the object in the cell beside another."""
     by_cell = {(thing.column, thing.row): thing for thing in scene.things}
     for thing, (side, (right, down)) in product(_unique(scene), _SIDES.items()):
@@ -292,31 +292,31 @@ def _beside(scene: Scene, kind: str) -> Iterator[_Found]:
         odds = answer if kind == "size" else "same" if answer == _label(thing, kind) else "other"
         asked = {"colour": "color"}.get(kind, kind)
         text = f"what {asked} is the object {_BESIDE[side]} the {_label(thing, 'pair')}?"
-        yield _Found(odds, text, answer, (_pair(thing), _pair(other)))
+        yield _Candidate(odds, text, answer, (_pair(thing), _pair(other)))
 
 
-def _existing(scene: Scene, first: str, second: str) -> Iterator[_Found]:
+def _existing(scene: Scene, first: str, second: str) -> Iterator[_Candidate]:
     """Yields whether two attributes that are both there are there on one object."""
     both = [(_label(thing, first), _label(thing, second)) for thing in scene.things]  # no set: its order is not fixed
     for one, other in product(dict.fromkeys(one for one, _ in both), dict.fromkeys(other for _, other in both)):
         answer = "yes" if (one, other) in both else "no"
         noun = other if second == "shape" else f"{other} object"
-        yield _Found(answer, f"is there a {one} {noun}?", answer, ((one, other),) if first == "colour" else ())
+        yield _Candidate(answer, f"is there a {one} {noun}?", answer, ((one, other),) if first == "colour" else ())
 
 
-def _read(scene: Scene, asked: str) -> Iterator[_Found]:
+def _read(scene: Scene, asked: str) -> Iterator[_Candidate]:
     """Yields what the only sign says, or of two signs the half that goes with the other."""
     for sign in scene.signs:
         pairs = ((sign.word, sign.number),)
         if asked in ("word", "number") and len(scene.signs) == 1:
-            yield _Found("any", f"what {asked} is written?", str(getattr(sign, asked)), pairs)
+            yield _Candidate("any", f"what {asked} is written?", str(getattr(sign, asked)), pairs)
         elif asked == "number of word" and len(scene.signs) == 2:
-            yield _Found("any", f"what number is under the word {sign.word}?", sign.number, pairs)
+            yield _Candidate("any", f"what number is under the word {sign.word}?", sign.number, pairs)
         elif asked == "word of number" and len(scene.signs) == 2:
-            yield _Found("any", f"what word is above the number {sign.number}?", sign.word, pairs)
+            yield _Candidate("any", f"what word is above the number {sign.number}?", sign.word, pairs)
 
 
-def _even(answers: Sequence[str], find: Callable[[Scene], Iterator[_Found]], *, has_pairs: bool) -> _Form:
+def _even(answers: Sequence[str], find: Callable[[Scene], Iterator[_Candidate]], *, has_pairs: bool) -> _Form:
     """Returns a form whose answers are equally likely."""
     return _Form(dict.fromkeys(answers, 1 / len(answers)), 1 / len(answers), find, has_pairs)
 

@@ -1,7 +1,7 @@
 """The built-in set `scenes`: several objects and signs on 96 x 96 images, and six families of questions about them.
 
-`python -m data.scenes` prints what the sets hold, by family, and how far words alone get. The first use of a set makes
-it, below .cache/scenes or the folder in the environment variable SCENES_CACHE: the same bytes on every machine.
+`python -m data.scenes` prints the size of the sets and the floors without an image, by family. The first use of a set
+generates it in .cache/scenes or $SCENES_CACHE; the images are the same on every machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data.rows import DataError
 from data.scene_images import Scene, draw, montage
 from data.scene_questions import FAMILIES, SceneQuestion, caption, generate
 
-VERSION: Final = "2"  # another one wherever a row or a pixel changes
+VERSION: Final = "2"  # change it with any row or pixel
 ROWS: Final = {"train": 13_500, "test": 1_500, "compositional": 1_500}  # images, each with four questions
 NAMES: Final = tuple(ROWS)
 CAPTIONS: Final = "captions"  # the training images, with what each cell holds in place of questions
@@ -37,13 +37,13 @@ _RECORDS: Final = "records.jsonl"  # beside the images: the questions and the ca
 
 @dataclass(frozen=True)
 class Question(easy_vqa.Question):
-    """One test question. `kind` is its family; `chance` is the share of right answers by a fair guess."""
+    """One test question. `kind` is its family; `chance` is the accuracy of a random guess."""
 
     chance: float
 
 
 def is_built_in(file: str) -> bool:
-    """Returns whether a recipe's file name means this set."""
+    """Returns whether a recipe's file name refers to this set."""
     return file in (_SET, *(f"{_SET}:{name}" for name in FILES))
 
 
@@ -104,9 +104,9 @@ def questions(split: str) -> list[Question]:
 
 
 def words_only(known: Iterable[tuple[str, str, str]], asked: Iterable[tuple[str, str]]) -> list[str]:
-    """Returns the best guesses without an image, from the training answers.
+    """Returns the best guesses without an image: the most frequent training answer to the same text.
 
-    To a question text that training has, its most frequent answer there; to another, the family's.
+    For a text that training does not have, the most frequent answer of its family.
 
     Args:
         known: family, text and answer of each training question.
@@ -127,7 +127,7 @@ def _records(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _write(name: str, folder: Path) -> None:
-    """Makes a set; the folder appears in one move, so it is whole whenever it exists."""
+    """Generates a set; renames the folder into place at the end, so that it is complete whenever it exists."""
     partial = folder.with_name(f"{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -154,14 +154,14 @@ def export(name: str, out: Path) -> Path:
 
 
 def floor_lines() -> list[str]:
-    """Returns a table of the sets that are not trained on, by family: questions, texts, fair guess, words alone."""
+    """Returns a table of the test sets by family: questions, texts, accuracy of a fair guess and of words only."""
     known = [(one.kind, one.text, one.answer) for one in questions("train")]
     lines = ["| set | family | questions | texts | fair guess | words only |", "| --- | --- | --- | --- | --- | --- |"]
     for name in NAMES[1:]:
         asked = questions(name)
-        said = words_only(known, [(one.kind, one.text) for one in asked])
+        guesses = words_only(known, [(one.kind, one.text) for one in asked])
         for family in FAMILIES:
-            members = [(one, guess) for one, guess in zip(asked, said, strict=True) if one.kind == family]
+            members = [(one, guess) for one, guess in zip(asked, guesses, strict=True) if one.kind == family]
             right = sum(guess == one.answer for one, guess in members)
             chance = sum(one.chance for one, _ in members)
             texts = len({one.text for one, _ in members})
@@ -170,12 +170,12 @@ def floor_lines() -> list[str]:
     return lines
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table of floors, or writes the sets or a picture of them; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.scenes", description="The built-in set scenes.")
     parser.add_argument("--out", type=Path, help="write every set there, as LLaVA JSON and PNG files")
     parser.add_argument("--montage", type=Path, help="write a picture of twelve images: six of test, six compositional")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)

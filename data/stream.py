@@ -1,4 +1,4 @@
-"""Conversations read while training: no first pass over them, no table of them on the disk."""
+"""Streams conversations while training, without a first pass over them or a table on disk."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from data.rows import DataError, Fault, Record, RowError, parse
 from data.sources import HUB, find_files, hub_rows, raw_rows
 from data.table import check_folders, folder_of, image_options, row_of
 
-_POOL: Final = 512  # samples that are shuffled, and grouped by length, together
-_PROBED: Final = 100  # rows of a source of which one has to be good before the training starts
+_POOL: Final = 512  # samples that are shuffled and grouped by length together
+_PROBED: Final = 100  # first rows of a source; at least one must be without a fault before training starts
 
 
 class ConversationStream(IterableDataset[dict[str, Any]]):
-    """An endless stream of samples for one rank, which its workers share.
+    """An endless stream of one rank's samples, divided among its workers.
 
-    With n shards (ranks x workers), a source of a multiple of n files gives each shard its files; of any other
-    source, each shard takes every n-th row. Sources are mixed by their weights; without weights they are drawn
-    evenly until they end, and each row comes once an epoch. Order and mixture follow from the seed.
+    There are n shards (ranks x workers). If the number of a source's files is a multiple of n, each shard reads its own
+    files; otherwise it reads every n-th row. Sources are mixed by their weights; without weights they are drawn evenly
+    until exhausted, and each row comes once an epoch. Order and mixture depend on the seed.
 
     Args:
         config: the recipe's data section.
         processor: the family's.
         seed: of the order.
-        batch: samples of one forward pass; with `group_by_length`, passes of similar length are made from 512 samples
-            at a time.
-        rank: number of this process.
-        ranks: how many there are.
+        batch: samples of one forward pass; `group_by_length` groups 512 samples at a time.
+        rank: rank of this process.
+        ranks: number of ranks.
 
     Attributes:
-        skip: forward passes of this rank that an earlier part of the run has used; their images are not opened.
+        skip: forward passes of this rank to skip when a run resumes; their images are not opened.
         skipped: empty: faults come with the samples, as `faults`.
-        encoder: makes samples of records.
+        encoder: turns records into samples.
         source_rows: empty: the rows are not counted.
 
     Raises:
@@ -64,7 +63,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         """Yields samples as `ConversationDataset` gives them; `faults` are those of the rows just before."""
         worker = get_worker_info()
         workers = 1 if worker is None else worker.num_workers
-        # workers give passes in turns: the first one goes on as the one whose turn it was
+        # the loader takes passes from its workers in turn: worker 0 takes the place of the one that is next
         place = self.skip % workers if worker is None else (worker.id + self.skip) % workers
         skip = max(0, -(-(self.skip - place) // workers)) * self.batch
         faults: list[Fault] = []
@@ -83,13 +82,13 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
             yield sample
 
     def _sample(self, item: _Item) -> dict[str, Any]:
-        found = item.sample
+        tokens = item.sample
         folder = folder_of(self.config.sources[item.source], item.file)
-        images = open_images(found.images, folder, self.config)
-        return {**self.encoder.expand(found.ids, found.labels, images), "source": item.source}
+        images = open_images(tokens.images, folder, self.config)
+        return {**self.encoder.expand(tokens.ids, tokens.labels, images), "source": item.source}
 
     def _ordered(self, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
-        """Yields the shard's items, shuffled, in passes of similar length where the recipe wants them."""
+        """Yields the shard's items, shuffled; with `group_by_length` in passes of similar length."""
         order = random.Random(f"{self.seed} {shard}")
         pool: list[_Item] = []
         for item in self._mixed(shard, shards, faults, order):
@@ -133,9 +132,9 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
                 streams[number] = self._items(number, shard, shards, faults)
 
     def _items(self, number: int, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
-        """Yields one pass over the shard's part of a source; its faults are added to `faults`."""
+        """Yields the shard's part of a source once; appends its faults to `faults`."""
         source = self.config.sources[number]
-        for file, row, raw in _part(source, shard, shards):
+        for file, row, raw in _shard_rows(source, shard, shards):
             try:
                 yield self._item(number, file, row, raw)
             except RowError as error:
@@ -149,9 +148,9 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         return _Item(number, file, row, sample)
 
     def _probe(self, number: int) -> None:
-        """Refuses a source whose first rows are all faulty before a training starts."""
+        """Raises DataError if the first rows of a source are all faulty."""
         faults: list[Fault] = []
-        for file, row, raw in islice(_part(self.config.sources[number], 0, 1), _PROBED):
+        for file, row, raw in islice(_shard_rows(self.config.sources[number], 0, 1), _PROBED):
             try:
                 self._item(number, file, row, raw)
             except RowError as error:
@@ -163,14 +162,14 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
 
 
 def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
-    """Yields every row of all sources once, checked, as `check_rows` has it in its table; nothing is copied.
+    """Yields the rows of `check_rows`' table one by one, without writing the table.
 
     Raises:
         DataError: a source or an image folder cannot be used.
     """
     check_folders(config)
     for number, source in enumerate(config.sources):
-        for file, row, raw in _part(source, 0, 1):
+        for file, row, raw in _shard_rows(source, 0, 1):
             notes, sizes = set[str](), list[int]()
             folder, options = folder_of(source, file), image_options(config)
             try:
@@ -189,7 +188,7 @@ def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Item:
-    """A row as tokens, its images unopened."""
+    """A tokenised row, its images not yet opened."""
 
     source: int
     file: str
@@ -201,7 +200,7 @@ class _Item:
         return Fault(self.file, self.row, str(error))
 
 
-def _part(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, Any]]:
+def _shard_rows(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, Any]]:
     """Yields file, row number and raw row of a shard's part of a source."""
     if source.path.startswith(HUB):
         name = source.path if shards == 1 else f"{source.path} (part {shard} of {shards})"
@@ -221,7 +220,7 @@ def _part(source: Source, shard: int, shards: int) -> Iterator[tuple[str, int, A
 
 
 def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
-    """Yields file, row number and raw row; a RowError in place of the rows that are lost behind a broken one.
+    """Yields file, row number and raw row; one RowError for all rows that a broken file loses.
 
     Raises:
         DataError: no row of the file can be read.

@@ -1,4 +1,4 @@
-"""All rows of a recipe's sources as one memory-mapped table, each of them parsed once and checked, images included."""
+"""One memory-mapped table of all rows of a recipe's sources, parsed and checked once, images included."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import pyarrow as pa
 from data import built_in
 from data.config import DataConfig, Source, expand
 from data.images import ImageOptions, inspect_image
-from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks, parse
+from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders, parse
 from data.sources import find_files, open_store, raw_rows, stamp
 
-EMBEDDED: Final = "\0"  # in place of an image's path: its bytes are in the source, which is read again for them
+EMBEDDED: Final = "\0"  # replaces the path of an image whose bytes are read from the source
 _ROWS: Final = {
     "source": datasets.Value("int32"),  # number in DataConfig.sources
     "file": datasets.Value("string"),
@@ -35,7 +35,7 @@ _ROWS: Final = {
     "texts": datasets.List(datasets.Value("large_string")),  # of user and assistant in turns
     "untrained": datasets.List(datasets.Value("int32")),  # numbers of the answers that are not learnt
 }
-_WRITTEN: Final = 500  # rows that are in memory together
+_WRITE_BATCH: Final = 500  # rows that are in memory together
 _CHECKED: Final = {
     "fault": datasets.Value("string"),
     "notes": datasets.List(datasets.Value("string")),
@@ -43,15 +43,15 @@ _CHECKED: Final = {
 }
 
 
-def check_rows(config: DataConfig, *, anew: bool = False) -> datasets.Dataset:
-    """Returns every row with what its check found: columns source, file, row, fault, notes, ignored, images, texts, ...
+def check_rows(config: DataConfig, *, recheck: bool = False) -> datasets.Dataset:
+    """Returns every row with its check result: columns source, file, row, fault, notes, ignored, images, texts, ...
 
-    Parses once, checks images in parallel, and caches both. A fault is never taken from the cache: the image may be
-    there by now.
+    Parses once, checks images in parallel, and caches both. Cached image faults are checked again, because the image
+    may have been repaired.
 
     Args:
         config: the recipe's data section.
-        anew: checks all images again, whatever the cache holds.
+        recheck: checks all images again and ignores the cache.
 
     Raises:
         DataError: a source, an image folder or the cache cannot be used.
@@ -59,14 +59,14 @@ def check_rows(config: DataConfig, *, anew: bool = False) -> datasets.Dataset:
     check_folders(config)
     with usable_cache():
         rows = _read_rows(config)
-        found = _check_images(rows, config, anew=anew)
-        if not anew and _is_stale(rows, found, config):
-            found = _check_images(rows, config, anew=True)
+        found = _check_images(rows, config, recheck=recheck)
+        if not recheck and _is_stale(rows, found, config):
+            found = _check_images(rows, config, recheck=True)
     return datasets.concatenate_datasets([rows.remove_columns(list(_CHECKED)), found], axis=1)
 
 
 def check_folders(config: DataConfig) -> None:
-    """Refuses an image folder that is not there."""
+    """Raises DataError if an image folder does not exist."""
     for source in config.sources:
         if source.images is not None and not Path(expand(source.images)).is_dir():
             start = "" if Path(expand(source.images)).is_absolute() else f" (relative paths start in {Path.cwd()})"
@@ -92,7 +92,7 @@ def rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def record_of(row: dict[str, Any]) -> Record:
-    """Returns the record of a row of the table; embedded images stand in it as EMBEDDED."""
+    """Returns the record of a row of the table, with EMBEDDED for embedded images."""
     untrained = set(row["untrained"])
     turns = [
         Turn(("user", "assistant")[place % 2], text, place not in untrained) for place, text in enumerate(row["texts"])
@@ -106,7 +106,7 @@ def sizes_of(row: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def read_records(path: str) -> Iterator[tuple[str, int, Record | RowError]]:
-    """Yields file, number and record, or what is wrong with it, of every row of one source.
+    """Yields file, number and record, or its RowError, of every row of one source.
 
     Raises:
         DataError: the source cannot be read.
@@ -123,7 +123,7 @@ def read_records(path: str) -> Iterator[tuple[str, int, Record | RowError]]:
 
 
 def images_of(row: dict[str, Any]) -> Sequence[str | EmbeddedImage]:
-    """Returns the images of a row of the table: their paths, or the images themselves, read again from the source."""
+    """Returns the images of a row of the table: paths, or embedded images read from the source."""
     return parse(_stored(row)).images[: len(row["images"])] if EMBEDDED in row["images"] else row["images"]
 
 
@@ -135,35 +135,35 @@ def folder_of(source: Source, file: str) -> Path | None:
 
 
 def image_options(config: DataConfig) -> ImageOptions:
-    """Returns how the recipe's images are read."""
+    """Returns the recipe's options for reading images."""
     return ImageOptions(config.image_aspect, config.exif, config.follow_links, config.decode)
 
 
 def processes(config: DataConfig, rows: datasets.Dataset) -> int | None:
-    """Returns how many processes share the rows; None for this process alone."""
+    """Returns the number of worker processes; None runs in this process."""
     return min(config.workers, len(rows)) or None
 
 
 def fingerprint(*parts: object) -> str:
-    """Returns the name under which a result that follows from `parts` is cached."""
+    """Returns the cache key of a result that depends on `parts`."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 @cache
 def code_stamp(*modules: str) -> str:
-    """Returns a digest of modules of this package, so that results cached by other code are not used."""
+    """Returns a digest of modules of this package, which invalidates caches when their code changes."""
     files = [Path(__file__).with_name(f"{name}.py") for name in modules]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def source_stamp(*parts: Any) -> str:
-    """Returns a digest of the source of classes and functions: `code_stamp` for parts of a module."""
+    """Returns a digest of the source of classes and functions, for parts of a module: see `code_stamp`."""
     return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
 
 
 @contextmanager
 def usable_cache() -> Iterator[None]:
-    """Raises a one-line DataError where the cache folder cannot be used."""
+    """Turns an OSError of the cache folder into a one-line DataError."""
     try:
         yield
     except OSError as error:
@@ -175,9 +175,9 @@ def usable_cache() -> Iterator[None]:
 
 
 def plain_notes(turns: Sequence[Turn], images: int) -> list[str]:
-    """Returns what format `plain` makes of a conversation that is no caption, keys of NOTES."""
+    """Returns the notes, keys of NOTES, on a conversation that is not a caption, for format `plain`."""
     questions = [turn.text for turn in turns if turn.role == "user"]
-    notes = ["question_left_out"] if any(count_marks(text) == 0 or text.strip() for text in questions) else []
+    notes = ["question_left_out"] if any(count_placeholders(text) == 0 or text.strip() for text in questions) else []
     notes += ["plain_dialogue"] if len(turns) > 2 else []
     return notes + (["plain_text_only"] if not images else [])
 
@@ -189,7 +189,7 @@ def _stored(row: dict[str, Any]) -> Any:
 def _read_rows(config: DataConfig) -> datasets.Dataset:
     """Returns the parsed rows of all sources.
 
-    The table is built once and cached by the sources and what their files hold; other ranks of a machine wait for it.
+    The table is built once and cached by its sources and their contents; other ranks of a machine wait for it.
     """
     open_store.cache_clear()  # files may have changed since
     sources = [(source.path, source.limit, source.format) for source in config.sources]
@@ -209,14 +209,14 @@ def _read_rows(config: DataConfig) -> datasets.Dataset:
 
 @dataclass
 class _RowsConfig(datasets.BuilderConfig):
-    """What the table follows from; `stamps` only make the cache notice changed files and code."""
+    """What the table depends on; `stamps` invalidate the cache when files or code change."""
 
     sources: tuple[tuple[str, int | None, str], ...] = ()
     stamps: tuple[str, ...] = ()
 
 
 class _RowsBuilder(datasets.ArrowBasedBuilder):
-    """Writes the table into the cache of `datasets`, unless it is there."""
+    """Writes the table into the cache of `datasets`, unless it is cached already."""
 
     BUILDER_CONFIG_CLASS = _RowsConfig
 
@@ -229,7 +229,7 @@ class _RowsBuilder(datasets.ArrowBasedBuilder):
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
         schema, rows = self.info.features.arrow_schema, _rows(self.config.sources)
         for number in itertools.count():
-            if not (part := list(itertools.islice(rows, _WRITTEN))):
+            if not (part := list(itertools.islice(rows, _WRITE_BATCH))):
                 return
             yield number, pa.Table.from_pylist(part, schema=schema)
 
@@ -247,9 +247,9 @@ def row_of(source: int, file: str, row: int, record: Record | RowError, style: s
 
     Args:
         source: number in `DataConfig.sources`.
-        file: where the row stands.
-        row: its number there.
-        record: what it is, or what is wrong with it.
+        file: the row's file.
+        row: its number in the file.
+        record: the parsed row, or its error.
         style: the source's format.
     """
     place = {"source": source, "file": file, "row": row}
@@ -272,8 +272,8 @@ def row_of(source: int, file: str, row: int, record: Record | RowError, style: s
     }
 
 
-def _check_images(rows: datasets.Dataset, config: DataConfig, *, anew: bool) -> datasets.Dataset:
-    """Returns columns fault and notes, of the rows and of their images."""
+def _check_images(rows: datasets.Dataset, config: DataConfig, *, recheck: bool) -> datasets.Dataset:
+    """Returns the columns fault, notes and sizes after the images were checked."""
     columns = ["source", "file", "row", "fault", "notes", "images", "sizes"]
     given = rows.select_columns(columns)
     if not any(given["images"][:]):
@@ -288,12 +288,12 @@ def _check_images(rows: datasets.Dataset, config: DataConfig, *, anew: bool) -> 
         new_fingerprint=name,
         features=datasets.Features(_CHECKED),
         remove_columns=[column for column in columns if column not in _CHECKED],
-        load_from_cache_file=not anew,
+        load_from_cache_file=not recheck,
     )
 
 
 def _is_stale(rows: datasets.Dataset, found: datasets.Dataset, config: DataConfig) -> bool:
-    """Returns whether any image fault is no longer what the cache says, because the image was repaired."""
+    """Returns whether any cached image fault is out of date, because the image was repaired."""
     given = rows.select_columns(["source", "file", "row", "fault", "notes", "images"])
     for number, reason in enumerate(found["fault"][:]):
         if reason and not (row := given[number])["fault"] and _inspect(row, config)["fault"] != reason:

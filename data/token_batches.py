@@ -1,4 +1,4 @@
-"""Batches by tokens: steps and forward passes of nearly equal token count, for rows without padding."""
+"""Batches by token count: steps and forward passes of nearly equal size, for packed rows without padding."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils.data import Sampler
 
 
 class TokenBatches(Sampler[list[int]]):
-    """An order in steps of nearly equal token count; yields the samples of each forward pass.
+    """Batch sampler with steps of nearly equal token count; yields the samples of each forward pass.
 
-    The order is cut into steps where the tokens so far reach their share, so every sample comes once an epoch. In a
-    step each sample, the longest first, goes to the pass that has the fewest tokens by then. Every epoch has the same
-    number of steps, and every step of passes: ranks take them in turns. A step of fewer samples than passes is filled
-    up with samples from the beginning of the epoch.
+    The order is divided into steps of an equal share of the epoch's tokens, so every sample comes once an epoch. In a
+    step each sample, longest first, goes to the pass with the fewest tokens so far. Every epoch has the same number of
+    steps, and every step the same number of passes, which ranks take in turn. A step with fewer samples than passes is
+    filled up with samples from the beginning of the epoch.
 
     Args:
-        order: of the samples, a sampler with `set_epoch`.
+        order: sampler of sample indices, with `set_epoch`.
         lengths: tokens of each sample.
-        tokens_per_step: tokens of a step, at most by the mean over an epoch.
+        tokens_per_step: maximum tokens of a step, as the mean over an epoch.
         passes: forward passes of a step, over all ranks.
     """
 
@@ -32,7 +32,7 @@ class TokenBatches(Sampler[list[int]]):
         self.steps = math.ceil(sum(lengths[index] for index in order) / tokens_per_step)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order the next iteration gives."""
+        """Sets the epoch of the next iteration."""
         self._order.set_epoch(epoch)
 
     def __len__(self) -> int:

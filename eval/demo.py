@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from data.chat import TokenizerError
 from data.easy_vqa import is_built_in, questions
 from data.images import read_image as read_upload
-from data.rows import IMAGE_MARK, RowError
+from data.rows import IMAGE_PLACEHOLDER, RowError
 from eval.arguments import UsageError, command_line, free_port
 from eval.checkpoint import Checkpoint
 from eval.live import draw_overlay, live_mask
@@ -245,7 +245,7 @@ def _only_uploads(image: gr.Image) -> gr.Image:
 
 def _checked(question: Any, schedule: Any, new: Any, names: Sequence[str]) -> tuple[str, str, int]:
     """Returns question, schedule and number of new tokens; raises QuestionError for what the page cannot send."""
-    if not isinstance(question, str) or not question.replace(IMAGE_MARK, "").strip():
+    if not isinstance(question, str) or not question.replace(IMAGE_PLACEHOLDER, "").strip():
         raise QuestionError("Type a question first.")
     if len(question) > MAX_CHARACTERS:
         raise QuestionError(

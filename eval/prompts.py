@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from data.chat import ChatFormat
-from data.dataset import joined
+from data.dataset import pad_and_concat
 from data.processor import EncodedImages, VisionProcessor
-from data.rows import IMAGE_MARK, Turn
+from data.rows import IMAGE_PLACEHOLDER, Turn
 from eval.text_tower import TextTower, placed
 from models.schedules import Schedule
 
@@ -61,7 +61,7 @@ class PromptEncoder:
         if self.text_tower is not None and is_read and "pixel_values" in inputs:
             shown = inputs["pixel_values"].split([len(prompt.images) for prompt in prompts])
             rows = [
-                self.text_tower.relevance(prompt.text.replace(IMAGE_MARK, "").strip(), images)
+                self.text_tower.relevance(prompt.text.replace(IMAGE_PLACEHOLDER, "").strip(), images)
                 for prompt, images in zip(prompts, shown, strict=True)
             ]
             inputs["relevance"] = placed(rows, inputs["input_ids"], self.vision.image_token_id)
@@ -123,14 +123,14 @@ class PromptEncoder:
 
     def _ids(self, prompt: VqaPrompt) -> list[int]:
         """Returns the ids of one question, with one image token an image."""
-        marks = f"{IMAGE_MARK}\n" * len(prompt.images)
-        return self.chat.prompt([Turn("user", marks + prompt.text.replace(IMAGE_MARK, ""))])
+        marks = f"{IMAGE_PLACEHOLDER}\n" * len(prompt.images)
+        return self.chat.prompt([Turn("user", marks + prompt.text.replace(IMAGE_PLACEHOLDER, ""))])
 
 
 def image_inputs(encoded: Sequence[EncodedImages | None]) -> dict[str, Tensor]:
     """Returns the inputs of the images of a batch, joined as in training."""
     given = [one.inputs for one in encoded if one is not None]
-    return {name: joined([inputs[name] for inputs in given]) for name in (given[0] if given else ())}
+    return {name: pad_and_concat([inputs[name] for inputs in given]) for name in (given[0] if given else ())}
 
 
 def pad_left(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class AttentionSpread(Wrapper):
         self.derive(reads_attention=True)
 
     def live(self, view: View) -> Selection:
-        """Measures the layer before, then returns what the inner schedule selects."""
+        """Measures the previous layer, then returns the inner schedule's selection."""
         self._measure(view)
         return self.inner.live(view)
 

@@ -14,7 +14,7 @@ IGNORE_INDEX = -100  # as torch.nn.functional.cross_entropy
 
 @dataclass(frozen=True, eq=False)
 class BatchFacts:
-    """Counts and places of a padded batch (B, S), read while it is on the CPU.
+    """Token counts and label positions of a padded batch (B, S), read while it is on the CPU.
 
     Attributes:
         lengths: tokens of each sample, without padding.
@@ -69,6 +69,6 @@ def instruction_ends(labels: Tensor) -> Tensor:
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Returns whole numbers as an int64 tensor, without waiting for the device."""
+    """Returns integers as an int64 tensor on the device, without synchronising."""
     tensor = torch.tensor(values, dtype=torch.int64)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -24,7 +24,7 @@ class StagedLayer(DynamicLayer):
     padded = False  # some column is padding
 
     def extend(self, slots: Tensor, padded: bool) -> tuple[Tensor, bool]:
-        """Notes the slots of the columns that the layer is about to append, and whether some of them are padding.
+        """Records the slots of the columns that the layer is about to append, and whether any is padding.
 
         Returns:
             `slots` (B, C) and `padded` of all columns that it then holds.
@@ -38,7 +38,7 @@ class StagedLayer(DynamicLayer):
         return self.seen
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Clears the layer."""
         super().reset()
         self.slots, self.seen, self.next_position, self.padded = None, 0, None, False
 

@@ -1,6 +1,6 @@
 """The supported families: a fused class and config for each, made with FusedMixin. Adding one is an entry in FAMILIES.
 
-docs/families.md says what is tested for each, and how to add one.
+docs/families.md lists what is tested for each, and explains how to add one.
 """
 
 from __future__ import annotations

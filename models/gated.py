@@ -21,7 +21,7 @@ class Gated(Schedule):
     is interpolated linearly between the two: a gate's gradient is then, to first order, what vision in that layer adds
     to the loss, and it does not vanish at a closed gate. (The logarithm of a gate, added to the attention scores of
     visual keys, has the same limit for text, but needs a mask with gradient, which flash attention does not take, and
-    leaves visual tokens to change in layers that the plan will not show them.)
+    lets visual tokens change in layers that the plan will exclude.)
 
     For training and prefill without a cache. It costs a dense pass and one of text alone.
 

@@ -1,4 +1,4 @@
-"""What a CLIP tower makes of each image, for schedules that choose by its attention. Source: ours."""
+"""Outputs of a CLIP tower for each image, for schedules that choose tokens by its attention. Source: ours."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageTokens:
 
 
 def missing_tower(config: Any) -> str | None:
-    """Returns why a VLM's tower gives no ImageTokens, in words; None where it does."""
+    """Returns the reason why a VLM's tower cannot provide ImageTokens; None if it can."""
     kind, tower = getattr(config, "base_model_type", config.model_type), config.vision_config.model_type
     if kind != "llava" or tower != "clip_vision_model":
         return f"a {kind} with a {tower} tower"

@@ -1,4 +1,4 @@
-"""Which tokens each layer runs on: rows of a padded (B, S) batch, gathered once and moved from layer to layer."""
+"""The tokens that each layer runs on: rows of a padded (B, S) batch, gathered once and moved from layer to layer."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class LiveTokens:
 class VisualRows:
     """The projected visual tokens of a batch, kept apart until a layer runs on them.
 
-    There may be rows that no position uses: a training batch without an image brings a blank one, so that every rank
+    Some rows may belong to no position: a training batch without an image encodes a blank one, so that every rank
     runs the same modules.
     """
 
@@ -156,7 +156,7 @@ def move(hidden: Tensor, old: LiveTokens, new: LiveTokens, entering: VisualRows 
 class Selection:
     """A schedule's choice of visual tokens.
 
-    Returning the same object for several layers says that nothing changed, so nothing is gathered anew.
+    Return the same object for several layers if the choice does not change: nothing is then gathered again.
     """
 
     mask: Tensor | None  # (B, S) bool, a subset of the visual tokens; None: none of them, without asking the device
@@ -204,7 +204,7 @@ class LayerTokens:
 
 
 class SequenceState:
-    """Where the tokens of one call of run_decoder stand, and the tokens of each selection, gathered once.
+    """Positions of the tokens in one call of run_decoder, and the tokens of each selection, gathered once.
 
     Packed, the batch counts as a single sample of B * S places, which B and S below stand for; selections stay (B, S).
 
@@ -217,7 +217,7 @@ class SequenceState:
         is_packed: every layer runs on one row.
         blocks: (B, offset + S) int64, the image block of each slot, whose tokens see each other in both directions;
             -1: none. None where the model has no such blocks.
-        facts: what is known of the batch without asking the device; None: nothing.
+        facts: counts of the batch that need no device synchronisation; None: read from the device.
     """
 
     def __init__(

@@ -264,7 +264,7 @@ class Wrapper(Schedule):
         self.derive(differentiable=inner.differentiable)
 
     def check(self, num_layers: int) -> None:
-        """Raises what the inner schedule raises."""
+        """Checks the inner schedule."""
         self.inner.check(num_layers)
 
     def new_state(self) -> Any:
@@ -272,19 +272,19 @@ class Wrapper(Schedule):
         return self.inner.new_state()
 
     def live(self, view: View) -> Selection:
-        """Returns what the inner schedule selects."""
+        """Returns the inner schedule's selection."""
         return self.inner.live(view)
 
     def value_remap(self, view: View) -> ValueRemap | None:
-        """Returns what the inner schedule wants."""
+        """Delegates to the inner schedule."""
         return self.inner.value_remap(view)
 
     def update_at(self, layer: int) -> str:
-        """Returns what the inner schedule wants."""
+        """Delegates to the inner schedule."""
         return self.inner.update_at(layer)
 
     def visual_states(self, view: View) -> Tensor | None:
-        """Returns what the inner schedule wants."""
+        """Delegates to the inner schedule."""
         return self.inner.visual_states(view)
 
     def gate_at(self, layer: int) -> Tensor | None:
@@ -292,11 +292,11 @@ class Wrapper(Schedule):
         return self.inner.gate_at(layer)
 
     def deepstack_ratios(self, layer: int, levels: int) -> Sequence[Tensor] | None:
-        """Returns what the inner schedule wants."""
+        """Delegates to the inner schedule."""
         return self.inner.deepstack_ratios(layer, levels)
 
     def token_gates(self, view: View) -> Tensor | None:
-        """Returns the inner schedule's."""
+        """Delegates to the inner schedule."""
         return self.inner.token_gates(view)
 
     def on_end(self, view: View) -> None:
@@ -333,7 +333,7 @@ class Within(Schedule):
         self.derive(reads_relevance=inner.reads_relevance, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
-        """Raises ValueError when either names a layer beyond the decoder."""
+        """Raises ValueError if the plan or the pruner uses a layer beyond the decoder."""
         self.plan.check(num_layers)
         self.inner.check(num_layers)
 
@@ -342,7 +342,7 @@ class Within(Schedule):
         return _WithinState(_FusedState(), self.inner.new_state())
 
     def live(self, view: View) -> Selection:
-        """Returns the visual tokens that both let live."""
+        """Returns the visual tokens that both keep live."""
         state: _WithinState = view.state
         trained = Fused(self.plan).live(replace(view, state=state.plan))
         if trained is NO_VISUAL:
@@ -355,15 +355,15 @@ class Within(Schedule):
         return _both(view, trained, pruned)
 
     def value_remap(self, view: View) -> ValueRemap | None:
-        """Returns what the pruner wants."""
+        """Delegates to the pruner."""
         return self.inner.value_remap(replace(view, state=view.state.pruner))
 
     def update_at(self, layer: int) -> str:
-        """Returns `kv` where either wants it."""
+        """Returns `kv` if the plan or the pruner does."""
         return "kv" if self.update == "kv" else self.inner.update_at(layer)
 
     def visual_states(self, view: View) -> Tensor | None:
-        """Returns what the pruner wants."""
+        """Delegates to the pruner."""
         return self.inner.visual_states(replace(view, state=view.state.pruner))
 
     def on_end(self, view: View) -> None:

@@ -84,7 +84,7 @@ class StagePlan:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON-ready values (keys of `keep` become strings, as JSON wants them)."""
+        """Returns the plan as JSON-ready values (keys of `keep` become strings, as JSON requires)."""
         layers = None if self.layers is None else list(self.layers)
         return {**vars(self), "layers": layers, "keep": {str(layer): amount for layer, amount in self.keep.items()}}
 

@@ -2,8 +2,8 @@
 
 A weight set to 0 after the softmax, nothing renormalised, is a weight on a value vector of zeros; a weight given to
 another token is a weight on that token's value vector. So the layer's attention runs unchanged on changed values, under
-any backend. Where text and visual queries want different values of the same visual keys, those keys are there twice,
-and a mask shows each query its copy: as many more keys as there are visual tokens, and no matrix of weights.
+any backend. Where text and visual queries need different values for the same visual keys, these keys are duplicated,
+and a mask selects the copy for each query: one more key per visual token, and no matrix of weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BoundValueRemap:
     def __init__(
         self, remap: ValueRemap, slots: Tensor, visual: Tensor, offset: int, copies: LiveTokens | None
     ) -> None:
-        """Resolves which column's value each column brings.
+        """Resolves the source column of each column's value.
 
         `slots` (B, C) are those of the columns, -1 on padding; `visual` (B, S) marks the visual tokens; `offset` is the
         slot of the input's first token. `copies` are the visual tokens among the columns, where they run queries too;

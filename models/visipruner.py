@@ -92,7 +92,7 @@ class VisiPruner(Schedule):
         self.require("shallow_end", self.shallow_end <= num_layers, expected)
 
     def new_state(self) -> _State:
-        """Returns what is known of a run so far."""
+        """Returns the state of a new run."""
         return _State()
 
     def live(self, view: View) -> Selection:
@@ -145,7 +145,7 @@ class VisiPruner(Schedule):
 
 @dataclass
 class _State:
-    """What is known of a run: its samples, filled at the first test, and the masks of layers 1 ... s - 1."""
+    """State of a run: its samples, filled at the first test, and the masks of layers 1 ... s - 1."""
 
     samples: list[_Sample] = field(default_factory=list)
     shallow: ValueRemap | None = None
@@ -153,7 +153,7 @@ class _State:
 
 @dataclass
 class _Sample:
-    """What is known of one sample of a batch: whether the middle has fired, and how many quiet layers followed."""
+    """State of one sample of a batch: whether the middle has fired, and how many quiet layers followed."""
 
     fired: bool = False
     quiet: int = 0

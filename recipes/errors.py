@@ -11,16 +11,16 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
-# Tags of a key that takes one thing, a list, or a section of another kind; they are not keys.
+# Tags of the union members of a key (one plan, several, learned) in pydantic's locations; they are not keys.
 ONE, SEVERAL, LEARNED = "<one>", "<several>", "<learned>"
 _TAGS: Final = (ONE, SEVERAL, LEARNED)
 _UNKNOWN: Final = ("extra_forbidden", "invalid_key")  # kinds of faults whose location ends with the unknown key
 _LIMITS: Final = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_WORDS: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_TYPE_NAMES: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one line: `file: key: got this, expected that`."""
+    """A recipe that cannot be run; the message is one line: `file: key: got X, expected Y`."""
 
 
 def first_fault(error: ValidationError, schema: type[BaseModel], source: str | Path) -> RecipeError:
@@ -34,17 +34,17 @@ def first_fault(error: ValidationError, schema: type[BaseModel], source: str | P
         where = f"{source}: {'.'.join(part for part in location if part not in _TAGS)}"
         known = _fields(schema, location[:-1])
         return RecipeError(f"{where}: unknown key; {suggestion(location[-1], known)}")
-    accepted = _accepted(schema, location)
+    accepted = _describe_field(schema, location)
     if kind == "missing":
         return RecipeError(f"{where}: missing key, expected {accepted}")
     if kind == "value_error":
         return RecipeError(f"{where}: {fault['ctx']['error']}")
     hint = _float_hint(found) if "number" in accepted else ""
-    return RecipeError(f"{where}: got {_shown(found)}, expected {accepted}{hint}")
+    return RecipeError(f"{where}: got {_describe_value(found)}, expected {accepted}{hint}")
 
 
 def _location(schema: type[BaseModel], parts: Sequence[int | str], *, is_unknown: bool) -> list[str]:
-    """Returns the keys and places of a fault, and the tags, without other names that pydantic gives to members."""
+    """Returns the keys, list indices and tags of a fault, without pydantic's other names of union members."""
     section: Any = schema
     annotation: Any = None
     location, is_mapping = [], False
@@ -71,7 +71,7 @@ def _member(annotation: Any, tag: int | str) -> Any:
 
 
 def _takes_names(annotation: Any) -> bool:
-    """Returns whether a mapping of any names fits an annotation."""
+    """Returns whether an annotation accepts a mapping with arbitrary keys."""
     origin = typing.get_origin(annotation)
     return origin in (dict, Mapping) or any(_takes_names(part) for part in typing.get_args(annotation))
 
@@ -85,7 +85,7 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     return f"expected {', '.join(known)}"
 
 
-def _shown(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     return f"{shortened(value)} ({type(value).__name__})"
 
 
@@ -96,7 +96,7 @@ def shortened(value: Any) -> str:
 
 
 def _float_hint(found: Any) -> str:
-    """Returns how YAML wants a number that it read as text: `2e-5` is text, `2.0e-5` a number."""
+    """Returns a hint for a number that YAML reads as text: `2e-5` is text, `2.0e-5` a number."""
     if not isinstance(found, str):
         return ""
     try:
@@ -127,8 +127,8 @@ def _section(annotation: Any) -> Any:
     return next((found for part in typing.get_args(annotation) if (found := _section(part)) is not None), None)
 
 
-def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
-    """Returns in words what the field at `location` accepts, with its limits."""
+def _describe_field(schema: type[BaseModel], location: Sequence[str]) -> str:
+    """Describes the values that the field at `location` accepts, with their limits."""
     section: Any = schema
     annotation: Any = None
     words = "a mapping of keys"
@@ -142,7 +142,7 @@ def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
             break
         field = section.model_fields[part]
         annotation = field.annotation
-        words = _annotation_words(annotation)
+        words = _describe_type(annotation)
         limits = [
             f"{sign} {getattr(mark, name)}"
             for mark in field.metadata
@@ -159,23 +159,23 @@ def _accepted(schema: type[BaseModel], location: Sequence[str]) -> str:
     return words
 
 
-def _annotation_words(annotation: Any) -> str:
+def _describe_type(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_annotation_words(arg) for arg in args)
+        return " or ".join(_describe_type(arg) for arg in args)
     if origin is Literal:
         return ", ".join(str(arg) for arg in args)
     if origin is typing.Annotated:
-        return _annotation_words(args[0])
+        return _describe_type(args[0])
     if origin in (list, tuple):
         if not args:
             return "a list"
-        items = _annotation_words(args[0]).replace("a mapping", "mappings").replace("number", "numbers")
+        items = _describe_type(args[0]).replace("a mapping", "mappings").replace("number", "numbers")
         return f"a list of {items}"
     if origin in (dict, Mapping) or annotation in (dict, Mapping):
         return "a mapping of keys"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping of {', '.join(annotation.model_fields)}"
-    return _WORDS.get(annotation, str(annotation))
+    return _TYPE_NAMES.get(annotation, str(annotation))

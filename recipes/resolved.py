@@ -1,4 +1,4 @@
-"""The resolved recipe that is saved beside every result: written, and compared with another."""
+"""Writes the resolved recipe that is saved with every result, and compares it with another."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def saved_data(saved: Path) -> DataConfig:
-    """Returns the data section of a saved recipe, whatever else it names that is no longer there.
+    """Returns the data section of a saved recipe, even if other files that it names are gone.
 
     Raises:
-        RecipeError: the file holds none.
+        RecipeError: the file has no valid data section.
     """
     try:
         return DataConfig.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))["data"])
@@ -35,7 +35,7 @@ def saved_recipe(saved: Path) -> dict[str, Any]:
     """Returns a saved recipe as {dotted key: value}.
 
     Raises:
-        RecipeError: the file holds none.
+        RecipeError: the file cannot be read.
     """
     return _flat(_read(saved))
 
@@ -47,7 +47,7 @@ def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
         RecipeError: the saved recipe cannot be read.
     """
     raw = _read(saved)
-    with suppress(ValidationError):  # a key that is younger than the saved recipe had its default
+    with suppress(ValidationError):  # keys added since the recipe was saved get their default
         raw = Recipe.model_validate(raw).model_dump()
     before = _flat(raw)
     now = _flat(recipe.model_dump())

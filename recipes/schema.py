@@ -1,4 +1,4 @@
-"""What a recipe may say, and the reading of it: YAML file + `a.b=c` overrides -> Recipe, or one-line RecipeError."""
+"""The recipe schema and its loader: YAML file and `a.b=c` overrides -> Recipe, or a one-line RecipeError."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from recipes.errors import LEARNED, ONE, SEVERAL, RecipeError, first_fault, shor
 __all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
-_MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # beyond every run, and below what overflows
-# What PyYAML raises for text that is no YAML; the last three for tags on values that they do not fit.
+_MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # more than any run needs, and small enough not to overflow
+# What PyYAML raises for invalid YAML; the last three for tags that do not fit their values.
 _NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError)
 _MERGE = "tag:yaml.org,2002:merge"
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
 
-Optimizer = Literal[  # those of Trainer's that are elementwise: ZeRO cuts weights into flat pieces
+Optimizer = Literal[  # Trainer's elementwise optimizers: ZeRO flattens and splits weights
     "adamw_torch_fused",
     "adamw_torch",
     "adamw_8bit",
@@ -57,11 +57,11 @@ class _Section(BaseModel):
 
 
 class Distill(_Section):
-    """Self-distillation: steps under a plan also learn from the same model under another one, without gradient.
+    """Self-distillation: under one plan the model also learns from itself under another, without gradient.
 
     Attributes:
         teacher: name of the other plan.
-        weight: of the Kullback-Leibler divergence on the labelled positions, beside the loss.
+        weight: factor of the Kullback-Leibler divergence on labelled positions, added to the loss.
     """
 
     teacher: str
@@ -72,10 +72,10 @@ class NamedPlan(_Section):
     """One of several stage plans that a checkpoint is trained for.
 
     Attributes:
-        name: `model.schedule = name` chooses it later.
-        weight: each optimizer step runs under one plan, drawn with these weights.
+        name: selects the plan after training: `model.schedule = name`.
+        weight: relative probability that an optimizer step runs under this plan.
         plan: fields of StagePlan; null is dense.
-        distill: what steps under this plan learn from another one; null: nothing.
+        distill: self-distillation from another plan; null: none.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -90,11 +90,11 @@ class NamedPlan(_Section):
 
 
 class Learn(_Section):
-    """A window of layers that the first steps of the last phase find.
+    """Search for the fusion window, in the first steps of the last phase.
 
     Attributes:
-        budget: token-layers of vision, as a share of the dense model's: the window is the widest within it.
-        steps: optimizer steps of the search; the run goes on under the window.
+        budget: maximum visual token-layers, relative to the dense model; the window is the widest within it.
+        steps: optimizer steps of the search; the run then continues with the window.
         update: as in StagePlan.
     """
 
@@ -108,7 +108,7 @@ class Learn(_Section):
 
 
 class LearnedStages(_Section):
-    """A stage plan that training finds."""
+    """A stage plan that is found during training."""
 
     learn: Learn
 
@@ -128,15 +128,15 @@ class ModelSection(_Section):
     """The model that a run starts from, and its stage plan.
 
     Attributes:
-        config: folder with config.json (LlavaConfig), the image processor and, unless `language_model` brings one,
-            the tokenizer. Beside a `checkpoint`, whose config counts, it gives the shape for --check where the
-            checkpoint is missing, and a processor to a checkpoint without one.
+        config: folder with config.json (LlavaConfig), the image processor and, unless `language_model` has one,
+            the tokenizer. With a `checkpoint`, whose config takes precedence, it provides the shape for --check if the
+            checkpoint is missing, and the processor if the checkpoint has none.
         checkpoint: checkpoint of any supported family to start from, a folder or a hub id.
         language_model: pretrained decoder, a folder or a hub id; null is random weights.
         vision_tower: pretrained vision tower, a folder or a hub id; null is random weights.
-        stages: fields of StagePlan; null is dense. Or a list of several named plans, of which each step draws one; the
-            first is the checkpoint's default. Or `{learn: ...}`: the last phase finds the window; before that, the
-            model is dense.
+        stages: fields of StagePlan; null is dense. Or a list of named plans: each step draws one, and the first is the
+            checkpoint's default. Or `{learn: ...}`: the last phase searches for the window, and the model is dense
+            before.
     """
 
     config: str | None = Field(default=None, min_length=1)
@@ -151,7 +151,7 @@ class ModelSection(_Section):
             raise ValueError("got neither config nor checkpoint, expected at least one of them")
         if self.checkpoint and (self.language_model or self.vision_tower):
             raise ValueError(
-                "got checkpoint beside language_model or vision_tower, expected one or the other, "
+                "got checkpoint with language_model or vision_tower, expected one or the other, "
                 "because a checkpoint holds both"
             )
         if isinstance(self.stages, list):
@@ -170,19 +170,19 @@ class ModelSection(_Section):
 
     @property
     def plan_fields(self) -> dict[str, Any]:
-        """What a model's config says of this: `stages`, the first plan's fields, and `plans`, None of a single one."""
+        """Fields of the model's config: `stages`, those of the first plan, and `plans`, None if there is only one."""
         if isinstance(self.stages, list):
             return {"stages": self.stages[0].plan, "plans": {one.name: one.plan for one in self.stages}}
         return {"stages": self.plans["trained"].plan, "plans": None}
 
     @property
     def learn(self) -> Learn | None:
-        """The search for the plan, where training finds it."""
+        """The search for the fusion window; None if the plan is fixed."""
         return self.stages.learn if isinstance(self.stages, LearnedStages) else None
 
     @property
     def plans(self) -> dict[str, NamedPlan]:
-        """The plans by name; a single one is `trained`: dense before it is found, where training finds it."""
+        """The plans by name; a single one is named `trained`, and is dense until a search has found it."""
         if isinstance(self.stages, list):
             return {one.name: one for one in self.stages}
         plan = None if isinstance(self.stages, LearnedStages) else self.stages
@@ -204,14 +204,14 @@ class LearningRates(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters on Linear layers, in place of the full weights of the parts that have them.
+    """Low-rank adapters on Linear layers, trained in place of the full weights of these parts.
 
     Attributes:
         parts: which parts of the model have adapters.
-        modules: names of their Linear layers, such as q_proj; null takes all, the head excepted.
-        layers: of the language model: all, those that see vision under the stage plan, or numbers.
-        dora, rslora: the variants of the same names in peft.
-        bits: QLoRA: frozen weights of the language model are kept in 4 or 8 bits; null keeps them as they are.
+        modules: names of their Linear layers, such as q_proj; null is all except the head.
+        layers: layers of the language model: all, those with visual tokens under the plan (window), or numbers.
+        dora, rslora: peft's variants of the same names.
+        bits: QLoRA: quantises the frozen weights of the language model to 4 or 8 bits; null does not.
     """
 
     r: int = Field(default=128, gt=0)
@@ -249,8 +249,8 @@ class SparseAttention(_Section):
     """A penalty on instruction tokens that spread their attention over many visual tokens.
 
     Attributes:
-        weight: of the spread, which is 1 for equal attention on all visual tokens and 0 on one alone, the mean over
-            samples with an image and layers, beside the loss; 0 only writes the spread into the log.
+        weight: factor of the spread, added to the loss; 0 only logs it. The spread is 1 for equal attention on all
+            visual tokens and 0 for one alone; it is the mean over layers and over samples with an image.
     """
 
     weight: float = Field(ge=0)
@@ -260,26 +260,26 @@ class TrainSection(_Section):
     """How one phase trains.
 
     Attributes:
-        global_batch: samples of one optimizer step, over all ranks and accumulation.
-        per_device_batch: samples of one forward pass on one rank, at most; accumulation follows from the two.
-        tokens_per_step: tokens of one optimizer step, over all ranks, about: a step then has as many samples as fill
-            them, in `global_batch` / `per_device_batch` forward passes of nearly equal size, packed: nothing is padded.
-            null: a step has `global_batch` samples.
+        global_batch: samples of one optimizer step, over all ranks and accumulation steps.
+        per_device_batch: maximum samples of a forward pass on one rank; gradient accumulation follows from the two.
+        tokens_per_step: approximate tokens of one optimizer step, over all ranks; the number of samples then varies,
+            in `global_batch` / `per_device_batch` packed forward passes of nearly equal size, without padding. null: a
+            step has `global_batch` samples.
         epochs: passes over the data; `max_steps` and `max_seconds` replace it where they are set.
         max_steps: optimizer steps.
         max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.
         warmup_ratio: share of the run in which the learning rate rises from 0.
-        layers: decoder layers [first, end) that learn, without embeddings, head and last norm; null is everything.
-        tower_layers: how many of the last layers of the vision tower learn; null is everything.
+        layers: decoder layers [first, end) to train, without embeddings, head and final norm; null is everything.
+        tower_layers: number of last layers of the vision tower to train; null is everything.
         optimizer: one of Optimizer.
         max_grad_norm: gradients are clipped to this norm; null does not clip.
         neftune: NEFTune's alpha, the noise on embedded text; null for none.
-        sparse_attention: a penalty that makes the instruction attend to few visual tokens; null for none.
-        precision: bf16, fp32, fp16 with loss scaling, or auto: bf16 where the hardware multiplies it, else fp32.
-        tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere. Of an align phase that says none,
-            the recipe's.
-        profile: steps to write a trace of; null for none.
-        save_steps: steps between two checkpoints; null saves at the end alone.
+        sparse_attention: penalty that concentrates the instruction's attention on few visual tokens; null for none.
+        precision: bf16, fp32, fp16 with loss scaling, or auto: bf16 if the hardware multiplies it natively, else fp32.
+        tracker: where the log also goes: Weights & Biases, TensorBoard or nowhere. An align phase without it uses the
+            recipe's.
+        profile: steps to trace; null for none.
+        save_steps: steps between two checkpoints; null saves only at the end.
     """
 
     deepspeed: str = Field(min_length=1)
@@ -345,11 +345,11 @@ class EvalSection(_Section):
     Attributes:
         files: held-out conversations, as `data.files`; null takes `share` of the training rows, which are then not
             trained on.
-        share: of the rows of `files`, or of the training rows.
+        share: share of the rows of `files`, or of the training rows.
         every: steps between two evaluations; one more follows the last step.
-        metric: what says which evaluation is the best.
-        patience: evaluations without a better one after which the run ends; null never ends it.
-        final: weights in `final/`: of the last step, or of the best evaluation, whose checkpoint is then kept.
+        metric: selects the best evaluation.
+        patience: ends the run after this many evaluations without a better one; null never does.
+        final: weights in `final/`: those of the last step, or of the best evaluation, whose checkpoint is kept.
     """
 
     files: Files | None = Field(default=None, min_length=1)
@@ -367,7 +367,7 @@ class EvalSection(_Section):
 
 
 class Align(_Section):
-    """An earlier phase under the same stage plan; LLaVA trains the projector alone in it."""
+    """The alignment phase, under the same stage plan; LLaVA trains only the projector in it."""
 
     data: DataConfig
     train: TrainSection
@@ -375,9 +375,9 @@ class Align(_Section):
 
 
 class Phase(_Section):
-    """One training of a recipe: `align` and then `tune`, or `train` where there is one alone.
+    """One training run of a recipe: `align` and then `tune`, or a single `train`.
 
-    `learn` is the search for the stage plan, in the last phase alone.
+    `learn` is the search for the fusion window, set only in the last phase.
     """
 
     name: Literal["align", "tune", "train"]
@@ -394,10 +394,10 @@ class Recipe(_Section):
 
     Attributes:
         name: name of the run, also in Weights & Biases.
-        seed: seed of random weights, of the order of the data and of dropout.
+        seed: seed of random weights, data order and dropout.
         output: run folder.
         eval: validation of the last phase; null for none.
-        align: earlier phase, run first by the same command; null for none.
+        align: alignment phase, run first by the same command; null for none.
     """
 
     name: str = Field(min_length=1)
@@ -435,7 +435,7 @@ class Recipe(_Section):
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
-        if self._has_one_tracker:  # what was dumped is loaded with it too, with an override of train.tracker as well
+        if self._has_one_tracker:  # so that an override of train.tracker still reaches align when the dump is loaded
             fields["align"]["train"].pop("tracker", None)
         return fields
 
@@ -445,7 +445,7 @@ class Recipe(_Section):
 
     @property
     def phases(self) -> list[Phase]:
-        """The trainings of this recipe in their order; the last one writes into `output` itself."""
+        """The phases of this recipe in order; the last one writes into `output` itself."""
         folder = Path(self.output)
         last: Literal["train", "tune"] = "train" if self.align is None else "tune"
         plans = self.model.plans
@@ -488,7 +488,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses what YAML would silently change: a key written twice, 010 for 8, 1:30 for 90."""
+    """SafeLoader that rejects what YAML would silently change: duplicate keys, 010 for 8, 1:30 for 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -504,7 +504,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        """Returns a whole number; one that YAML 1.1 does not read as it is written is refused."""
+        """Returns a whole number; rejects notations that YAML 1.1 does not read as decimal."""
         if not _DECIMAL.fullmatch(node.value):
             value = self.construct_yaml_int(node)
             line = node.start_mark.line + 1
@@ -512,7 +512,7 @@ class _Loader(yaml.SafeLoader):
         return self.construct_yaml_int(node)
 
     def construct_real(self, node: yaml.ScalarNode) -> float:
-        """Returns a number; one to the base of 60 is refused."""
+        """Returns a number; rejects base 60 (1:30)."""
         if ":" in node.value:
             raise RecipeError(f"line {node.start_mark.line + 1}: got {node.value}, expected a decimal number")
         return self.construct_yaml_float(node)
@@ -526,7 +526,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the keys of a YAML file.
 
     Raises:
-        RecipeError: it cannot be read, or holds a value that YAML would silently change.
+        RecipeError: it cannot be read, or has a value that YAML would silently change.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
@@ -545,9 +545,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
-    """Sets one `dotted.key=value` in the raw recipe; the schema checks whether the key exists."""
-    key, mark, text = override.partition("=")
-    if not mark or not all(key.split(".")):
+    """Sets one `dotted.key=value` in the raw recipe; the schema later checks that the key exists."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"{path}: got {override!r}, expected dotted.key=value")
     if not text.strip():
         raise RecipeError(f"{path}: {key}: got nothing, expected a value in YAML (null for none)")
@@ -570,7 +570,7 @@ def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
 
 
 def _check_depth(recipe: Recipe, path: str | Path) -> None:
-    """Refuses a plan that names a layer which the decoder of a local config.json does not have."""
+    """Raises RecipeError for a plan with layers beyond the depth of the decoder in a local config.json."""
     folder = Path(recipe.model.config or recipe.model.checkpoint or "")
     file = folder / "config.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What a study may say: a recipe, the changes to it that are compared, seeds. YAML file -> Study, or RecipeError."""
+"""The study schema (a recipe, the arms to compare, seeds) and its loader: YAML file -> Study, or RecipeError."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class Arm(_Section):
-    """One way to train.
+    """One training variant.
 
     Attributes:
-        set: overrides of the recipe, beside the study's.
-        schedules: the trained model answers under each of these; `trained` is its stage plan.
+        set: overrides of the recipe, in addition to the study's.
+        schedules: schedules to evaluate the trained model under; `trained` is its stage plan.
     """
 
     set: list[str] = []
@@ -38,17 +38,17 @@ class Arm(_Section):
 
 
 class Study(_Section):
-    """What a study's file says.
+    """A comparison of training variants over seeds.
 
     Attributes:
         name: heading of its tables.
-        recipe: the recipe that all arms start from.
+        recipe: the recipe common to all arms.
         set: overrides for all arms.
-        seeds: of the random weights and of the order of the data; every arm is trained with each.
-        tasks: built-in sets that every run answers; the first is the one that is drawn.
-        limit: only this many questions of each task, the first; None: all.
+        seeds: seeds of random weights and data order; every arm is trained with each.
+        tasks: built-in sets to evaluate every run on; the plot shows the first.
+        limit: number of questions of each task, from the first on; None: all.
         reference: the arm that the others are compared with.
-        arms: by name, in the order of the tables.
+        arms: arms by name, in the order of the tables.
         results: folder of the results.
     """
 

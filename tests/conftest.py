@@ -1,4 +1,4 @@
-"""Tiny random models of every supported decoder family; nothing is downloaded."""
+"""Shared fixtures: tiny random models of every decoder family, batches, recipes and runs; no downloads."""
 
 import json
 import os
@@ -55,7 +55,7 @@ FAMILIES = {
 
 
 def merged_inputs(model, batch):
-    """Returns the embeddings of a batch with its image features in their places, and where these are."""
+    """Returns the embeddings of a batch with image features merged in, and the mask of visual tokens."""
     embeds = model.get_input_embeddings()(batch["input_ids"])
     visual = batch["input_ids"] == IMAGE
     if batch["pixel_values"] is not None:
@@ -65,7 +65,7 @@ def merged_inputs(model, batch):
 
 
 def write_run(folder, stages):
-    """Writes what a run of the quickstart leaves behind, with random weights; returns its folder."""
+    """Writes the run folder of a finished quickstart, with random weights; returns it."""
     fields = AutoConfig.from_pretrained(QUICKSTART).to_dict()
     fields.pop("model_type")
     torch.manual_seed(0)
@@ -82,8 +82,8 @@ def write_run(folder, stages):
 
 
 @pytest.fixture(autouse=True)
-def ranks_are_forgotten():
-    """A test that trains in this process fills in what launchers and Trainer set; the next test starts without it."""
+def reset_launch_env():
+    """Removes the environment variables that training in this process sets, before the next test."""
     yield
     for name in LAUNCHED:
         os.environ.pop(name, None)
@@ -123,10 +123,10 @@ def tiny_recipe(tmp_path_factory):
         data = {"files": [str(folder / "a.json"), str(folder / "b.json")], "images": str(folder), "workers": 0}
         data |= {"format": "chat_template", "image_aspect": "processor", "group_by_length": False}
         rates = {"projector": 2e-3, "vision_tower": 1e-3, "language_model": 1e-3}
-        given = {"deepspeed": "recipes/deepspeed/zero2.json", "learning_rate": rates, "precision": "fp32"}
-        given |= {"global_batch": 4, "per_device_batch": 2, "max_steps": 4, "gradient_checkpointing": False}
+        defaults = {"deepspeed": "recipes/deepspeed/zero2.json", "learning_rate": rates, "precision": "fp32"}
+        defaults |= {"global_batch": 4, "per_device_batch": 2, "max_steps": 4, "gradient_checkpointing": False}
         model = {"config": str(folder / "config"), "stages": {"enter": 1, "exit": 3}}
-        return {"name": "t", "output": str(folder / output), "model": model, "data": data, "train": given | train}
+        return {"name": "t", "output": str(folder / output), "model": model, "data": data, "train": defaults | train}
 
     return make
 
@@ -135,7 +135,7 @@ def tiny_recipe(tmp_path_factory):
 def train_here(monkeypatch):
     """Returns a function that trains a recipe (a dict) in this process, on one rank; returns its run folder.
 
-    `stop_in` is the step in which SIGTERM seems to come.
+    `stop_in` is the step in which a SIGTERM is simulated.
     """
     from deepspeed.utils import groups
 
@@ -152,17 +152,17 @@ def train_here(monkeypatch):
     class StopLater(StopRequest):
         def __init__(self, step):
             super().__init__()
-            self.step, self.asked = step, 0
+            self.step, self.checks = step, 0
 
         def is_requested(self):  # once before the first step, then once a step
-            self.asked += 1
-            if self.step is not None and self.asked > self.step:
+            self.checks += 1
+            if self.step is not None and self.checks > self.step:
                 self.reason = "SIGTERM"
             return super().is_requested()
 
     def train(recipe, *, stop_in=None):
         distributed.setup_env()
-        groups._WORLD_GROUP = None  # DeepSpeed would go on with that of an earlier run, which a test may have left
+        groups._WORLD_GROUP = None  # else DeepSpeed reuses the group of an earlier test
         run_phase(Recipe.model_validate(recipe), 0, StopLater(stop_in))
         return Path(recipe["output"])
 

@@ -1,7 +1,7 @@
-"""A slow reference of every schedule, for any family: full length, one sample, whole matrices, nothing gathered.
+"""A slow reference of every schedule, for any family: one sample at full length with whole attention matrices.
 
-It runs the layers of Hugging Face's model one by one under an attention function of its own, which makes the whole
-matrix of weights and lets the rule of a schedule change it after the softmax. It shares no code with models/.
+It runs the layers of Hugging Face's model one by one under a custom attention function, which computes the whole weight
+matrix and lets a schedule's rule edit it after the softmax. It shares no code with models/.
 """
 
 import torch
@@ -48,7 +48,7 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, ATTENTION)
 
 
 def mask_shallow(weights, visual, number, rule):
-    """Masks weights (H, S, S) in place, as VisiPruner's shallow rule does at a layer."""
+    """Applies VisiPruner's shallow rule of layer `number` to weights (H, S, S), in place."""
     images = visual.nonzero().flatten().tolist()
     if not images:
         return
@@ -69,7 +69,7 @@ def mask_shallow(weights, visual, number, rule):
 class SlowDecoder:
     """The text model of a Hugging Face VLM, at one sample without padding.
 
-    `batch` holds the inputs of forward, and the relevance of visual tokens (1, S) where a schedule wants it.
+    `batch` has the inputs of forward and, for CDPruner, the relevance of visual tokens (1, S).
 
     Attributes:
         visual: (S,) bool.
@@ -106,7 +106,7 @@ class SlowDecoder:
         return decoder.rotary_emb(self.embeds, at)
 
     def mask(self, number, keys):
-        """Returns (1, 1, S, S), additive: causal or same block, over `keys` (S,), as far as the window reaches."""
+        """Returns the additive mask (1, 1, S, S): causal or same block, within the window, for `keys` (S,) only."""
         size, attention = len(keys), self.text_model.layers[number].self_attn
         rows, columns = torch.arange(size)[:, None], torch.arange(size)[None]
         allowed = columns <= rows
@@ -115,26 +115,26 @@ class SlowDecoder:
         window = getattr(attention, "sliding_window", getattr(self.text_model.config, "sliding_window", None))
         if window is not None:
             allowed &= rows - columns < window
-        allowed = (allowed & keys[None]) | (rows == columns)  # a dead row has to see something
+        allowed = (allowed & keys[None]) | (rows == columns)  # a dead row must see at least one key
         return torch.zeros(1, 1, size, size).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
     def layer(self, number, hidden, keys, edit=None, positions=None):
-        """Returns the output of a layer (1, S, D) with `keys` (S,) bool as its keys; ATTENTION has the rest."""
+        """Returns the output of a layer (1, S, D) with `keys` (S,) bool as its keys; ATTENTION records the weights."""
         layer, before = self.text_model.layers[number], self.text_model.config._attn_implementation
         self.text_model.config._attn_implementation, ATTENTION.edit = NAME, edit
         try:
-            given = {"attention_mask": self.mask(number, keys), "position_embeddings": self.rotary(number, positions)}
-            return layer(hidden, position_ids=None, past_key_values=None, **given)
+            inputs = {"attention_mask": self.mask(number, keys), "position_embeddings": self.rotary(number, positions)}
+            return layer(hidden, position_ids=None, past_key_values=None, **inputs)
         finally:
             self.text_model.config._attn_implementation, ATTENTION.edit = before, None
 
     @torch.no_grad()
     def run(self, schedule, last=None, base=None):
-        """Returns the logits (S, vocabulary) and the places that each layer runs on.
+        """Returns the logits (S, vocabulary) and the positions that each layer runs on.
 
-        `last` is the place of the instruction's last token, None the last text token. After it `soft` holds, for each
-        cut of a stage plan, how far each token is chosen by the soft relaxation of the cut. With a `base`, the `soft`
-        of an earlier run, weights on a kept token's value are multiplied by 1 + soft - base.
+        `last` is the position of the instruction's last token; None: the last text token. Sets `soft`: for each cut of
+        a stage plan, the soft choice of every token. Given `base`, the `soft` of an earlier run, multiplies the weights
+        on a kept token's value by 1 + soft - base.
         """
         text, hidden, rule, places = ~self.visual, self.embeds, _Rule(self, schedule, base), []
         last, features = int(text.nonzero()[-1]) if last is None else last, list(self.features)
@@ -158,7 +158,7 @@ class SlowDecoder:
 
 
 class _Rule:
-    """Which visual tokens are live, by the published rule of a schedule."""
+    """Selects the live visual tokens by the published rule of a schedule."""
 
     def __init__(self, decoder, schedule, base=None):
         self.decoder, self.schedule = decoder, schedule
@@ -195,20 +195,20 @@ class _Rule:
     def _baseline(self, rule, number, hidden, total):
         visual = self.decoder.visual
         if isinstance(rule, DivPrune) and number == 0:
-            self._choose(diverse(self.decoder.embeds[0, visual], max(1, round(total * rule.ratio))))
+            self._choose(max_min_choice(self.decoder.embeds[0, visual], max(1, round(total * rule.ratio))))
         if isinstance(rule, CDPruner) and number == 0 and total:
             relevance = self.decoder.relevance[0, visual]
             count = max(1, round(total * rule.tokens / 576))
-            self._choose(likeliest(self.decoder.embeds[0, visual], relevance, count))
+            self._choose(most_likely_set(self.decoder.embeds[0, visual], relevance, count))
         if isinstance(rule, VisionZip) and number == 0 and total:
-            self.merged = zipped(self.decoder, rule)
+            self.merged = visionzip_tokens(self.decoder, rule)
             self.kept = torch.zeros_like(visual)
             self.kept[list(self.merged)] = True
         if isinstance(rule, SparseVLM) and number in rule.layers and self.kept.any():
             self._recycle(rule, hidden, rule.tokens[rule.layers.index(number)] / 576)
 
     def states(self, hidden):
-        """Returns hidden states (1, S, D) with those of merged tokens, which `live` made."""
+        """Returns hidden states (1, S, D) with the merged tokens' states, computed by `live`."""
         hidden = hidden.clone()
         for place, state in self.merged.items():
             hidden[0, place] = state
@@ -218,10 +218,10 @@ class _Rule:
     def _cut(self, amount, total, select, last):
         count = min(amount, total) if isinstance(amount, int) else int(total * amount)
         if select == "diversity":
-            self._choose(diverse(self.decoder.embeds[0, self.decoder.visual], count))
+            self._choose(max_min_choice(self.decoder.embeds[0, self.decoder.visual], count))
             return
         if select == "learned":
-            self.scores = scored(self.decoder, last)
+            self.scores = scorer_scores(self.decoder, last)
         elif self.scores is not None:
             self.scores = self.scores.log()
         if self.kept.any():
@@ -248,7 +248,9 @@ class _Rule:
         gone = ranked[count:]
         recycled = sorted(gone[: int(0.3 * len(gone)) + 1])
         states = [hidden[0, place] for place in recycled]
-        self.merged = {recycled[centre]: state for centre, state in clustered(states, len(recycled) // 10 + 1).items()}
+        self.merged = {
+            recycled[centre]: state for centre, state in cluster_means(states, len(recycled) // 10 + 1).items()
+        }
         self.kept = torch.zeros_like(self.kept)
         self.kept[ranked[:count] + list(self.merged)] = True
 
@@ -288,14 +290,14 @@ class _Rule:
                 self.kept = torch.zeros_like(live)
 
 
-def scored(decoder, last):
-    """Returns (S,): the scores that the model's scorer gives, given the text up to the place `last`."""
+def scorer_scores(decoder, last):
+    """Returns (S,): the scores of the model's learned scorer, given the text up to position `last`."""
     scorer, rows = decoder.text_model.token_scorer, decoder.embeds[0]
     rows = rows / rows.square().mean(dim=1, keepdim=True).add(1e-6).sqrt()
-    words = rows[: last + 1][~decoder.visual[: last + 1]]
-    mean = ((words @ scorer.word.weight[0]).softmax(dim=0)[:, None] * words).sum(dim=0)
-    asked = scorer.instruction.weight @ (mean / mean.square().mean().add(1e-6).sqrt()) + scorer.instruction.bias
-    return rows @ scorer.feature.weight.T @ asked / 8
+    text = rows[: last + 1][~decoder.visual[: last + 1]]
+    mean = ((text @ scorer.word.weight[0]).softmax(dim=0)[:, None] * text).sum(dim=0)
+    query = scorer.instruction.weight @ (mean / mean.square().mean().add(1e-6).sqrt()) + scorer.instruction.bias
+    return rows @ scorer.feature.weight.T @ query / 8
 
 
 def soft_choice(logits, count):
@@ -309,7 +311,7 @@ def soft_choice(logits, count):
     return torch.sigmoid(logits - (low + high) / 2)
 
 
-def diverse(features, count):
+def max_min_choice(features, count):
     """Returns DivPrune's choice of `count` rows: the most isolated one, then always the farthest from those chosen."""
 
     def distance(one, other):
@@ -328,7 +330,7 @@ def diverse(features, count):
     return chosen
 
 
-def likeliest(features, relevance, count):
+def most_likely_set(features, relevance, count):
     """Returns CDPruner's choice of `count` rows: each adds most to the determinant of the kernel."""
     weight = -relevance
     spread = weight.max() - weight.min()
@@ -342,7 +344,7 @@ def likeliest(features, relevance, count):
 
 
 def text_raters(decoder):
-    """Returns the places of SparseVLM's raters: the words behind the image that it attends to above average."""
+    """Returns the positions of SparseVLM's raters: text tokens after the image with above-average attention from it."""
     visual = decoder.visual.nonzero().flatten().tolist()
     text = list(range(visual[-1] + 1, len(decoder.visual))) or (~decoder.visual).nonzero().flatten().tolist()
     likeness = decoder.embeds[0, visual] @ decoder.embeds[0, text].T
@@ -350,8 +352,8 @@ def text_raters(decoder):
     return [place for place, value in zip(text, mean.tolist(), strict=True) if value > 1 / len(text)] or text
 
 
-def clustered(states, count):
-    """Returns {centre: mean of its cluster}, `count` of them, by density peaks, of a list of states (D,)."""
+def cluster_means(states, count):
+    """Clusters a list of states (D,) by density peaks; returns {centre: mean of its cluster}, `count` of them."""
     scale, places = len(states[0]) ** 0.5, range(len(states))
     distance = [[float((one - other).norm()) / scale for other in states] for one in states]
     density = [torch.tensor(sorted(row)[:count]).square().mean().neg().exp().item() for row in distance]
@@ -365,11 +367,11 @@ def clustered(states, count):
     }
 
 
-def zipped(decoder, rule):
-    """Returns {place: projected token} of VisionZip for a LLaVA with a CLIP tower without a place for class tokens."""
+def visionzip_tokens(decoder, rule):
+    """Returns VisionZip's {position: projected token}, for a LLaVA whose CLIP class token has no position."""
     model, seen, found = decoder.model.model, {}, {}
     layer = model.vision_tower.encoder.layers[model.config.vision_feature_layer]
-    hook = layer.self_attn.k_proj.register_forward_hook(lambda *given: seen.update(keys=given[2]))
+    hook = layer.self_attn.k_proj.register_forward_hook(lambda *arguments: seen.update(keys=arguments[2]))
     with torch.no_grad():
         tower = model.vision_tower(decoder.pixels, output_attentions=True, output_hidden_states=True)
     hook.remove()

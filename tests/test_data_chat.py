@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError, freeze_templates, frozen
+from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError, freeze_template, freeze_templates
 from data.rows import RowError, Turn
 
 CHATML = (
@@ -193,7 +193,7 @@ def test_a_tokenizer_without_bytes_says_unknown_for_what_it_cannot_write():
     [
         ({"image": False}, "got none with the token <image>"),
         ({"eos_token": None}, "got no eos_token"),
-        ({"single": "<s> $A </s>"}, "got an end mark after every text"),
+        ({"single": "<s> $A </s>"}, "got eos_token after every text"),
         ({"chat_template": None}, "got chat_template, but the tokenizer has none"),
     ],
 )
@@ -300,7 +300,7 @@ def test_an_end_mark_at_which_generation_cannot_stop_is_refused():
     tokenizer = byte_level()
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "### END")
     with pytest.raises(
-        TokenizerError, match=r"got answers that end with .*, where generation cannot stop, expected a special token"
+        TokenizerError, match=r"got answers that end with .*, which cannot stop generation, expected a special token"
     ):
         ChatFormat("chat_template", tokenizer)
 
@@ -338,7 +338,7 @@ def test_templates_by_name_are_frozen_each():
     named = {"default": DATED, "tool_use": DATED + "x"}
     processor = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=None), chat_template=named)
     freeze_templates(processor)
-    assert processor.chat_template == {name: frozen(text) for name, text in named.items()}
+    assert processor.chat_template == {name: freeze_template(text) for name, text in named.items()}
     assert "strftime_now" not in "".join(processor.chat_template.values())
 
 
@@ -361,4 +361,4 @@ def test_what_changes_by_itself_and_cannot_be_frozen_is_refused(before, call):
 
 def test_a_template_may_ask_whether_the_day_is_known():
     asked = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
-    assert "is defined" in frozen(asked)
+    assert "is defined" in freeze_template(asked)

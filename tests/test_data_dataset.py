@@ -154,7 +154,7 @@ def test_a_sample_without_a_label_is_a_fault(folder, processor):
     rows = [talk("<image>", "", image="a.png"), GOOD[0]]
     data = ConversationDataset(config(folder, rows, format="plain", max_bad_rows=1), processor)
     assert [(fault.row, fault.reason) for fault in data.skipped] == [
-        (0, "no label is left: the tokenizer makes no token of the answers")
+        (0, "no label is left: got no token for the answers, expected at least one")
     ]
 
 

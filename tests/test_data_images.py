@@ -12,10 +12,10 @@ from transformers import CLIPImageProcessor
 from data.images import (
     MAX_PIXELS,
     ImageOptions,
-    framed,
     inspect_image,
     open_image,
     pad_to_square,
+    prepare_image,
     rgb,
 )
 from data.rows import RowError
@@ -175,7 +175,7 @@ def test_padding_keeps_what_a_crop_would_cut():
     wide = Image.new("RGB", (32, 8))
     wide.paste((255, 255, 255), (0, 0, 4, 8))  # a white edge, which a center crop throws away
     padded, cropped = (
-        processor(framed(wide, aspect, processor.image_mean), return_tensors="pt")["pixel_values"]
+        processor(prepare_image(wide, aspect, processor.image_mean), return_tensors="pt")["pixel_values"]
         for aspect in ("pad", "processor")
     )
     assert padded.shape == cropped.shape == (1, 3, 8, 8)

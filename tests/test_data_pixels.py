@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.image_utils import load_image
 
-from data.images import ImageOptions, framed, inspect_image, open_image, read_image, rgb
+from data.images import ImageOptions, inspect_image, open_image, prepare_image, read_image, rgb
 from data.rows import NOTES, EmbeddedImage, RowError
 
 DECODED = ImageOptions(decode=True)
@@ -300,7 +300,7 @@ def test_long_thin_images_are_refused_with_their_sides_before_memory_is_taken(si
     for refuse in (
         lambda: check_image(None, image, options),
         lambda: open_image(None, image, options),
-        lambda: framed(Image.new("RGB", sides), aspect, processor.image_mean),
+        lambda: prepare_image(Image.new("RGB", sides), aspect, processor.image_mean),
     ):
         with pytest.raises(
             RowError, match=f"too long and thin: {sides[0]} x {sides[1]}, expected sides of up to 1,000"
@@ -348,7 +348,7 @@ def test_training_and_demo_see_the_same_pixels(tmp_path):
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
 
     def pixels(image):
-        return processor(framed(image, "pad", processor.image_mean), return_tensors="pt")["pixel_values"]
+        return processor(prepare_image(image, "pad", processor.image_mean), return_tensors="pt")["pixel_values"]
 
     trained, shown = pixels(open_image(tmp_path, "a.jpg")), pixels(read_image(tmp_path / "a.jpg"))
     with Image.open(tmp_path / "a.jpg") as stored:

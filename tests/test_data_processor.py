@@ -10,8 +10,8 @@ from PIL import Image
 
 from data.chat import IGNORE_INDEX, ChatFormat
 from data.config import DataConfig
-from data.dataset import Collator, Encoder, joined
-from data.processor import ProcessorError, VisionProcessor, load_processor, save_processor, with_settings
+from data.dataset import Collator, Encoder, pad_and_concat
+from data.processor import ProcessorError, VisionProcessor, apply_settings, load_processor, save_processor
 from data.rows import Record, RowError, Turn
 from tests.tiny_processors import CHAT, MEAN, PROCESSORS, llava, require, tokenizer
 from tests.tiny_vlms import IMAGE
@@ -87,7 +87,7 @@ def test_turns_that_do_not_fit_take_their_images_with_them(processor):
     [("qwen3_vl", {"max_pixels": 4096}, 64), ("internvl", {"max_patches": 1}, 6), ("gemma3", {}, 6)],
 )
 def test_the_recipe_s_settings_reach_the_image_processor(family, settings, tokens, tmp_path):
-    processor = with_settings(PROCESSORS[family](), config(processor=settings))
+    processor = apply_settings(PROCESSORS[family](), config(processor=settings))
     assert VisionProcessor(processor).count(64, 64) == tokens
     save_processor(processor, tmp_path)
     assert VisionProcessor(load_processor(tmp_path)).count(64, 64) == tokens
@@ -105,13 +105,13 @@ def test_the_recipe_s_settings_reach_the_image_processor(family, settings, token
 )
 def test_a_setting_that_is_unknown_is_one_line(settings, said):
     with pytest.raises(ProcessorError, match=said) as caught:
-        with_settings(PROCESSORS["qwen3_vl"](), config(**settings))
+        apply_settings(PROCESSORS["qwen3_vl"](), config(**settings))
     assert "\n" not in str(caught.value)
 
 
 def test_a_chat_template_of_the_recipe_takes_the_place_of_the_processor_s(tmp_path):
     (tmp_path / "own.jinja").write_text(CHAT.replace("MARK", "<image>").replace("<|im_start|>", "turn "))
-    processor = with_settings(llava(), config(chat_template=str(tmp_path / "own.jinja")))
+    processor = apply_settings(llava(), config(chat_template=str(tmp_path / "own.jinja")))
     vision = VisionProcessor(processor)
     rendered = ChatFormat("chat_template", vision.tokenizer, vision.text).render(TURNS)
     assert rendered.text == (
@@ -157,7 +157,7 @@ def test_a_processor_that_lacks_something_is_one_line_that_names_it():
 
 
 def test_an_image_that_the_processor_refuses_is_its_row_s_fault():
-    with pytest.raises(RowError, match="1 x 999: the processor refuses it: absolute aspect ratio"):
+    with pytest.raises(RowError, match="1 x 999: the processor rejects it: absolute aspect ratio"):
         VisionProcessor(PROCESSORS["qwen3_vl"]()).encode([Image.new("RGB", (1, 999))])
 
 
@@ -171,7 +171,7 @@ def test_a_tokenizer_without_a_pad_token_trains():
 
 
 def test_inputs_are_joined_by_one_rule():
-    found = joined([torch.ones(1, 2, 3), torch.full((2, 1, 4), 2.0)])
+    found = pad_and_concat([torch.ones(1, 2, 3), torch.full((2, 1, 4), 2.0)])
     assert found.shape == (3, 2, 4)
     assert found[0].tolist() == [[1, 1, 1, 0]] * 2
     assert found[1].tolist() == [[2, 2, 2, 2], [0, 0, 0, 0]]

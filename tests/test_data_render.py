@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.chat import Writer, plain, vicuna
+from data.chat import SpanWriter, render_plain, render_vicuna
 from data.rows import Turn
 
 SYSTEM = (
@@ -20,7 +20,7 @@ def cut(rendered, spans):
 
 
 def test_vicuna_is_llavas_text():
-    rendered = vicuna(turns("<image>\nWhat is it?", "A cat.", "Sure?", "Yes."), "</s>")
+    rendered = render_vicuna(turns("<image>\nWhat is it?", "A cat.", "Sure?", "Yes."), "</s>")
     assert rendered.text == (
         f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>"
     )
@@ -30,22 +30,22 @@ def test_vicuna_is_llavas_text():
 
 def test_a_vicuna_prompt_ends_where_the_answer_begins():
     asked = turns("<image>\nWhat is it?", "A cat.", "Sure?")
-    prompt = vicuna(asked, "</s>").text
+    prompt = render_vicuna(asked, "</s>").text
     assert prompt.endswith("</s>USER: Sure? ASSISTANT:")
-    whole = vicuna([*asked, Turn("assistant", "Yes.")], "</s>")
+    whole = render_vicuna([*asked, Turn("assistant", "Yes.")], "</s>")
     assert whole.text.startswith(prompt)
     assert whole.answers[-1] == (len(prompt), len(whole.text))
 
 
 @pytest.mark.parametrize("asked", ["<image>\nDescribe it.", "Describe it.\n<image>", "<image>"])
 def test_plain_is_image_newline_caption_newline(asked):
-    rendered = plain(turns(asked, "a red house"))
+    rendered = render_plain(turns(asked, "a red house"))
     assert rendered.text == "<image>\na red house\n"
     assert cut(rendered, rendered.answers) == ["a red house\n"]
 
 
 def test_written_text_is_known_whatever_it_holds():
-    writer = Writer()
+    writer = SpanWriter()
     writer.question("<image><image> a <image>")
     writer.literal("</s>")
     writer.answer("<image></s>", prefix=" ", end_mark="</s>")

@@ -69,7 +69,7 @@ def test_a_fault_that_was_mended_is_gone(folder):
     Image.new("RGB", (8, 8)).save(folder / "images/b.png")
     assert faults_of(check_rows(given)) == []
     (folder / "images/b.png").unlink()
-    assert len(faults_of(check_rows(given, anew=True))) == 1
+    assert len(faults_of(check_rows(given, recheck=True))) == 1
 
 
 def test_a_second_check_reads_the_cache(folder, monkeypatch):

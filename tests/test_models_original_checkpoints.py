@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel, SiglipVis
 
 from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, UnsupportedModelError
 from models.schedules import Dense, Fused, StagePlan
-from tests.tiny_vlms import CLIP, SIGLIP, TEXT, TINY, VOCABULARY, Tiny, plain, square
+from tests.tiny_vlms import CLIP, SIGLIP, TEXT, TINY, VOCABULARY, Tiny, square, without_markers
 from train.weights import load_checkpoint
 
 IMAGE, PAD = VOCABULARY, VOCABULARY + 1  # as llava-hf: the next two ids
@@ -354,7 +354,7 @@ class PaperProjector(nn.Module):
 def test_mobilevlm_v2_computes_the_papers_projector_on_the_mapped_weights(tmp_path):
     vision = {**CLIP, "image_size": 48, "patch_size": 2}  # 24 x 24 patches, 144 tokens
     fields = {**TINY["mobilevlm"].fields, "vision_config": vision, "token_grid": 12}
-    source = Tiny("mobilevlm", fields, plain(144), square(48, 48)).hugging_face()
+    source = Tiny("mobilevlm", fields, without_markers(144), square(48, 48)).hugging_face()
     source.model.vision_tower.save_pretrained(tmp_path / "clip")
     folder = write_config(tmp_path / "original", mm_vision_tower=str(tmp_path / "clip"), **MOBILE_FIELDS)
     weights = original(source, MOBILE)

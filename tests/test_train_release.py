@@ -31,7 +31,7 @@ from transformers import (
 
 from data.chat import ChatFormat
 from data.config import DataConfig
-from data.images import framed, open_image
+from data.images import open_image, prepare_image
 from data.processor import VisionProcessor
 from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
@@ -465,7 +465,7 @@ def test_it_pads_images_as_training_padded(released, llava, size):
     image = Image.fromarray(values.numpy())
     own = AutoProcessor.from_pretrained(llava / "final").image_processor
     found = AutoProcessor.from_pretrained(released).image_processor(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(found, own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"])
+    assert torch.equal(found, own(prepare_image(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"])
     if size[0] != size[1]:
         assert not torch.equal(found, own(image, return_tensors="pt")["pixel_values"])
 
@@ -494,7 +494,7 @@ WHAT_SERVERS_LOAD = {  # how the file is made, and whether a server sees what tr
 def trained_pixels(run, image):
     """Returns the pixel values that training made of an image of the LLaVA-like run."""
     own = AutoProcessor.from_pretrained(run / "final").image_processor
-    return own(framed(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"]
+    return own(prepare_image(image, "pad", own.image_mean), return_tensors="pt")["pixel_values"]
 
 
 @pytest.mark.parametrize("name", WHAT_SERVERS_LOAD)
@@ -541,7 +541,8 @@ def answer_ids(run, image, question, schedule=None):
     visual = VisionProcessor(processor).count(8, 8)
     ids = [token for token in ids for _ in range(visual if token == chat.image_token_id else 1)]
     images = processor.image_processor
-    pixels = images(framed(image, found.data.image_aspect, images.image_mean), return_tensors="pt")["pixel_values"]
+    prepared = prepare_image(image, found.data.image_aspect, images.image_mean)
+    pixels = images(prepared, return_tensors="pt")["pixel_values"]
     made = model.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),

@@ -1,6 +1,6 @@
 """Tiny processors of the families, for the tiny models of tiny_vlms.py: a tokenizer of letters, images of a few pixels.
 
-Each class is the family's; the tokenizer, the sizes and the chat templates are stand-ins in the style of the published.
+Each processor class is the family's own; tokenizer, sizes and chat templates only imitate the published ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz \n?.,:0123456789"
 BEGIN_TURN, END_TURN = "<|im_start|>", "<|im_end|>"
 MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
-# Content in parts, in their order; a system prompt is a message like others.
+# Content as a list of parts, in order; the system prompt is an ordinary message.
 CHAT = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -35,14 +35,14 @@ CHAT = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
-# Lists alone, the colon's space only before text, a label without a newline: SmolVLM's style.
+# SmolVLM's style: content is always a list, a space follows the colon only before text, no newline after the role.
 SPEAKERS = """\
 <|im_start|>{% for message in messages %}{{ message['role'] }}{% if message['content'][0]['type'] == 'image' %}{{ ':' \
 }}{% else %}{{ ': ' }}{% endif %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] \
 }}{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 
-# The images of a message first, whatever their places: LLaVA-NeXT's and LLaVA-OneVision's style.
+# LLaVA-NeXT's and LLaVA-OneVision's style: all images of a message come before its text.
 IMAGES_FIRST = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] }}\
 {% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}\
@@ -55,7 +55,7 @@ _WRAPPED = {"image_pad": "<|image_pad|>", "start": "<|vision_start|>", "end": "<
 def tokenizer(names: dict[int, str], template: str, **named: str) -> Any:
     """Returns a tokenizer of letters with the family's special tokens.
 
-    `names` are its special tokens by id, `named` those that a processor asks for by a name of the tokenizer's.
+    `names` are its special tokens by id; `named` are those that the processor reads as attributes of the tokenizer.
     """
     special = {0: "<unk>", 1: "<s>", 2: END_TURN, 45: BEGIN_TURN, PAD: "<pad>", **names}
     words = {letter: place for place, letter in enumerate(LETTERS, start=3)}
@@ -77,7 +77,7 @@ def tokenizer(names: dict[int, str], template: str, **named: str) -> Any:
 
 
 def without_videos(kind: str) -> Any:
-    """Returns a family's processor class without its part for videos, which needs torchvision."""
+    """Returns a family's processor class without its video part, which needs torchvision."""
     return image_only(getattr(transformers, kind))
 
 
@@ -183,7 +183,7 @@ def molmo2() -> Any:
         size={"height": 8, "width": 8}, patch_size=4, pooling_size=[1, 2], overlap_margins=[0, 0], max_crops=2, **MEAN
     )
     chat = CHAT.replace("MARK", "<|image|>")
-    videos = transformers.Molmo2VideoProcessor()  # whose place its class counts on
+    videos = transformers.Molmo2VideoProcessor()  # the class requires one
     return transformers.Molmo2Processor(images, videos, tokenizer(names, chat), chat_template=chat)
 
 
@@ -227,6 +227,6 @@ _PACKAGES = {"smolvlm": "num2words", "mistral3": "torchvision", "molmo2": "torch
 
 
 def require(family: str) -> None:
-    """Skips a test where a package that the family's processor asks for is not installed."""
+    """Skips a test if a package that the family's processor needs is not installed."""
     if family in _PACKAGES:
-        pytest.importorskip(_PACKAGES[family], reason=f"{family}'s processor asks for {_PACKAGES[family]}")
+        pytest.importorskip(_PACKAGES[family], reason=f"{family}'s processor needs {_PACKAGES[family]}")

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, rows and recipes of the families, to train from: LLaVA rows with two images, one and none."""
+"""Writes tiny checkpoints, recipes and LLaVA rows (with two images, one and none) of each family, for training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_checkpoint(folder: Path, family: str) -> None:
 
 
 def write_recipe(folder: Path, **overrides: Any) -> Path:
-    """Writes the recipe of a training from the checkpoint and the rows in a folder; returns its file."""
+    """Writes a recipe that trains the checkpoint of a folder on its rows; returns the file."""
     fields: dict[str, Any] = {
         "name": "tiny",
         "output": str(folder / "run"),

@@ -1,6 +1,6 @@
 """Tiny random models and inputs of every supported family; nothing is downloaded.
 
-A layout is a string: `t` a text token, `I` an image. Images of a family differ in size where the family allows it.
+A layout is a string: `t` is a text token, `I` an image. Images differ in size if the family allows it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def qwen_vision(**more: Any) -> dict[str, Any]:
 
 
 def grids(random: torch.Generator, sides: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Returns the pixels of Qwen-like images of so many patches each way."""
+    """Returns the pixels of Qwen-like images, whose height and width are given in patches."""
     patches = sum(height * width for height, width in sides)
     grid = torch.tensor([[1, height, width] for height, width in sides])
     return {"pixel_values": torch.randn(patches, 96, generator=random), "image_grid_thw": grid}
@@ -64,9 +64,9 @@ class Tiny:
     Attributes:
         family: its model_type.
         fields: of its config.
-        tokens: ids that one image brings, by the image's number in the batch.
-        pixels: returns the vision inputs of so many images.
-        types: name of the input that tells image tokens from text, and whether marks around an image count as image.
+        tokens: returns the ids of an image, given its number in the batch.
+        pixels: returns the vision inputs of a number of images.
+        types: name of the token type input, and whether it marks the start and end tokens as image.
     """
 
     family: str
@@ -122,18 +122,18 @@ class Tiny:
         return {**batch, **(self.pixels(random, images) if images else {})}
 
 
-def marked(count: int) -> Callable[[int], list[int]]:
-    """Returns the tokens of an image with a start and an end mark."""
+def with_markers(count: int) -> Callable[[int], list[int]]:
+    """Returns a function from an image's number to `count` image tokens between a start and an end token."""
     return lambda number: [START, *[IMAGE] * count, END]
 
 
-def plain(count: int) -> Callable[[int], list[int]]:
-    """Returns the tokens of an image without marks."""
+def without_markers(count: int) -> Callable[[int], list[int]]:
+    """Returns a function from an image's number to `count` image tokens."""
     return lambda number: [IMAGE] * count
 
 
 def qwen_tokens(number: int) -> list[int]:
-    """Images of 4 and 2 tokens in turns."""
+    """Returns the tokens of an image: 4 or 2 of them in turn, between a start and an end token."""
     return [START, *[IMAGE] * (4 if number % 2 == 0 else 2), END]
 
 
@@ -210,25 +210,27 @@ _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 _QWEN2 = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
 
 TINY = {
-    "llava": Tiny("llava", {**_LLAVA, "text_config": text("llama")}, plain(4), square(8, 8)),
-    "llava-qwen3": Tiny("llava", {**_LLAVA, "text_config": text("qwen3", head_dim=8)}, plain(4), square(8, 8)),
+    "llava": Tiny("llava", {**_LLAVA, "text_config": text("llama")}, without_markers(4), square(8, 8)),
+    "llava-qwen3": Tiny(
+        "llava", {**_LLAVA, "text_config": text("qwen3", head_dim=8)}, without_markers(4), square(8, 8)
+    ),
     "llava_next": Tiny(
         "llava_next",
         {**_NEXT, "text_config": text("mistral", head_dim=8, sliding_window=11), "vision_feature_layer": -1},
-        plain(14),
+        without_markers(14),
         _tiles,
     ),
     "llava_onevision": Tiny(
         "llava_onevision",
         {**_NEXT, "vision_config": SIGLIP, "video_token_index": VIDEO, "text_config": text("qwen2")},
-        plain(14),
+        without_markers(14),
         _tiles,
     ),
     **{
         name: Tiny(
             "internvl",
             {**_IDS, "vision_config": _INTERN_VISION, "text_config": config, "image_seq_length": 4},
-            marked(4),
+            with_markers(4),
             square(16, 16),
         )
         for name, config in {
@@ -281,8 +283,8 @@ TINY = {
         _qwen_pixels,
         ("mm_token_type_ids", False),
     ),
-    "smolvlm": Tiny("smolvlm", {**_IDS, **_IDEFICS, "text_config": text("llama")}, marked(4), _listed),
-    "idefics3": Tiny("idefics3", {**_IDS, **_IDEFICS, "text_config": text("llama")}, marked(4), _listed),
+    "smolvlm": Tiny("smolvlm", {**_IDS, **_IDEFICS, "text_config": text("llama")}, with_markers(4), _listed),
+    "idefics3": Tiny("idefics3", {**_IDS, **_IDEFICS, "text_config": text("llama")}, with_markers(4), _listed),
     "mistral3": Tiny(
         "mistral3",
         {
@@ -290,7 +292,7 @@ TINY = {
             "text_config": text("mistral", head_dim=8),
             "vision_config": {**SMALL, "model_type": "pixtral", "image_size": 32, "patch_size": 4},
         },
-        marked(4),
+        with_markers(4),
         _pixtral,
     ),
     "gemma3": Tiny(
@@ -305,7 +307,7 @@ TINY = {
             ),
             "vision_config": {**SIGLIP, "image_size": 16},
         },
-        marked(4),
+        with_markers(4),
         square(16, 16),
         ("token_type_ids", False),
     ),
@@ -319,14 +321,14 @@ TINY = {
             "text_config": text("qwen2"),
             "vision_config": {**SMALL, "image_size": 8, "patch_size": 4, "vocab_size": 20},
         },
-        marked(4),
+        with_markers(4),
         square(8, 8),
     ),
     **{
         name: Tiny(
             "molmo2",
             {**_MOLMO_IDS, "vision_config": _MOLMO_VISION, "adapter_config": _MOLMO_ADAPTER, "text_config": config},
-            marked(2),
+            with_markers(2),
             _molmo2,
             ("mm_token_type_ids", True),
         )
@@ -338,7 +340,7 @@ TINY = {
     "mobilevlm": Tiny(
         "mobilevlm",
         {**_LLAVA, "vision_config": {**CLIP, "image_size": 16}, "text_config": text("llama"), "token_grid": 2},
-        plain(4),
+        without_markers(4),
         square(16, 16),
     ),
 }

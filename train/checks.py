@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig
 
-from data.processor import ProcessorError, VisionProcessor, processor_sources, with_settings
+from data.processor import ProcessorError, VisionProcessor, apply_settings, processor_sources
 from models import run_decoder
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.families import family_of
@@ -225,7 +225,7 @@ def _check_processor(key: str, recipe: Recipe, config: Any, visual: int | None) 
     check_tokens(config, processor)
     for phase in recipe.phases:
         try:
-            vision = VisionProcessor(with_settings(copy(processor), phase.data), aspect=phase.data.image_aspect)
+            vision = VisionProcessor(apply_settings(copy(processor), phase.data), aspect=phase.data.image_aspect)
         except ProcessorError as error:
             raise RecipeError(f"{phase.name}: {error}") from error
     if visual is None:

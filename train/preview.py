@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from transformers import LlavaConfig
 
-from data.processor import ProcessorError, VisionProcessor, with_settings
+from data.processor import ProcessorError, VisionProcessor, apply_settings
 from data.sources import missing_paths
 from data.stream import ConversationStream
 from models.cost import plan_cost
@@ -185,7 +185,7 @@ def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
     if not processor_is_here(recipe.model):
         return phase.data.expected_visual_tokens
     try:
-        processor = with_settings(read_processor(recipe.model), phase.data)
+        processor = apply_settings(read_processor(recipe.model), phase.data)
         return VisionProcessor(processor, aspect=phase.data.image_aspect).count(*_TYPICAL)
     except ProcessorError as error:
         raise RecipeError(f"{phase.name}: {error}") from error

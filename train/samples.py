@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from data.chat import TokenizerError
 from data.dataset import Collator, ConversationDataset, LengthModalitySampler
-from data.processor import ProcessorError, with_settings
+from data.processor import ProcessorError, apply_settings
 from data.rows import DataError
 from data.sources import find_files
 from data.stream import ConversationStream
@@ -33,7 +33,7 @@ def read_samples(phase: Phase, processor: Any, *, seed: int = 0) -> Samples:
         RecipeError: a file is missing or wrong, or more rows have faults than the recipe allows.
     """
     try:
-        processor = with_settings(processor, phase.data)
+        processor = apply_settings(processor, phase.data)
         if not phase.data.streaming:
             return ConversationDataset(phase.data, processor)
         rank, ranks = distributed.rank(), distributed.world_size()

@@ -16,7 +16,7 @@ from data import easy_vqa, scenes
 from data.chat import IGNORE_INDEX
 from data.images import open_image
 from data.processor import EncodedImages
-from data.rows import IMAGE_MARK, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_marks
+from data.rows import IMAGE_PLACEHOLDER, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders
 from data.table import read_records
 from eval.arguments import UsageError
 from eval.prompts import PromptEncoder, VqaPrompt, image_inputs, pad_left
@@ -138,8 +138,8 @@ class ProbeBatcher:
         Raises:
             SamplesError: nothing of the answer is left, or the chat template rewrites the conversation.
         """
-        marks = f"{IMAGE_MARK}\n" * len(sample.prompt.images)
-        question = marks + sample.prompt.text.replace(IMAGE_MARK, "").strip()
+        marks = f"{IMAGE_PLACEHOLDER}\n" * len(sample.prompt.images)
+        question = marks + sample.prompt.text.replace(IMAGE_PLACEHOLDER, "").strip()
         try:
             ids, labels = self.prompt_encoder.chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
         except RowError as error:
@@ -208,7 +208,7 @@ def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
         for name, number, record in read_records(str(file)):
             if isinstance(record, RowError):
                 raise SamplesError(f"--task: {Fault(name, number, str(record))}")
-            if count_marks(record.turns[0].text):
+            if count_placeholders(record.turns[0].text):
                 records.append((number, record))
     except DataError as error:
         raise SamplesError(f"--task: {error}") from None
@@ -220,12 +220,12 @@ def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
 
 def _file_sample(file: str, number: int, record: Record, images: Path | None) -> Sample:
     first, answer = record.turns[:2]
-    names = record.images[: count_marks(first.text)]
+    names = record.images[: count_placeholders(first.text)]
     try:
         pictures = [open_image(images, name) for name in names]
     except RowError as error:
         raise SamplesError(f"--images: {Fault(file, number, str(error))}") from None
-    text = first.text.replace(IMAGE_MARK, "").strip()
+    text = first.text.replace(IMAGE_PLACEHOLDER, "").strip()
     shown = [image.name if isinstance(image, EmbeddedImage) else image for image in names]
     return Sample(str(number), VqaPrompt(text, pictures), answer.text, ",".join(shown))
 

@@ -8,11 +8,11 @@ from typing import Any, Final
 
 from transformers import LlavaImageProcessorPil
 
-from data.chat import VICUNA_SYSTEM, ChatFormat, ImageText
+from data.chat import VICUNA_SYSTEM, ChatFormat, ImageMarkup
 from data.config import DataConfig
 from data.processor import ProcessorError, VisionProcessor, load_processor
 from data.processor import save_processor as save_parts
-from data.rows import IMAGE_MARK, Turn
+from data.rows import IMAGE_PLACEHOLDER, Turn
 from train.errors import InputError, ReleaseError
 
 _BEGIN: Final = "{{- bos_token -}}"
@@ -27,7 +27,7 @@ CONVERSATION: Final = (
     {"role": "user", "content": [{"type": "text", "text": "Which of them is the brightest?"}]},
 )
 _TURNS: Final = (
-    Turn("user", f"{IMAGE_MARK}\nWhat is in this picture?"),
+    Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat is in this picture?"),
     Turn("assistant", "A field of colours."),
     Turn("user", "Which of them is the brightest?"),
 )
@@ -129,10 +129,10 @@ def released_ids(processor: Any) -> list[int]:
     has_begin = begin is not None and text.startswith(begin)
     written = VisionProcessor(processor).text
     text = text if text.startswith(written.begin) else written.begin + text
-    return processor.tokenizer(written.bordered(text), add_special_tokens=not has_begin)["input_ids"]
+    return processor.tokenizer(written.wrap_tokens(text), add_special_tokens=not has_begin)["input_ids"]
 
 
-def _templates(chat_format: str, tokenizer: Any, image: ImageText) -> list[str]:
+def _templates(chat_format: str, tokenizer: Any, image: ImageMarkup) -> list[str]:
     """Returns the templates that may fit, the best first.
 
     Messages whose content is a list of parts (pipelines, servers) first become messages whose content is text, as
