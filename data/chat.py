@@ -186,7 +186,7 @@ def _overlaps(spans: Sequence[Span], start: int, end: int) -> bool:
 
 
 def _is_user_text(rendered: Rendered, start: int, end: int) -> bool:
-    """Returns whether a special token lies in a row's own text; white space that some tokens include is ignored."""
+    """Returns whether a special token lies in a question or an answer, white space around its name ignored."""
     name = rendered.text[start:end]
     start += len(name) - len(name.lstrip())
     return bool(name.strip()) and _overlaps(rendered.user_spans, start, start + len(name.strip()))
@@ -199,7 +199,7 @@ class Rendered:
     Attributes:
         text: the text to tokenise.
         answers: the spans that a model has to generate: each answer, from the end of its prompt to its end mark.
-        user_spans: the row's own text (questions and answers), in which names of special tokens are ordinary text.
+        user_spans: questions and answers, in which names of special tokens are ordinary text.
     """
 
     text: str

@@ -69,7 +69,7 @@ class DataConfig(BaseModel):
 
     Attributes:
         files: sources of conversations: each a path (see `Source`) or a mapping of path, weight, limit, images, format.
-        images: folder that the rows' image paths start from; a built-in set has its own.
+        images: folder that the rows' image paths start from; a built-in set ignores it.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's) or `plain`
             (image and caption, for alignment).
         max_length: maximum tokens of a sample, visual tokens included; a longer one is cut after an answer.

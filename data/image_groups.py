@@ -17,7 +17,7 @@ from data.table import EMBEDDED, code_stamp, fingerprint, folder_of, images_of, 
 
 
 def connected_rows(rows: datasets.Dataset, config: DataConfig) -> list[list[int]]:
-    """Returns the row numbers in groups: rows with a common image form one group, a row without images its own.
+    """Returns the row numbers in groups: rows with a common image form one, and each row without images another.
 
     Two images are the same if they are the same file, whatever source it belongs to, or have the same embedded bytes.
 

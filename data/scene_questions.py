@@ -290,8 +290,8 @@ def _beside(scene: Scene, kind: str) -> Iterator[_Candidate]:
             continue
         answer = _label(other, kind)
         odds = answer if kind == "size" else "same" if answer == _label(thing, kind) else "other"
-        asked = {"colour": "color"}.get(kind, kind)
-        text = f"what {asked} is the object {_BESIDE[side]} the {_label(thing, 'pair')}?"
+        attribute = {"colour": "color"}.get(kind, kind)
+        text = f"what {attribute} is the object {_BESIDE[side]} the {_label(thing, 'pair')}?"
         yield _Candidate(odds, text, answer, (_pair(thing), _pair(other)))
 
 
@@ -304,15 +304,15 @@ def _existing(scene: Scene, first: str, second: str) -> Iterator[_Candidate]:
         yield _Candidate(answer, f"is there a {one} {noun}?", answer, ((one, other),) if first == "colour" else ())
 
 
-def _read(scene: Scene, asked: str) -> Iterator[_Candidate]:
+def _read(scene: Scene, target: str) -> Iterator[_Candidate]:
     """Yields what the only sign says, or of two signs the half that goes with the other."""
     for sign in scene.signs:
         pairs = ((sign.word, sign.number),)
-        if asked in ("word", "number") and len(scene.signs) == 1:
-            yield _Candidate("any", f"what {asked} is written?", str(getattr(sign, asked)), pairs)
-        elif asked == "number of word" and len(scene.signs) == 2:
+        if target in ("word", "number") and len(scene.signs) == 1:
+            yield _Candidate("any", f"what {target} is written?", str(getattr(sign, target)), pairs)
+        elif target == "number of word" and len(scene.signs) == 2:
             yield _Candidate("any", f"what number is under the word {sign.word}?", sign.number, pairs)
-        elif asked == "word of number" and len(scene.signs) == 2:
+        elif target == "word of number" and len(scene.signs) == 2:
             yield _Candidate("any", f"what word is above the number {sign.number}?", sign.word, pairs)
 
 
@@ -327,8 +327,8 @@ def _likeness(kind: str, choices: int) -> _Form:
     return _Form(odds, 1 / choices, partial(_beside, kind=kind), has_pairs=True)
 
 
-def _reading(asked: str, choices: int) -> _Form:
-    return _Form({"any": 1.0}, 1 / choices, partial(_read, asked=asked), has_pairs=True)
+def _reading(target: str, choices: int) -> _Form:
+    return _Form({"any": 1.0}, 1 / choices, partial(_read, target=target), has_pairs=True)
 
 
 _MOST: Final = {"colour": 4, "shape": 4, "pair": 3}  # objects that are counted, by what they have in common

@@ -97,27 +97,27 @@ def questions(split: str) -> list[Question]:
     """Returns a set's questions in the order of the images, one a prompt: 6,000 of `test`."""
     folder = image_folder(split)
     return [
-        Question(folder / record["image"], asked["text"], asked["answer"], asked["family"], asked["chance"])
+        Question(folder / record["image"], one["text"], one["answer"], one["family"], one["chance"])
         for record in _records(split)
-        for asked in record["questions"]
+        for one in record["questions"]
     ]
 
 
-def words_only(known: Iterable[tuple[str, str, str]], asked: Iterable[tuple[str, str]]) -> list[str]:
+def words_only(known: Iterable[tuple[str, str, str]], questions: Iterable[tuple[str, str]]) -> list[str]:
     """Returns the best guesses without an image: the most frequent training answer to the same text.
 
     For a text that training does not have, the most frequent answer of its family.
 
     Args:
         known: family, text and answer of each training question.
-        asked: family and text of each question to answer.
+        questions: family and text of each question to answer.
     """
     counts: dict[str, Counter[str]] = {}
     for family, text, answer in known:
         counts.setdefault(text, Counter())[answer] += 1
         counts.setdefault(f"family {family}", Counter())[answer] += 1
     best = {text: count.most_common(1)[0][0] for text, count in counts.items()}
-    return [best.get(text) or best.get(f"family {family}", "") for family, text in asked]
+    return [best.get(text) or best.get(f"family {family}", "") for family, text in questions]
 
 
 def _records(name: str) -> Iterator[dict[str, Any]]:
@@ -158,10 +158,10 @@ def floor_lines() -> list[str]:
     known = [(one.kind, one.text, one.answer) for one in questions("train")]
     lines = ["| set | family | questions | texts | fair guess | words only |", "| --- | --- | --- | --- | --- | --- |"]
     for name in NAMES[1:]:
-        asked = questions(name)
-        guesses = words_only(known, [(one.kind, one.text) for one in asked])
+        test = questions(name)
+        guesses = words_only(known, [(one.kind, one.text) for one in test])
         for family in FAMILIES:
-            members = [(one, guess) for one, guess in zip(asked, guesses, strict=True) if one.kind == family]
+            members = [(one, guess) for one, guess in zip(test, guesses, strict=True) if one.kind == family]
             right = sum(guess == one.answer for one, guess in members)
             chance = sum(one.chance for one, _ in members)
             texts = len({one.text for one, _ in members})

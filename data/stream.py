@@ -24,9 +24,9 @@ _PROBED: Final = 100  # first rows of a source; at least one must be without a f
 class ConversationStream(IterableDataset[dict[str, Any]]):
     """An endless stream of one rank's samples, divided among its workers.
 
-    There are n shards (ranks x workers). If the number of a source's files is a multiple of n, each shard reads its own
-    files; otherwise it reads every n-th row. Sources are mixed by their weights; without weights they are drawn evenly
-    until exhausted, and each row comes once an epoch. Order and mixture depend on the seed.
+    There are n shards (ranks x workers). If the number of a source's files is a multiple of n, each shard reads
+    different files; otherwise it reads every n-th row. Sources are mixed by their weights; without weights they are
+    drawn evenly until exhausted, and each row comes once an epoch. Order and mixture depend on the seed.
 
     Args:
         config: the recipe's data section.

@@ -151,7 +151,7 @@ class Comparison:
         for name in self.checkpoints:
             records += [(f"{name}, {', '.join(cell)}", self.cell(name, *cell)) for cell in self._cells(name)]
             records.append((f"{name}, speed and memory", self.speed(name)))
-        return [f"{message}: {record['error']}" for message, record in records if not _is_done(record)]
+        return [f"{cell}: {record['error']}" for cell, record in records if not _is_done(record)]
 
     def write(self) -> tuple[str, bool]:
         """Writes tables and report; returns the tables as text, and whether everything is done."""

@@ -127,9 +127,8 @@ class FusedLlava(lmms):
                 numbers = list(members)
                 for start in range(0, len(numbers), self.batch_size):
                     part = numbers[start : start + self.batch_size]
-                    answers += self.answer(
-                        [self._prompt_of(requests[number].args) for number in part], *settings[part[0]]
-                    )
+                    prompts = [self._prompt_of(requests[number].args) for number in part]
+                    answers += self.answer(prompts, *settings[part[0]])
                     bar.update(len(part))
         return answers
 
@@ -138,9 +137,8 @@ class FusedLlava(lmms):
     ) -> list[str]:
         """Returns the answers to one batch, each cut at the first of `ends`."""
         model, prompt_encoder = self._held
-        inputs = {
-            name: tensor.to(model.device) for name, tensor in prompt_encoder.batch(prompts, model.schedule).items()
-        }
+        batch = prompt_encoder.batch(prompts, model.schedule)
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         options = dict(settings)
         seed = options.pop("seed", None)
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):

@@ -18,7 +18,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from starts import free_port  # this file is run as a script: its folder is on the path
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 5  # of one chain
@@ -256,11 +256,6 @@ def write_recipe(folder):
     recipe = {"name": "kills", "output": "x", "model": model, "data": data, "train": train, "align": align}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -360,5 +360,5 @@ def test_what_changes_by_itself_and_cannot_be_frozen_is_refused(before, call):
 
 
 def test_a_template_may_ask_whether_the_day_is_known():
-    asked = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
-    assert "is defined" in freeze_template(asked)
+    template = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
+    assert "is defined" in freeze_template(template)

@@ -198,11 +198,8 @@ def barrier() -> None:
                 raise _peer_failed(_Group.peer_exit_code)
             time.sleep(0.05)
     except _STORE_FAULTS as error:
-        raise (
-            _contact_lost("lost contact with rank 0")
-            if _Group.peer_exit_code is None
-            else _peer_failed(_Group.peer_exit_code)
-        ) from error
+        code = _Group.peer_exit_code
+        raise (_contact_lost("lost contact with rank 0") if code is None else _peer_failed(code)) from error
 
 
 def any_rank(value: bool) -> bool:

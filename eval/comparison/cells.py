@@ -148,9 +148,8 @@ def run_speed(loaded: Loaded, schedules: Mapping[str, Schedule], prompts: Sequen
     """
     chosen = {"dense": Dense(), **schedules}
     reader = max(chosen.values(), key=lambda schedule: schedule.reads_relevance)
-    inputs = {
-        name: tensor.to(loaded.model.device) for name, tensor in loaded.prompt_encoder.batch(prompts, reader).items()
-    }
+    batch = loaded.prompt_encoder.batch(prompts, reader)
+    inputs = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}
     measured = speeds(loaded.model, loaded.checkpoint.weights, inputs, chosen)
     for figures in measured.values():
         figures["faster_than_dense"] = measured["dense"]["prefill_seconds"] / figures["prefill_seconds"]

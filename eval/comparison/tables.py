@@ -123,11 +123,9 @@ def cost_table(rows: Sequence[Row]) -> list[list[str]]:
             figures = {**row, "share_of_flops": row["flops"] / row["dense_flops"]}
             cells = [_number(figures.get(column[0]), *column[1:]) for column in columns.values()]
             lines.append([row["run"], shown_schedule(row), *cells])
-    return (
-        drop_uninformative(lines, keep=("run", "schedule", "visual token-layers", "of dense"))
-        if len(lines) > 1
-        else lines
-    )
+    if len(lines) == 1:
+        return lines
+    return drop_uninformative(lines, keep=("run", "schedule", "visual token-layers", "of dense"))
 
 
 def flops_unit(rows: Sequence[Row]) -> tuple[float, str]:

@@ -126,7 +126,7 @@ class ProbeBatcher:
 
     Args:
         model: a fused model of any family.
-        prompt_encoder: asks it as it was trained to be asked.
+        prompt_encoder: formats prompts as in the checkpoint's training.
     """
 
     def __init__(self, model: Any, prompt_encoder: PromptEncoder) -> None:
