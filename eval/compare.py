@@ -24,10 +24,21 @@ from data.chat import TokenizerError
 from eval.arguments import UsageError, command_line, make_folder, names_of, positive, schedules_of
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError, plans_of
 from eval.comparison import ranks, tables
-from eval.comparison.cells import Record, Store, run_cell, run_speed
+from eval.comparison.cells import (
+    PRECISIONS,
+    ComparisonError,
+    Record,
+    Store,
+    check_settings,
+    code,
+    fingerprint,
+    named,
+    run_cell,
+    run_speed,
+    settings_of,
+)
 from eval.comparison.report import write_report
-from eval.comparison.rows import Row, rows_of
-from eval.comparison.settings import PRECISIONS, ComparisonError, check_settings, code, fingerprint, named, settings_of
+from eval.comparison.tables import Row, rows_of
 from eval.live import Loaded
 from eval.lmms import Harness
 from eval.tasks.benchmarks import BENCHMARKS, missing_judge

@@ -21,10 +21,15 @@ from transformers.utils import logging
 from data.chat import TokenizerError
 from eval.arguments import UsageError, make_folder, positive
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint
-from eval.stage_analysis.analysis import Analysis
-from eval.stage_analysis.plot import draw_stages
-from eval.stage_analysis.recipe import check_target, starting_recipe, write_recipe
-from eval.stage_analysis.report import evidence_lines, record_of, report_of
+from eval.stage_analysis.report import (
+    check_target,
+    draw_stages,
+    evidence_lines,
+    record_of,
+    report_of,
+    starting_recipe,
+    write_recipe,
+)
 from eval.stage_analysis.samples import (
     ProbeBatcher,
     Sample,
@@ -33,7 +38,7 @@ from eval.stage_analysis.samples import (
     file_samples,
     scenes_samples,
 )
-from eval.stage_analysis.search import needs_vision, propose
+from eval.stage_analysis.search import Analysis, needs_vision, propose
 from models.stage_plan import StagePlan
 from recipes.schema import RecipeError
 

@@ -16,12 +16,21 @@ from eval import bench, compare, measure, stages
 from eval.arguments import UsageError, schedules_of
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import arguments, main, prepare
-from eval.comparison.cells import Store
+from eval.comparison.cells import ComparisonError, Store, code, meaning, named
 from eval.comparison.plots import Point, pareto_front, smooth
-from eval.comparison.rows import FLOOR, cell_row, common_name, groups_of, score_error, settings_text
-from eval.comparison.rows import compared as compared_seeds
-from eval.comparison.settings import ComparisonError, code, meaning, named
-from eval.comparison.tables import drop_uninformative, score_table, score_text, shown_schedule
+from eval.comparison.tables import (
+    FLOOR,
+    cell_row,
+    common_name,
+    drop_uninformative,
+    groups_of,
+    score_error,
+    score_table,
+    score_text,
+    settings_text,
+    shown_schedule,
+)
+from eval.comparison.tables import compared as compared_seeds
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page

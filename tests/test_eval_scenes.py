@@ -7,7 +7,7 @@ import torch
 
 from data import scenes
 from data.scene_questions import FAMILIES
-from eval.comparison.rows import floor_rows
+from eval.comparison.tables import floor_rows
 from eval.lmms import FusedLlava, Harness
 from eval.stage_analysis.samples import scenes_samples
 from eval.tasks.benchmarks import BENCHMARKS, value_of

@@ -15,9 +15,6 @@ from eval import stages
 from eval.live import live_visual
 from eval.prompts import PromptEncoder, VqaPrompt
 from eval.significance import RESAMPLES
-from eval.stage_analysis.analysis import Analysis
-from eval.stage_analysis.plot import draw_stages
-from eval.stage_analysis.prefix import Prefix
 from eval.stage_analysis.probes import (
     Firing,
     LayerMeasurements,
@@ -28,9 +25,9 @@ from eval.stage_analysis.probes import (
     most_attended,
     narrowed,
 )
-from eval.stage_analysis.report import record_of, report_of
+from eval.stage_analysis.report import draw_stages, record_of, report_of
 from eval.stage_analysis.samples import Batch, ProbeBatcher, Sample, spaced
-from eval.stage_analysis.search import Trials, needs_vision, propose, side_intervals
+from eval.stage_analysis.search import Analysis, Prefix, Trials, needs_vision, propose, side_intervals
 from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
 from recipes.schema import load_recipe

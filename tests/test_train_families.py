@@ -15,7 +15,7 @@ from eval.compare import main as compare
 from eval.demo import respond
 from eval.live import Loaded, live_visual, prompt_costs
 from eval.prompts import VqaPrompt
-from eval.stage_analysis.recipe import starting_recipe
+from eval.stage_analysis.report import starting_recipe
 from eval.stages import main as find_stages
 from models import FusedAutoModel
 from recipes.schema import RecipeError, load_recipe

@@ -14,7 +14,7 @@ from PIL import Image
 
 from eval.comparison import tables
 from eval.comparison.plots import Point, draw_learning_curves, draw_live, draw_scores
-from eval.comparison.rows import FLOOR, Record, Row
+from eval.comparison.tables import FLOOR, Record, Row
 from eval.live import draw_overlay
 
 if TYPE_CHECKING:

@@ -1,21 +1,36 @@
-"""The stage analysis as numbers and in words."""
+"""The stage analysis as numbers, in words, as one picture, and as the recipe of the proposed stages."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from eval.stage_analysis.analysis import Analysis
+import matplotlib
+
+matplotlib.use("agg")  # before pyplot: there may be no display
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from eval.checkpoint import Checkpoint
 from eval.stage_analysis.probes import SINKS, narrowed
-from eval.stage_analysis.search import Proposal, Trial, Trials, side_intervals
+from eval.stage_analysis.search import Analysis, Proposal, Trial, Trials, side_intervals
 from models.cost import plan_cost
+from recipes.resolved import dump_recipe
+from recipes.schema import Recipe, RecipeError, load_recipe
 
 Record = dict[str, Any]
 WIDTH = 112  # characters of a line
+_COLOURS = ("C0", "C3", "C2", "C1")
+_MASKED = {"masked_before": "masked in [0, l)", "masked_from": "masked in [l, L)"}
+_RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FOREIGN = _RECIPES / "llava_fused.yaml"
+READY = _RECIPES / "qwen3_vl_4b_fused.yaml"  # tunes a ready VLM; nothing else of it is Qwen's but `data.processor`
 
 
 def record_of(analysis: Analysis, proposal: Proposal | None, args: argparse.Namespace, name: str) -> Record:
@@ -300,3 +315,221 @@ def _loss(result: Record) -> str:
 
 def _cell(result: Record) -> str:
     return f"{_score(result)} ({result['loss']:+.1f})"
+
+
+def draw_stages(record: Mapping[str, Any], file: Path) -> None:
+    """Draws all measurements of an analysis; the proposed window is shaded, paler where resampling moves its borders.
+
+    Args:
+        record: as in stages.json.
+        file: PNG to write.
+    """
+    families = record["by_family"]
+    rows = 5 if families else 4
+    figure, grid = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), layout="constrained")
+    knocked, sliding, *others = grid.flat
+    lens, rank, entropy, shares, norms, fired = others[-6:]
+    _draw_scores(knocked, record, {**_MASKED, "removed_before": "removed before l"})
+    knocked.set(title="Vision masked or removed", xlabel="l")
+    width = record["window"]
+    _draw_scores(sliding, record, {"masked_window": f"masked in [l, l + {width})"})
+    sliding.set(title=f"Vision masked in {width} layer{'s' if width > 1 else ''}", xlabel="l")
+    for axes, key in zip(others[:-6], _MASKED, strict=False):
+        _draw_losses(axes, record, key)
+    shown = record["by_layer"]
+    _draw_curves(lens, shown, {"lens_probability": ""})
+    lens.set(title="Logit lens: probability of the answer", ylabel="probability", ylim=(0, 1.02))
+    _draw_curves(rank, shown, {"lens_rank": ""})
+    rank.set(title="Logit lens: rank of the answer", ylabel="rank (1 = best)", yscale="log")
+    rank.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    rank.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    rank.yaxis.set_minor_formatter(NullFormatter())
+    _draw_curves(entropy, shown, {"lens_entropy": ""})
+    entropy.set(title="Logit lens: entropy", ylabel="nats")
+    entropy.set_ylim(bottom=0)
+    _draw_curves(
+        shares,
+        shown,
+        {
+            "share_last": "share, last token",
+            "share_text": "share, all text",
+            "change_last": "change, last token",
+            "change_text": "change, all text",
+        },
+    )
+    shares.set(title="Attention on vision", ylabel="share of attention; 1 - cosine", ylim=(0, 1.3))
+    _draw_curves(norms, shown, {"sink_value": "sinks", "other_value": "other visual tokens"})
+    norms.set(title="L1 norm of value vectors")
+    norms.set_ylim(0, 1.25 * norms.get_ylim()[1])
+    _draw_firings(fired, record)
+    for axes in grid.flat:
+        if not axes.get_xlabel():
+            axes.set_xlabel("decoder layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    for axes in (lens, rank, entropy, shares, norms, fired):
+        axes.set_xlim(-0.7, record["layers"] - 0.3)
+        _shade(axes, record, between=True)
+    _shade(knocked, record, between=False)
+    figure.suptitle(_title(record))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    head = f"{record['checkpoint']}, {record['samples']} samples of {Path(record['task']).name}: "
+    found = record["proposal"]
+    if found is None:
+        return head + "no stages proposed"
+    return head + f"proposed enter {found['enter']}, exit {found['exit']} (shaded)"
+
+
+def _draw_scores(axes: Any, record: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    for number, (key, label) in enumerate(names.items()):
+        results = record[key]
+        axes.errorbar(
+            [result["layer"] for result in results],
+            [result["score"] for result in results],
+            yerr=[result["error"] for result in results],
+            color=_COLOURS[number],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=label,
+            linestyle="--" if key == "removed_before" else "-",
+        )
+    axes.axhline(record["score"]["score"], color="0.4", linewidth=1, label="as it is")
+    axes.axhline(record["without_vision"]["score"], color="0.4", linewidth=1, linestyle=":", label="no vision at all")
+    axes.set(ylabel="answered right (%)", xlim=(-0.5, record["layers"] + 0.5))
+    axes.legend(fontsize=8)
+
+
+def _draw_losses(axes: Any, record: Mapping[str, Any], key: str) -> None:
+    """Draws what one series of knock-outs costs each kind of question."""
+    for number, (name, found) in enumerate(record["by_family"].items()):
+        results = found[key]
+        axes.errorbar(
+            [result["layer"] for result in results],
+            [result["loss"] for result in results],
+            yerr=[result["loss_error"] for result in results],
+            color=f"C{number}",
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=f"{name} ({found['samples']})",
+        )
+    axes.set(title=f"By kind of question: {_MASKED[key]}", xlabel="l", ylabel="points lost")
+    axes.set_xlim(-0.5, record["layers"] + 0.5)
+    axes.legend(fontsize=8)
+    _shade(axes, record, between=False)
+
+
+def _draw_curves(axes: Any, shown: Mapping[str, Sequence[float | None]], names: Mapping[str, str]) -> None:
+    """Draws measurements by layer; one that no layer has is left out, in the legend too."""
+    for number, (key, label) in enumerate(names.items()):
+        values = [float("nan") if value is None else value for value in shown[key]]
+        if all(value is None for value in shown[key]):
+            continue
+        style = "--" if key.startswith("change") else "-"
+        axes.plot(
+            range(len(values)),
+            values,
+            marker="o",
+            markersize=4,
+            linestyle=style,
+            color=f"C{number}",
+            label=label or None,
+        )
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, loc="upper left", ncols=2)
+
+
+def _draw_firings(axes: Any, record: Mapping[str, Any]) -> None:
+    """Draws how often each layer is the fusion layer, filled, and the first without vision, as a frame around it."""
+    found = record["visipruner"]
+    styles: Any = (
+        ("fusion", "fusion layer", {"width": 0.5, "color": "C0"}),
+        ("exit", "first layer without vision", {"width": 0.8, "fill": False, "edgecolor": "C1", "linewidth": 1.5}),
+    )
+    for key, label, style in styles:
+        if found[key]:
+            layers, counts = zip(*found[key], strict=True)
+            axes.bar(layers, counts, label=label, **style)
+    kept = [value for value, count in found["kept"] for _ in range(count)]
+    words = f"{sum(kept) / len(kept):.1f} tokens kept on average" if kept else "did not fire"
+    axes.set(title=f"VisiPruner's tests: {words}", ylabel=f"samples (of {found['samples']})")
+    axes.set_ylim(bottom=0, top=None if kept else 1)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
+
+
+def _shade(axes: Any, record: Mapping[str, Any], *, between: bool) -> None:
+    """Shades the window's layers; in a panel over borders between layers, from enter to exit."""
+    found = record["proposal"]
+    if found is None:
+        return
+    half = 0.5 if between else 0.0
+    (earliest, _), (_, latest) = found["interval"]["enter"], found["interval"]["exit"]
+    for first, end in ((found["enter"], found["exit"]), (min(earliest, found["enter"]), max(latest, found["exit"]))):
+        axes.axvspan(first - half, end - half, color="0.5", alpha=0.1, zorder=0)
+
+
+def check_target(target: Path | None) -> None:
+    """Raises RecipeError where the recipe's file exists or its folder does not."""
+    if target is None:
+        return
+    if target.exists() or target.is_symlink():
+        raise RecipeError(f"--write: got {target}, expected a file that does not exist yet")
+    if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir():
+        raise RecipeError(f"--write: got {target}, expected a .yaml file in a folder that exists")
+
+
+def starting_recipe(checkpoint: Checkpoint, given: str) -> Recipe:
+    """Returns the recipe that a checkpoint was trained with; of one without, one that starts from the checkpoint.
+
+    That is LLaVA's for a LLaVA, and one that tunes a ready VLM for any other family.
+
+    Args:
+        checkpoint: the checkpoint.
+        given: what it was called by: a folder or a hub name.
+
+    Raises:
+        RecipeError: that recipe cannot be used any more.
+    """
+    recipe = checkpoint.weights / "recipe.yaml"
+    if recipe.is_file():
+        return load_recipe(recipe)
+    is_llava = checkpoint.family == "llava"
+    foreign = load_recipe(FOREIGN if is_llava else READY).model_dump()
+    if not is_llava:
+        how = {"format": checkpoint.chat_format, "image_aspect": checkpoint.aspect}
+        foreign["data"] |= {**how, "processor": {}, "expected_visual_tokens": None}
+    model = {"config": None, "checkpoint": given, "language_model": None, "vision_tower": None, "stages": None}
+    return Recipe.model_validate({**foreign, "model": model})
+
+
+def write_recipe(target: Path, start: Recipe, record: dict[str, Any]) -> None:
+    """Writes a recipe with the proposed stages, the evidence in a comment on top.
+
+    Args:
+        target: file to write; it must not exist.
+        start: what else the recipe says.
+        record: of the analysis.
+
+    Raises:
+        RecipeError: nothing was proposed, or the file exists.
+    """
+    if record["proposal"] is None:
+        raise RecipeError(f"--write: {target} was not written: no stages are proposed: {record['verdict']}")
+    fields = start.model_dump()
+    fields |= {"name": target.stem, "output": f"outputs/{target.stem}"}
+    fields["model"]["stages"] = record["proposal"]["stages"]
+    recipe = Recipe.model_validate(fields)
+    lines = ["The stages of this recipe were proposed by", f"  {record['command']}", *evidence_lines(record)]
+    text = "".join(f"# {line}\n" for line in lines) + "\n" + dump_recipe(recipe)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RecipeError(f"--write: {target}: {error.strerror}, expected a file that can be made") from error
+    load_recipe(target)
