@@ -280,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = tables(study.name, args.reference or study.reference, list(study.arms), records)
         print(text)
         if args.reference is None:
-            write_report(Path(study.results), text, list(study.arms), records)
+            plans = {run.arm: run.recipe.plan for run in every if _has_one_plan(run.recipe)}
+            write_report(study, plans, text, records)
             print(f"written: {study.results}/table.md and pictures")
     return code
 
@@ -299,6 +300,10 @@ def _whole(study: Study, runs: Sequence[Run], results: Results) -> list[Record]:
         scores = {task: {name: record["scores"][task][name] for name in schedules} for task in study.tasks}
         records.append({**record, "scores": scores})
     return records
+
+
+def _has_one_plan(recipe: Recipe) -> bool:
+    return len(recipe.model.plans) == 1 and recipe.train.sparse_attention is None
 
 
 def _check_results(study: Study, results: Results, runs: Sequence[Run]) -> None:

@@ -31,9 +31,11 @@ class Arm(_Section):
     Attributes:
         set: overrides of the recipe, in addition to the study's.
         schedules: schedules to evaluate the trained model under; `trained` is its stage plan.
+        label: what pictures call it; None: its name.
     """
 
     set: list[str] = []
+    label: str | None = None
     schedules: _Names = ["trained"]
 
 
@@ -49,6 +51,7 @@ class Study(_Section):
         limit: number of questions of each task, from the first on; None: all.
         reference: the arm that the others are compared with.
         arms: arms by name, in the order of the tables.
+        picture: the arms in the pictures over cost; None: all. The picture over layers has every window.
         results: folder of the results.
     """
 
@@ -60,12 +63,16 @@ class Study(_Section):
     limit: int | None = Field(default=None, ge=1)
     reference: str
     arms: dict[str, Arm] = Field(min_length=1)
+    picture: _Names | None = None
     results: str
 
     @model_validator(mode="after")
     def _check(self) -> Study:
         if self.reference not in self.arms:
             raise ValueError(f"reference: got '{self.reference}', expected an arm: {', '.join(self.arms)}")
+        for name in self.picture or ():
+            if name not in self.arms:
+                raise ValueError(f"picture: got '{name}', expected an arm: {', '.join(self.arms)}")
         return self
 
 

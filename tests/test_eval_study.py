@@ -13,7 +13,7 @@ import yaml
 
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.study import check_names, finish, main, runs_of, train
-from eval.study_results import Results, cells_of, fingerprint, record_of, score_table
+from eval.study_results import Results, apart, cells_of, fingerprint, record_of, score_table
 from eval.tasks.built_in import questions_of
 from models import StagePlan
 from models.cost import plan_cost
@@ -94,6 +94,7 @@ def test_the_studies_of_the_repository_are_valid(monkeypatch):
             {"arms": {"dense": {"schedules": ["vtw", "trained", "vtw"]}}},
             "arms.dense.schedules: got vtw twice, expected each once",
         ),
+        ({"picture": ["dense", "kv"]}, "picture: got 'kv', expected an arm: dense, window"),
         ({"seed": [0]}, "seed: unknown key; did you mean 'seeds'?"),
         ({"arms": {"dense": {"sett": []}}}, "arms.dense.sett: unknown key; did you mean 'set'?"),
         (
@@ -261,6 +262,44 @@ def test_a_record_counts_the_visual_tokens_that_training_saw(monkeypatch, tmp_pa
         record_of("fused", 0, recipe, checkpoint, {})
 
 
+def keep_results(file, arms, right="10"):
+    """Keeps a result of each arm with each seed, as if it had been trained."""
+    loaded = load_study(file)
+    asked = len(questions_of("easy_vqa"))
+    for run in runs_of(loaded, file.parent / "out", arms, loaded.seeds):
+        found = record(run.arm, run.seed, (right * asked)[:asked])
+        Results(Path(loaded.results)).write({**copy.deepcopy(found), "recipe": fingerprint(run.recipe)})
+
+
+def test_several_windows_are_drawn_over_the_layers(study):
+    arms = {
+        "dense": {"set": ["model.stages=null"]},
+        "first": {"set": ["model.stages={enter: 0, exit: 3}"], "label": "layers 0-2"},
+        "kv": {"set": ["model.stages={enter: 2, exit: 5, update: kv}"]},
+        "last": {"set": ["model.stages={enter: 5, exit: 8}"]},
+    }
+    fields = {**yaml.safe_load(study.read_text()), "arms": arms, "picture": ["dense", "first"]}
+    study.write_text(yaml.safe_dump(fields))
+    results, options = study.parent / "results", [str(study), "--out", str(study.parent / "out"), "--report"]
+
+    keep_results(study, ["dense", "first", "kv"])
+    assert main(options) == 0
+    drawn = {name: (results / name).read_bytes() for name in ("accuracy.png", "curves.png")}
+    assert not (results / "windows.png").exists()  # there is one window to see
+
+    keep_results(study, ["last"])
+    assert main(options) == 0
+    assert (results / "windows.png").stat().st_size > 1000
+    for name, before in drawn.items():
+        assert (results / name).read_bytes() == before  # of the chosen arms alone
+
+
+def test_names_that_would_lie_on_each_other_move_up():
+    places = [(1.0, 50.0, "a"), (1.2, 50.5, "b"), (1.1, 52.0, "c"), (9.0, 50.1, "d")]
+    found = {name: (x, y) for x, y, name in apart(places, width=1.0, gap=2.0)}
+    assert found == {"a": (1.0, 50.0), "b": (1.2, 52.0), "c": (1.1, 54.0), "d": (9.0, 50.1)}
+
+
 @pytest.mark.parametrize(("number", "reaches"), [(signal.SIGINT, "both"), (signal.SIGTERM, "the study alone")])
 def test_a_stopped_study_waits_until_its_training_has_saved(number, reaches):
     with subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE) as child:
@@ -318,12 +357,7 @@ def test_a_study_trains_keeps_and_goes_on(study, capsys, monkeypatch):
     assert (out / "runs/window-seed0/final").is_dir()
     assert not list((study.parent / "results").glob("*.json"))  # a part of the questions is no result
 
-    loaded = load_study(study)
-    results = Results(Path(loaded.results))
-    asked = len(questions_of("easy_vqa"))
-    for run in runs_of(loaded, out, list(loaded.arms), loaded.seeds):
-        found = record(run.arm, run.seed, "10" * (asked // 2) + "1" * (asked % 2))
-        results.write({**copy.deepcopy(found), "recipe": fingerprint(run.recipe)})
+    keep_results(study, ["dense", "window"])
     assert main(options) == 0
     told = capsys.readouterr().out
     assert told.count("its result is there") == 4
