@@ -144,7 +144,7 @@ class StagePlan:
             )
         if self.enter is not None or self.exit is not None:
             raise ValueError("stages.layers: got it beside enter or exit, expected one or the other")
-        layers = tuple(self.layers or ())
+        layers = tuple(self.layers or ()) if isinstance(self.layers, list | tuple) else ()
         good = all(type(layer) is int and layer >= 0 for layer in layers)
         if not layers or not good or list(layers) != sorted(set(layers)):
             raise ValueError(f"stages.layers: got {self.layers!r}, expected layer numbers, ascending, at least one")
@@ -162,11 +162,13 @@ def _checked_keep(keep: Mapping[Any, Any]) -> dict[int, int | float]:
         raise ValueError(f"stages.keep: got {keep!r}, {expected}")  # noqa: TRY004  # one kind for users
     amounts: dict[int, int | float] = {}
     for key, amount in keep.items():
-        layer = int(key) if isinstance(key, str) and key.isdigit() else key
+        layer = int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON's keys are strings
         is_count = type(amount) is int and amount >= 1
         is_ratio = type(amount) is float and 0.0 < amount < 1.0
         if type(layer) is not int or not (is_count or is_ratio):
             raise ValueError(f"stages.keep: got {key!r}: {amount!r}, {expected}")
+        if layer in amounts:
+            raise ValueError(f"stages.keep: got layer {layer} twice, expected each once")
         amounts[layer] = amount
     amounts = dict(sorted(amounts.items()))
     for kind in (int, float):
