@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,7 +85,15 @@ def changed(config, path, value):
         (changed(ZERO2, "scheduler", {"type": "WarmupLR"}), "scheduler: got a value"),
         (changed(ZERO2, "amp", {"enabled": True}), "amp: got a value"),
         (changed(ZERO2, "tensor_parallel", {"autotp_size": 2}), "tensor_parallel: got a value"),
-        (changed(ZERO2, "elasticity", {"enabled": True}), "DeepSpeed refuses"),
+        (changed(ZERO2, "torch_autocast", {"enabled": True, "dtype": "bf16"}), "torch_autocast: got a value"),
+        (changed(ZERO2, "elasticity", {"enabled": True}), "elasticity: got a value"),
+        (changed(ZERO2, "gradient_predivide_factor", 2.0), "gradient_predivide_factor: got a value"),
+        (changed(ZERO2, "tensorboard", {"enabled": True}), "tensorboard: got a value, expected none: train.tracker"),
+        (changed(ZERO2, "zero_optimization.zenflow", {"topk_ratio": 0.1}), "zero_optimization.zenflow: got a value"),
+        (changed(ZERO2, "checkpoint", {"load_universal": True}), "checkpoint.load_universal: got a value"),
+        (changed(ZERO2, "checkpoint", [1]), "checkpoint: got list, expected an object"),
+        (changed(ZERO2, "checkpoint", {"tag_validation": "x"}), "DeepSpeed refuses"),
+        (changed(ZERO2, "gradient_cliping", 0.5), "gradient_cliping: unknown key; did you mean 'gradient_clipping'?"),
         (changed(ZERO2, "communication_data_type", "int7"), "int7"),
         (changed(ZERO2, "wall_clock_breakdown", "x"), "DeepSpeed refuses"),
     ],
@@ -95,7 +106,9 @@ def test_a_deepspeed_configuration_that_could_not_train_is_refused(tmp_path, con
     assert words in message
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"a": NaN}', "[" * 5000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"a": NaN}', '{"bf16": {"enabled": "auto", "enabled": true}}', "[" * 5000, "\x00"]
+)
 def test_a_deepspeed_file_that_is_no_json_is_refused(tmp_path, text):
     (tmp_path / "zero.json").write_text(text)
     assert "expected a JSON file" in refused(f"train.deepspeed={tmp_path / 'zero.json'}")
@@ -232,6 +245,11 @@ def test_a_fault_is_at_the_key_of_its_phase(override, words):
         assert str(caught.value).startswith(f"{prefix}{words}")
 
 
+def test_a_trace_that_begins_after_the_last_step_is_refused():
+    found = refused("train.profile={steps: [5, 9]}", "train.max_seconds=null", "train.max_steps=4")
+    assert found == "train.profile.steps: got [5, 9], expected to begin within the run's 4 steps"
+
+
 def test_a_mode_that_weights_and_biases_does_not_know_is_refused(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "bogus")
     assert refused() == "environment: WANDB_MODE: got 'bogus', expected online, offline or disabled"
@@ -244,6 +262,10 @@ def test_a_mode_that_weights_and_biases_does_not_know_is_refused(monkeypatch):
         ({"WORLD_SIZE": "2"}, "got WORLD_SIZE without RANK"),
         ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "RANK: got 'x', expected a whole number"),
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK: got 2, expected a number below WORLD_SIZE (2)"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"},
+            "MASTER_PORT: got 99999, expected at most 65535",
+        ),
     ],
 )
 def test_a_launcher_s_variables_are_all_there_and_numbers(monkeypatch, given, words):
@@ -254,6 +276,28 @@ def test_a_launcher_s_variables_are_all_there_and_numbers(monkeypatch, given, wo
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=re.escape(words)):
         setup_env()
+
+
+def test_a_rank_without_a_launcher_says_what_is_missing():
+    """Rank 0 speaks for all; here there may be none."""
+    known = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+    command = [sys.executable, "train/run.py", "recipes/quickstart.yaml"]
+    done = subprocess.run(command, env=known | {"RANK": "1"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("environment: got RANK without LOCAL_RANK, expected all of")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("do_center_crop: false", "data.processor: got 64 x 96 pixels of an oblong image, expected 64 x 64"),
+        ("rescale_factor: .nan", "data.processor: got pixels that are no numbers"),
+        ("image_std: [0.0, 0.0, 0.0]", "data.processor: got pixels that are no numbers"),
+    ],
+)
+def test_pixels_that_the_tower_cannot_take_are_refused(settings, words):
+    assert words in refused(f"data.processor={{{settings}}}")
 
 
 def test_a_check_refuses_what_a_run_refuses(tmp_path):

@@ -31,8 +31,9 @@ from train.checkpoints import (
 )
 from train.metrics import Clock, TrainMetrics
 from train.parameters import freeze, muon_groups, parameter_groups, part_of, trainable_counts
-from train.samples import ShuffledSampler, WholeBatches
+from train.samples import ShuffledSampler, WholeBatches, processor_fingerprint
 from train.trainer import rate_factor
+from train.weights import read_processor
 
 
 @pytest.fixture(autouse=True)
@@ -319,14 +320,34 @@ def test_a_run_folder_belongs_to_one_recipe(run_folder):
 
 
 def test_a_checkpoint_belongs_to_its_data_and_its_deepspeed_configuration(tmp_path):
-    before = {"data": "a", "deepspeed": "b", "schedule": "c"}
+    before = {"data": "a", "processor": "p", "config": "m", "deepspeed": "b", "schedule": "c"}
     path = write_checkpoint(tmp_path, 2, fingerprints=before)
     assert read_progress(path).fingerprints == before
     check_same_content(path, before, {**before, "schedule": "d"})
-    with pytest.raises(RecipeError, match=r"the data .* changed since checkpoint-2"):
-        check_same_content(path, before, {**before, "data": "x"})
-    with pytest.raises(RecipeError, match=r"train.deepspeed changed since checkpoint-2"):
-        check_same_content(path, before, {**before, "deepspeed": "x"})
+    for name, words in (
+        ("data", "the data .*"),
+        ("processor", "the tokenizer, chat template or image processor"),
+        ("config", "config.json of the recipe's model"),
+        ("deepspeed", "the content of train.deepspeed"),
+    ):
+        with pytest.raises(RecipeError, match=rf"{words} changed since checkpoint-2"):
+            check_same_content(path, before, {**before, name: "x"})
+
+
+def test_a_processor_is_known_by_what_it_makes_of_rows():
+    processor = read_processor(load_recipe("recipes/quickstart.yaml").model)
+    known = processor_fingerprint(processor)
+    processor.tokenizer(["a", "a longer one"], padding=True, truncation=True, max_length=2)
+    assert processor_fingerprint(processor) == known  # that call is over
+    changed = {
+        "template": lambda one: setattr(one, "chat_template", "{{ messages }}"),
+        "pixels": lambda one: setattr(one.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+        "tokens": lambda one: one.tokenizer.add_tokens(["<new>"]),
+    }
+    for change in changed.values():
+        other = read_processor(load_recipe("recipes/quickstart.yaml").model)
+        change(other)
+        assert processor_fingerprint(other) != known
 
 
 def test_a_marker_tells_how_far_the_run_was_and_the_checksum_of_every_file(run_folder):
@@ -365,6 +386,10 @@ def test_one_run_at_a_time_holds_a_folder(tmp_path):
     lock = RunLock(tmp_path)
     lock.take()  # its process is gone
     lock.release()
+    (tmp_path / "run.lock").unlink()
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(RecipeError, match=r"run\.lock: Is a directory, expected a file that can be written"):
+        RunLock(tmp_path).take()
 
 
 def test_a_holder_on_another_host_counts_while_it_renews_the_lock(tmp_path):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,16 +15,19 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
+from recipes.errors import suggestion
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
 from train import distributed
 from train.errors import one_line
 
 _ENDLESS: Final = 10**9  # steps; a run that the clock ends
-# Sections that would train something else than the recipe says, or that the recipe's checkpoints do not know.
+# Keys, at any depth, that would train something else than the recipe says, or that no run here can use.
 _REFUSED: Final = {
     "optimizer": "the recipe's learning rates, one for each part of the model, decide",
     "scheduler": "train.scheduler decides",
     "amp": "train.precision decides",
+    "torch_autocast": "train.precision decides",
+    "bf16.bf16_master_weights_and_grads": "master weights are float32",
     "tensor_parallel": "models are split by ZeRO alone",
     "pipeline": "models are split by ZeRO alone",
     "sequence_parallel_size": "sequences are not split",
@@ -32,7 +35,38 @@ _REFUSED: Final = {
     "data_efficiency": "the recipe's seed decides the order of the data",
     "compression_training": "the model is trained as it is",
     "progressive_layer_drop": "the stage plan decides which layers run",
+    "elasticity": "train.global_batch decides; python -m train.elastic restarts a run",
+    "prescale_gradients": "gradients are the mean over the global batch",
+    "gradient_predivide_factor": "gradients are the mean over the global batch",
+    "hybrid_engine": "models are trained, not asked, while they train",
+    "checkpoint.load_universal": "a run that goes on decides",
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer names the device",
+    "zero_optimization.zenflow": "the optimizer takes every gradient in its step",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "train.tracker decides"),
 }
+_KNOWN: Final = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "comms_logger",
+    "compile",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
 _GATHER: Final = "stage3_gather_16bit_weights_on_model_save"
 _MICRO_BATCH: Final = "train_micro_batch_size_per_gpu"
 
@@ -144,7 +178,8 @@ def read_deepspeed(train: TrainSection) -> dict[str, Any]:
         RecipeError: the file is no JSON object.
     """
     try:
-        config = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = Path(train.deepspeed).read_text(encoding="utf-8")
+        config = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"train.deepspeed: got '{train.deepspeed}', expected a JSON file ({one_line(error)})"
@@ -157,6 +192,15 @@ def read_deepspeed(train: TrainSection) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = value
+    return found
 
 
 def deepspeed_fingerprint(config: Mapping[str, Any]) -> str:
@@ -183,7 +227,14 @@ def check_deepspeed(train: TrainSection, num_ranks: int) -> None:
 
 def _deepspeed_faults(train: TrainSection, config: Mapping[str, Any], derived: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong with a configuration, as `key: got this, expected that`."""
-    yield from (f"{key}: got a value, expected none: {reason}" for key, reason in _REFUSED.items() if key in config)
+    for key, reason in _REFUSED.items():
+        section, _, name = key.rpartition(".")
+        found = config.get(section) if section else config
+        if isinstance(found, dict) and name in found:
+            yield f"{key}: got a value, expected none: {reason}"
+    yield from (f"{key}: unknown key; {suggestion(key, _KNOWN)}" for key in config if key not in _KNOWN)
+    if not isinstance(config.get("checkpoint", {}), dict):
+        yield f"checkpoint: got {type(config['checkpoint']).__name__}, expected an object"
     yield from _zero_faults(train, config.get("zero_optimization"))
     yield from _precision_faults(train, config)
     if _MICRO_BATCH not in config:

@@ -209,7 +209,7 @@ class LogCallback(TrainerCallback):
 
     def _drop_lines_after(self, step: int) -> None:
         """Drops the lines after the step that the run goes on from: they will be written again."""
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.is_file() else []
         kept = [line for line in lines if 0 <= _step_of_line(line) <= step]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

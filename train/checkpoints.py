@@ -73,7 +73,8 @@ class Progress:
         tokens: tokens seen, all ranks; visual: visual tokens among these.
         ranks: processes that wrote the checkpoint.
         window: sums of the steps since the last log line, and the seconds at that line.
-        fingerprints: digests of the data, the DeepSpeed configuration and the schedule of learning rates.
+        fingerprints: digests of the data, the processor, config.json and the DeepSpeed configuration, and the schedule
+            of learning rates.
         faults: unreadable rows, of all ranks, which were skipped.
         search: the state of the search for the stage plan; empty without one.
     """
@@ -209,8 +210,10 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
 
 
 def check_same_content(checkpoint: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises RecipeError, naming which, for a checkpoint of other data or another DeepSpeed configuration."""
+    """Raises RecipeError, naming which, for a checkpoint of other data or of another configuration."""
     words = {
+        "config": "config.json of the recipe's model",
+        "processor": "the tokenizer, chat template or image processor",
         "data": "the data (rows, their length in tokens, or which of them have an image)",
         "deepspeed": "the content of train.deepspeed",
     }
@@ -297,7 +300,10 @@ class RunLock:
         Raises:
             RecipeError: another process holds it; the message names host, process and start.
         """
-        self._handle = self._file.open("a+", encoding="utf-8")
+        try:
+            self._handle = self._file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"output: {self._file}: {error.strerror}, expected a file that can be written") from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,7 +11,9 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import LlavaConfig
 
@@ -31,6 +33,7 @@ from train.weights import check_tokens, read_config, read_processor
 from train.window_search import check_search
 
 _WORKERS_A_CORE = 16
+_SIDE = 112  # pixels
 _MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of Weights & Biases
 _BITSANDBYTES = ("adamw_8bit", "ademamix", "lion", "paged")  # Trainer has these from there
 
@@ -53,6 +56,7 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
                 raise RecipeError(f"data.workers: got {phase.data.workers}, expected at most {limit} on this machine")
             _check_packing(phase, num_ranks)
             _check_libraries(phase.train)
+            check_profile(phase.train, phase.train.max_steps)
     for name, plan in recipe.model.plans.items() if isinstance(recipe.model.stages, list) else ():
         if name == TRAINED or (name in SCHEDULES and not (name == "dense" and plan.plan is None)):
             expected = "expected a name that is no schedule's; dense is for plan: null"
@@ -125,6 +129,14 @@ def _check_packing(phase: Phase, num_ranks: int) -> None:
         raise RecipeError(
             f"train.tokens_per_step: got {tokens}, expected at least {passes * data.max_length}: {passes} forward "
             f"passes (global_batch / per_device_batch) of data.max_length {data.max_length}"
+        )
+
+
+def check_profile(train: TrainSection, steps: int | None) -> None:
+    """Refuses a trace that begins after the last of the run's steps; None: their number is not known."""
+    if train.profile is not None and steps is not None and train.profile.steps[0] > steps:
+        raise RecipeError(
+            f"train.profile.steps: got {train.profile.steps}, expected to begin within the run's {steps} steps"
         )
 
 
@@ -228,12 +240,27 @@ def _check_processor(key: str, recipe: Recipe, config: Any, visual: int | None) 
             vision = VisionProcessor(apply_settings(copy(processor), phase.data), aspect=phase.data.image_aspect)
         except ProcessorError as error:
             raise RecipeError(f"{phase.name}: {error}") from error
+        _check_pixels(phase, vision, None if visual is None else config.vision_config.image_size)
     if visual is None:
         return
     size = config.vision_config.image_size
     found = vision.count(size, size)
     if found != visual:
         raise RecipeError(f"{key}: processor: got {found} tokens for an image, expected {visual}, the vision tower's")
+
+
+def _check_pixels(phase: Phase, vision: VisionProcessor, size: int | None) -> None:
+    """Refuses settings that make pixels of an oblong image which are no numbers, or of another size than a tower's."""
+    with np.errstate(all="ignore"):  # a division by zero is refused below
+        pixels = vision.encode([Image.new("RGB", (3 * _SIDE, 2 * _SIDE), "white")]).inputs["pixel_values"]
+    if not pixels.isfinite().all():
+        raise RecipeError(f"{phase.name}: data.processor: got pixels that are no numbers, expected finite ones")
+    if size is not None and tuple(pixels.shape[-2:]) != (size, size):
+        found = " x ".join(map(str, pixels.shape[-2:]))
+        raise RecipeError(
+            f"{phase.name}: data.processor: got {found} pixels of an oblong image, expected {size} x {size}, the "
+            "vision tower's"
+        )
 
 
 def processor_is_here(model: ModelSection) -> bool:

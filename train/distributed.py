@@ -30,6 +30,7 @@ _MEET_TIMEOUT: Final = timedelta(minutes=10)
 _GRACE_SECONDS: Final = 5.0  # in which a rank may exit cleanly after another rank has failed
 _FAULT: Final = "fault"
 _STORE_FAULTS: Final = (dist.DistNetworkError, dist.DistStoreError)
+_LAST_PORT: Final = 65535
 _LAUNCHED: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -249,13 +250,15 @@ def _check_env() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise RecipeError(f"environment: {name}: got '{os.environ[name]}', expected a whole number")
+    if int(os.environ["MASTER_PORT"]) > _LAST_PORT:
+        raise RecipeError(f"environment: MASTER_PORT: got {os.environ['MASTER_PORT']}, expected at most {_LAST_PORT}")
     if rank() >= world_size():
         raise RecipeError(f"environment: RANK: got {rank()}, expected a number below WORLD_SIZE ({world_size()})")
 
 
 def _free_port(host: str, first: int) -> int:
     """Returns the first port from `first` on that nobody listens at on this machine; 0 lets the system choose."""
-    for port in range(first, min(first + 100, 65536)):
+    for port in range(first, min(first + 100, _LAST_PORT + 1)):
         with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

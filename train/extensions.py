@@ -10,6 +10,7 @@ process has it open.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from typing import Final
 
 import torch
 from filelock import FileLock, Timeout
+
+from recipes.errors import RecipeError
 
 _PATIENCE_SECONDS: Final = 20.0  # before a wait is announced
 
@@ -42,13 +45,18 @@ def release_shared_memory() -> None:
     (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
-def main() -> None:
-    """Builds the operator of the CPU."""
+def main() -> int:
+    """Builds the operator of the CPU; returns the exit code."""
     from train import distributed
 
-    distributed.setup_env()
-    distributed.init()
+    try:
+        distributed.setup_env()
+        distributed.init()
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
     distributed.shutdown()
+    return 0
 
 
 def _build(builder: str, name: str, duration: str) -> None:
@@ -64,7 +72,13 @@ def _build(builder: str, name: str, duration: str) -> None:
 @contextmanager
 def build_lock(name: str) -> Iterator[None]:
     """Holds the right to build one operator; waits for others with a message, and clears what a killed build left."""
-    _root().mkdir(parents=True, exist_ok=True)
+    try:
+        _root().mkdir(parents=True, exist_ok=True)
+        (_root() / f"{name}.flock").touch()
+    except OSError as error:
+        raise RecipeError(
+            f"environment: TORCH_EXTENSIONS_DIR: {_root()}: {error.strerror}, expected a folder that can be written"
+        ) from error
     guard = FileLock(_root() / f"{name}.flock")
     try:
         held = guard.acquire(timeout=_PATIENCE_SECONDS)
@@ -107,4 +121,4 @@ def _root() -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

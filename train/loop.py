@@ -29,16 +29,25 @@ from train.arguments import (
     training_arguments,
 )
 from train.checkpoints import FINAL, RECIPE, Progress
-from train.checks import check_run
+from train.checks import check_profile, check_run
 from train.errors import TrainingError, one_line
 from train.estimate import Estimate, peak_here
 from train.final import read_figures, save_final
 from train.metrics import Clock, DataWatch, TrainMetrics
 from train.parameters import add_adapters, freeze, trainable_counts
-from train.samples import Samples, collate, data_fingerprint, hold_out, read_samples, sample_notes, sample_order
+from train.samples import (
+    Samples,
+    collate,
+    data_fingerprint,
+    hold_out,
+    processor_fingerprint,
+    read_samples,
+    sample_notes,
+    sample_order,
+)
 from train.stop import StopRequest
 from train.trainer import FusedTrainer
-from train.weights import INITIAL, build_initial, load_checkpoint, read_config, read_processor
+from train.weights import INITIAL, build_initial, config_fingerprint, load_checkpoint, read_config, read_processor
 from train.window_search import WindowSearch, check_search
 
 
@@ -117,6 +126,9 @@ def _prepare_folder(recipe: Recipe, phase: Phase) -> None:
     """Writes the recipe and the initial checkpoint; sets aside checkpoints that cannot be resumed."""
     folder = Path(recipe.output)
     phase.folder.mkdir(parents=True, exist_ok=True)
+    for name in (FINAL, f"{FINAL}.partial"):
+        if (phase.folder / name).is_file():
+            raise RecipeError(f"output: {phase.folder / name} is a file, expected a folder, or nothing there yet")
     for note in checkpoints.set_aside(phase.folder):
         print(note, flush=True)
     (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
@@ -133,8 +145,11 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     progress = checkpoints.read_progress(resumed) if resumed else Progress(ranks=distributed.world_size())
     order = sample_order(phase, dataset, seed=recipe.seed)
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
+    _check_samples(phase, dataset, total)
     fingerprints = {
         "data": data_fingerprint(phase, dataset, validation),
+        "processor": processor_fingerprint(dataset.processor),
+        "config": config_fingerprint(recipe.model),
         "deepspeed": deepspeed_fingerprint(read_deepspeed(phase.train)),
         "schedule": _schedule_text(phase, total),
     }
@@ -193,6 +208,19 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
         distributed.barrier()
     distributed.print_rank0(f"{phase.name}: done, {phase.folder / FINAL}")
     return True
+
+
+def _check_samples(phase: Phase, dataset: Samples, total: int | None) -> None:
+    """Refuses samples that teach nothing: none has an image, and only the projector or the tower learns.
+
+    And, now that the number of steps is known, a trace of steps after them.
+    """
+    check_profile(phase.train, total)
+    learns_text = phase.train.learning_rate.language_model is not None
+    if not learns_text and not isinstance(dataset, ConversationStream) and not any(dataset.has_image):
+        raise RecipeError(
+            f"{phase.name}: data: got no row with an image, expected some: train.learning_rate.language_model is null"
+        )
 
 
 def _check_resumed(

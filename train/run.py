@@ -36,11 +36,16 @@ def main() -> int:
     try:
         from recipes.errors import RecipeError
         from train import distributed
+
+        try:
+            distributed.setup_env()
+        except RecipeError as error:  # nothing tells yet whether this rank speaks for all
+            print(error, file=sys.stderr, flush=True)
+            return 2
     except Stopped:
         print(f"stopped by {stop.reason} before the start", flush=True)
         return 0
     try:
-        distributed.setup_env()
         return _run(arguments, stop)
     except Stopped:
         text = f"stopped by {stop.reason}; nothing was left to save; the same command goes on"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,24 +84,40 @@ def sample_notes(phase: Phase, samples: Samples) -> Iterator[str]:
 def data_fingerprint(phase: Phase, samples: Samples, validation: Validation | None) -> str:
     """Returns a digest of the phase's data: its sources, the content of their files, each sample's length and modality.
 
-    Of held-out samples the last two count.
-
-    Images are not read: one that was replaced by another of the same place is not noticed. Of a stream, whose files
-    may be anywhere, the names are all that counts.
+    Held-out samples count too. Images are not read: one that was replaced by another of the same place is not noticed.
+    Of a stream, whose files may be anywhere, the names are all that counts.
     """
     digest = hashlib.sha256()
-    for source in phase.data.sources:
-        digest.update(repr((source.weight, source.limit, source.format)).encode())
-        for name in [source.path] if phase.data.streaming else find_files(source.path):
-            if Path(name).is_file() and not phase.data.streaming:
-                with Path(name).open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            else:
-                digest.update(name.encode())
+    configs = [phase.data]
+    if validation is not None and validation.section.files is not None:
+        configs.append(validation.samples.config)
+    for config in configs:
+        for source in config.sources:
+            digest.update(repr((source.weight, source.limit, source.format)).encode())
+            for name in [source.path] if config.streaming else find_files(source.path):
+                if Path(name).is_file() and not config.streaming:
+                    with Path(name).open("rb") as stream:
+                        digest.update(hashlib.file_digest(stream, "sha256").digest())
+                else:
+                    digest.update(name.encode())
     for part in (samples, validation and validation.samples):
         if isinstance(part, ConversationDataset):
             digest.update(repr((list(part.lengths), list(map(bool, part.has_image)))).encode())
     return digest.hexdigest()
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """Returns a digest of what turns rows into tokens and pixels: tokenizer, chat template and image processor."""
+    tokenizer, images = processor.tokenizer, processor.image_processor.to_dict()
+    text = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {
+        # how the last call padded and cut is a state of the tokenizer, not a setting
+        "tokenizer": {name: value for name, value in text.items() if name not in ("truncation", "padding")},
+        "special": tokenizer.special_tokens_map,
+        "template": processor.chat_template or tokenizer.chat_template,
+        "images": {name: value for name, value in images.items() if value is not None},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class ShuffledSampler(Sampler[int]):

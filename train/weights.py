@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -55,6 +57,13 @@ def read_config(model: ModelSection) -> Any:
         return config_of(config_fields(model.config, model.checkpoint), source, **model.plan_fields)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
+
+
+def config_fingerprint(model: ModelSection) -> str:
+    """Returns a digest of the config.json that the recipe's model is built from."""
+    fields = config_fields(model.config, model.checkpoint)
+    kept = {name: value for name, value in fields.items() if not name.startswith(("_", "transformers_version"))}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_processor(model: ModelSection) -> Any:
