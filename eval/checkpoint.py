@@ -21,7 +21,7 @@ from eval.prompts import PromptEncoder
 from models import FusedAutoModel, UnsupportedModelError
 from models.auto import CONFIG_FAULTS
 from models.families import Family, family_of, is_original
-from models.fused import resolve_config
+from models.schedule_choice import resolve_config
 from models.schedules import Choice, Schedule
 from recipes.resolved import saved_data, saved_recipe
 from recipes.schema import RecipeError

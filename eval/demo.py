@@ -34,7 +34,7 @@ from eval.arguments import UsageError, command_line, free_port
 from eval.checkpoint import Checkpoint
 from eval.live import draw_overlay, live_mask
 from eval.prompts import PromptEncoder, VqaPrompt
-from models.fused import usable_schedules
+from models.schedule_choice import usable_schedules
 from models.schedules import SCHEDULES, TRAINED
 from models.stage_plan import StagePlan
 from recipes.resolved import saved_data

@@ -27,7 +27,7 @@ from eval.checkpoint import Checkpoint
 from eval.comparison.plots import draw_live
 from eval.prompts import PromptEncoder, VqaPrompt
 from models.cost import Cost, live_cost
-from models.fused import usable_schedules
+from models.schedule_choice import usable_schedules
 from models.schedules import TRAINED, Dense, Schedule
 
 BATCH = 50

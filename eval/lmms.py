@@ -40,7 +40,7 @@ from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.comparison import ranks
 from eval.prompts import PromptEncoder, VqaPrompt
 from eval.tasks.benchmarks import BENCHMARKS
-from models.fused import require_runnable
+from models.schedule_choice import require_runnable
 from models.schedules import TRAINED, ScheduleError
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process

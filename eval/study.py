@@ -30,7 +30,7 @@ from eval.lmms import Harness
 from eval.measure import default_batch, dtype
 from eval.study_results import Record, Results, fingerprint, lacking, record_of, tables, write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
-from models.fused import require_runnable, resolve_config
+from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
 from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study

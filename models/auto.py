@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from .families import family_of, is_original
 from .original_checkpoints import load_original
+from .schedule_choice import require_saveable
 from .stage_plan import StagePlan
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -22,10 +23,12 @@ class FusedAutoModel:
     """Chooses the fused class by the checkpoint's kind, as transformers' Auto classes do."""
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, source: Any, *args: Any, stages: StagePlan | dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """Returns the fused model of a checkpoint of any family: ordinary, fused, or in LLaVA's original format.
 
-        `source` is a folder or a hub name; `stages` are the fields of StagePlan, None is what the checkpoint says:
+        `source` is a folder or a hub name; `stages` is a StagePlan or its fields, None is what the checkpoint says:
         dense for an ordinary one. The rest is as in Hugging Face's from_pretrained.
 
         Raises before weights are downloaded:
@@ -38,7 +41,11 @@ class FusedAutoModel:
         if is_original(fields):
             return load_original(source, fields, *args, hub=hub, stages=stages, **kwargs)
         family = family_of(fields.get("model_type"), source)
+        stages = stages.to_dict() if isinstance(stages, StagePlan) else stages
+        require_saveable(kwargs.get("schedule"))
         if kwargs.get("config") is not None:
+            if isinstance(kwargs["config"], str | Path):
+                kwargs["config"] = family.config_class.from_pretrained(kwargs["config"], **hub)
             kwargs["config"] = _fused_config(kwargs["config"], stages)
             return family.model_class.from_pretrained(source, *args, **kwargs)
         depth = family.config_class.from_pretrained(source, **hub).text_config.num_hidden_layers
@@ -48,12 +55,12 @@ class FusedAutoModel:
         return family.model_class.from_pretrained(source, *args, **kwargs)
 
     @classmethod
-    def from_config(cls, config: Any, stages: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def from_config(cls, config: Any, stages: StagePlan | dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """Returns a fused model with random weights, of the config of Hugging Face's class or of the fused one.
 
         The rest is as in Hugging Face's from_config (`dtype`, `attn_implementation`); errors as from_pretrained.
         """
-        fused = _fused_config(config, stages)
+        fused = _fused_config(config, stages.to_dict() if isinstance(stages, StagePlan) else stages)
         return family_of(config.model_type).model_class._from_config(fused, **kwargs)
 
 

@@ -18,6 +18,8 @@ class StagedLayer(DynamicLayer):
     for it, and layer 0 of a fused model holds no image.
     """
 
+    keys: Any  # (B, heads, C, d), as the values; transformers leaves their types open
+    values: Any
     slots: Tensor | None = None  # (B, C) int64, place in the whole sequence of each of the C columns; -1 on padding
     seen = 0  # length of the sequence so far, dead tokens and padding included
     next_position: Tensor | None = None  # (B,) int64, the position id that follows the last token
@@ -43,12 +45,17 @@ class StagedLayer(DynamicLayer):
         self.slots, self.seen, self.next_position, self.padded = None, 0, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` decoded tokens, as assisted generation asks for."""
-        super().crop(tokens_to_remove)
-        if tokens_to_remove < 0 and self.slots is not None and self.next_position is not None:
-            self.slots = self.slots[:, :tokens_to_remove]
-            self.seen += tokens_to_remove
-            self.next_position = self.next_position + tokens_to_remove
+        """Removes the last `-tokens_to_remove` tokens of the sequence, those of them that the layer holds."""
+        if tokens_to_remove >= 0 or self.slots is None or self.next_position is None:
+            super().crop(tokens_to_remove)
+            return
+        self.seen += tokens_to_remove
+        self.next_position = self.next_position + tokens_to_remove
+        stays = self.slots < self.seen  # padding too
+        columns = stays.any(dim=0).nonzero()[:, 0]
+        self.slots = self.slots.where(stays, -1)[:, columns]
+        self.padded = self.padded or not bool(stays[:, columns].all())
+        self.keys, self.values = (states.index_select(2, columns) for states in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the samples, as beam search asks for."""
@@ -91,6 +98,8 @@ def require_own_cache(cache: Any) -> None:
     expected = "expected None, an empty DynamicCache, or the cache that this model returned"
     if cache is None:
         return
+    if getattr(cache, "offloading", False):
+        raise ValueError(f"past_key_values: got an offloaded cache, {expected}")
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"past_key_values: got a {type(cache).__name__}, {expected}")  # noqa: TRY004  # one kind
     if cache.get_seq_length() > 0 and not all(isinstance(layer, StagedLayer) for layer in cache.layers):

@@ -18,9 +18,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .fused import FusedMixin, settle_stages
+from .fused import FusedMixin
 from .mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from .schedule_choice import settle_stages
 from .token_scorer import is_scorer
+
+_ADDED = ("stages", "plans", "schedule")  # to a family's config
 
 
 class UnsupportedModelError(ValueError):
@@ -36,10 +39,23 @@ class StagesConfigMixin:
 
     base_model_type: str
     model_type: str
+    stages: dict[str, Any] | None
+    plans: dict[str, Any] | None
+    schedule: dict[str, Any] | str | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # PreTrainedConfig's
         settle_stages(self)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns what config.json says: of a dense model the family's, which transformers then loads as it is."""
+        fields = super().to_diff_dict()  # type: ignore[misc]  # PreTrainedConfig's
+        has_class = type(self).__bases__[-1].__module__.startswith("transformers.")
+        if has_class and self.stages is None and not self.plans and self.schedule is None:
+            names = [name.removeprefix("Fused") for name in fields.get("architectures") or ()]
+            fields = {name: value for name, value in fields.items() if name not in (*_ADDED, "auto_map")}
+            fields |= {"model_type": self.base_model_type} | ({"architectures": names} if names else {})
+        return fields
 
     @classmethod
     def get_config_dict(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .attention import SUPPORTED_DECODERS, UnsupportedDecoderError
 from .batch_facts import IGNORE_INDEX, BatchFacts, instruction_ends, next_labels
 from .cache import CACHE, require_own_cache
 from .decoder import DecoderOutput, run_decoder
-from .image_tokens import ImageTokens, image_tokens, missing_tower, states_around
+from .image_tokens import ImageTokens, image_tokens, states_around
 from .lazy_images import LazyImages, flat_features
 from .live_tokens import rows_at
 from .schedule_base import Dense, Schedule, ScheduleError
-from .schedules import SCHEDULES, TRAINED, Choice, resolve_schedule
+from .schedule_choice import resolve_config, settle_stages
+from .schedules import Choice
 from .stage_plan import StagePlan
 from .token_scorer import SCORER, TokenScorer, needs_scorer, zero_scorer_loss
 
@@ -140,81 +140,6 @@ class FusedTextMixin:
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
 
-def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
-    """Returns the plan and the schedule of a config, once checked; fills in the fields of its `stages`.
-
-    Raises:
-        UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
-        ValueError: the plan or the schedule is wrong, or names a layer that the decoder lacks.
-    """
-    kind = config.text_config.model_type
-    if kind not in SUPPORTED_DECODERS.values():
-        expected = ", ".join(sorted(SUPPORTED_DECODERS.values()))
-        raise UnsupportedDecoderError(f"text_config.model_type: got {kind}, expected one of {expected}")
-    depth = config.text_config.num_hidden_layers
-    if config.stages is not None:
-        config.stages = _checked(config.stages, depth).to_dict()
-    if config.plans is not None:
-        _check_plans(config)
-        config.plans = {
-            name: None if fields is None else _checked(fields, depth).to_dict() for name, fields in config.plans.items()
-        }
-    return _plan_of(config.stages), resolve_config(config, config.schedule)
-
-
-def resolve_config(config: Any, choice: Choice) -> Schedule:
-    """Returns the schedule that a choice means for a model of a fused config; errors as resolve_schedule."""
-    plans = {name: _plan_of(fields) for name, fields in (config.plans or {}).items()}
-    schedule = resolve_schedule(choice, _plan_of(config.stages), config.text_config.num_hidden_layers, plans)
-    if schedule.reads_scores and not needs_scorer(config):
-        raise ScheduleError("schedule Fused: got select: learned, expected another: this model has no scorer")
-    return require_tower(schedule, config)
-
-
-def _plan_of(fields: Mapping[str, Any] | None) -> StagePlan | None:
-    return None if fields is None else StagePlan.from_dict(fields)
-
-
-def _checked(fields: Mapping[str, Any], depth: int) -> StagePlan:
-    plan = StagePlan.from_dict(fields)
-    plan.check(depth)
-    return plan
-
-
-def _check_plans(config: Any) -> None:
-    """Raises ValueError where a name of `plans` already names something else."""
-    for name, fields in config.plans.items():
-        if name == TRAINED or (name in SCHEDULES and not (name == "dense" and fields is None)):
-            raise ValueError(f"plans: got the name '{name}', expected one that is no schedule's; dense is null")
-
-
-def require_tower(schedule: Schedule, config: Any) -> Schedule:
-    """Returns the schedule; raises ScheduleError where it reads a vision tower that the model does not have."""
-    if schedule.reads_tower and (missing := missing_tower(config)):
-        name = type(getattr(schedule, "inner", schedule)).__name__
-        raise ScheduleError(f"schedule {name}: got {missing}, expected a LLaVA with a CLIP tower, which it reads")
-    return schedule
-
-
-def require_runnable(schedule: Schedule, config: Any) -> Schedule:
-    """Returns the schedule; raises ScheduleError where a model of this config cannot run it on its inputs alone."""
-    if schedule.reads_relevance:
-        name = type(getattr(schedule, "inner", schedule)).__name__
-        raise ScheduleError(
-            f"schedule {name}: got a checkpoint without the text tower that it needs, expected another schedule; "
-            "eval.compare --text-tower runs this one"
-        )
-    return require_tower(schedule, config)
-
-
-def usable_schedules(config: Any) -> list[str]:
-    """Returns the names of SCHEDULES that a model of this config runs without further inputs."""
-    has_tower = missing_tower(config) is None
-    return [
-        name for name, kind in SCHEDULES.items() if not kind.reads_relevance and (has_tower or not kind.reads_tower)
-    ]
-
-
 class FusedMixin:
     """A VLM whose visual tokens are live only where its stage plan, or another schedule, says so.
 
@@ -275,6 +200,7 @@ class FusedMixin:
         prompt = next((kwargs[key] for key in ("inputs_embeds", "input_ids") if kwargs.get(key) is not None), inputs)
         length = 0 if prompt is None else prompt.shape[1]
         chosen = self.schedule if schedule is None else self.resolve(schedule)
+        self._check_generation(chosen, kwargs)
         running = _Generation(self, length, chosen, on_prefill)
         if chosen.reads_tower and kwargs.get("pixel_values") is not None:
             with torch.no_grad():
@@ -285,6 +211,20 @@ class FusedMixin:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
         finally:
             _GENERATION.reset(token)
+
+    def _check_generation(self, schedule: Schedule, options: Mapping[str, Any]) -> None:
+        """Raises ValueError for settings of generate() under which a schedule would do something else."""
+
+        def setting(name: str) -> Any:
+            configs = (options.get("generation_config"), self.generation_config)  # type: ignore[attr-defined]
+            given = (options.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in given if value is not None), None)
+
+        name, chunk = type(getattr(schedule, "inner", schedule)).__name__, setting("prefill_chunk_size")
+        if chunk is not None and not isinstance(schedule, Dense):
+            raise ValueError(f"prefill_chunk_size: got {chunk} under {name}, expected None: it sees the whole prompt")
+        if schedule.masks_values and setting("use_cache") is False:
+            raise ValueError(f"use_cache: got False under {name}, expected True: it masks vision in the prompt alone")
 
     @can_return_tuple
     def forward(self, *args: Any, **kwargs: Any) -> FusedOutput:
@@ -374,10 +314,23 @@ class FusedMixin:
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of the two")
         require_own_cache(inputs.get(CACHE))
-        mask = inputs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise ValueError(f"attention_mask: got {getattr(mask, 'shape', mask)}, expected (batch, sequence)")
-        return {name: value for name, value in inputs.items() if value is not None}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._check_masks(inputs)
+        return inputs
+
+    def _check_masks(self, inputs: Mapping[str, Any]) -> None:
+        """Raises ValueError for a mask that is not of this call's tokens, or of all tokens so far."""
+        tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+        (samples, size), seen, running = tokens.shape[:2], _seen(inputs), self._running()
+        whole = {size, seen + size}
+        prompt = {running.prompt_length} if running else set()
+        known = {"attention_mask": whole, "query_mask": {size}}
+        known |= dict.fromkeys(("visual", "relevance"), whole | prompt | set(range(1, seen + 1)))
+        for name, widths in known.items():
+            found = inputs.get(name)
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            if found is not None and shape not in {(samples, width) for width in widths}:
+                raise ValueError(f"{name}: got {shape}, expected a tensor {samples, seen + size}")
 
     def _running(self) -> _Generation | None:
         """Returns the generate() that this model's forward runs in, or None."""

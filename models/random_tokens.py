@@ -28,7 +28,7 @@ class Random(ScorePruner):
     def __post_init__(self) -> None:
         self.require("layer", is_int(self.layer, 0), "a layer number (int >= 0)")
         self.require("ratio", is_number(self.ratio, 0.0, 1.0), "a ratio, 0 to 1")
-        self.require("seed", is_int(self.seed, 0), "an int >= 0")
+        self.require("seed", is_int(self.seed, 0) and self.seed < 2**63, "an int >= 0 of 63 bits")
         self.derive(cuts=((self.layer, self.ratio),))
 
     def score(self, view: View) -> Tensor:

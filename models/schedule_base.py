@@ -102,6 +102,7 @@ class Schedule:
     differentiable: bool = False  # attention and scores that the schedule reads carry gradients: see `token_gates`
     reads_tower: bool = False  # the schedule reads what the vision tower made of the images, as `view.tower`
     reads_relevance: bool = False  # the schedule reads `view.relevance`, which the caller has to give
+    masks_values: bool = False  # the schedule's value remaps are for the prompt alone
     renumbers: bool = False  # each layer numbers its live tokens anew; otherwise every token keeps its position id
     trainable: bool = False  # may be used with gradients
 
@@ -261,7 +262,7 @@ class Wrapper(Schedule):
         self.derive(update=inner.update, renumbers=inner.renumbers, trainable=inner.trainable)
         self.derive(reads_attention=inner.reads_attention, reads_tower=inner.reads_tower)
         self.derive(reads_relevance=inner.reads_relevance, reads_scores=inner.reads_scores)
-        self.derive(differentiable=inner.differentiable)
+        self.derive(differentiable=inner.differentiable, masks_values=inner.masks_values)
 
     def check(self, num_layers: int) -> None:
         """Checks the inner schedule."""
@@ -310,6 +311,7 @@ class _WithinState:
     pruner: Any
     pruned: Selection | None = None
     both: dict[tuple[Selection, Selection], Selection] = field(default_factory=dict)
+    has_seen: bool = False  # a layer ran on visual tokens
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,7 @@ class Within(Schedule):
         trained, inner = Fused(self.plan), self.inner
         reads = trained.reads_attention or inner.reads_attention
         self.derive(update=trained.update, reads_attention=reads, reads_tower=inner.reads_tower)
-        self.derive(reads_scores=trained.reads_scores)
+        self.derive(reads_scores=trained.reads_scores, masks_values=inner.masks_values)
         self.derive(reads_relevance=inner.reads_relevance, renumbers=inner.renumbers, trainable=inner.trainable)
 
     def check(self, num_layers: int) -> None:
@@ -349,7 +351,8 @@ class Within(Schedule):
             return NO_VISUAL
         live = _both(view, trained, state.pruned or view.visual)
         pruned = self.inner.live(replace(view, live=live, state=state.pruner))
-        if pruned is live:
+        if pruned is live or (pruned is NO_VISUAL and not state.has_seen):
+            state.has_seen = True
             return live
         state.pruned = pruned
         return _both(view, trained, pruned)

@@ -41,7 +41,7 @@ TRAINED = "trained"  # the name of a checkpoint's stage plan; dense where it has
 Choice = Schedule | str | Mapping[str, Any] | None
 
 
-def published(name: str, num_layers: int, **settings: Any) -> Schedule:
+def published(name: str, num_layers: int, /, **settings: Any) -> Schedule:
     """Returns the named schedule with its published settings, layer numbers scaled to a decoder's depth.
 
     `settings` are fields in place of the published ones, taken as they are.
@@ -82,8 +82,10 @@ def resolve_schedule(
     name = choice.get("name") if isinstance(choice, Mapping) and len(choice) == 1 else choice
     if plans and isinstance(name, str) and name in plans:
         choice = plan_schedule(plans[name])
+    if name == TRAINED:
+        choice = TRAINED
     if isinstance(choice, Mapping):
-        settings = dict(choice)
+        settings = {str(key): value for key, value in choice.items()}
         choice = published(settings.pop("name", None), num_layers, **settings)
     if isinstance(choice, str) and choice != TRAINED:
         if choice not in SCHEDULES:

@@ -78,7 +78,9 @@ class StagePlan:
     def from_dict(cls, fields: Mapping[str, Any]) -> StagePlan:
         """Returns the plan that `to_dict` or a recipe's `stages` section describes; unknown keys are an error."""
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"stages: got {fields!r}, expected the fields of a plan: {', '.join(known)}")  # noqa: TRY004
+        unknown = sorted(set(fields) - set(known), key=str)
         if unknown:
             raise ValueError(f"stages.{unknown[0]}: unknown key, expected one of {', '.join(known)}")
         return cls(**fields)

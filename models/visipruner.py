@@ -73,6 +73,7 @@ class VisiPruner(Schedule):
             self.require(name, isinstance(getattr(self, name), bool), "true or false")
         # only the middle's test, and the deep one after it, read attention
         self.derive(modes=tuple(self.modes), reads_attention="middle" in self.modes)
+        self.derive(masks_values="shallow" in self.modes and self.shallow_end > 0)
 
     @classmethod
     def from_released(cls, settings: Mapping[str, Any]) -> VisiPruner:

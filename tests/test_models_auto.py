@@ -1,14 +1,16 @@
 """FusedAutoModel: which class a checkpoint gets, what it keeps, what is refused and how early."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
 from transformers import LlavaConfig
 
-from models import FAMILIES, FusedAutoModel, UnsupportedModelError
+from models import FAMILIES, FusedAutoModel, StagePlan, UnsupportedModelError
 from models.attention import SUPPORTED_DECODERS, UnsupportedDecoderError
+from models.schedules import VTW
 from tests.tiny_vlms import LAYERS, TINY, text
 
 PLAN = {"enter": 1, "exit": 4}
@@ -47,6 +49,10 @@ def test_an_ordinary_checkpoint_is_dense_unless_a_plan_is_given_and_keeps_it_whe
     assert type(dense) is FAMILIES[tiny.family].model_class
     assert dense.config.stages is None
     same(dense, source, batch)
+    dense.save_pretrained(tmp_path / "dense")
+    plain, report = type(source).from_pretrained(tmp_path / "dense", output_loading_info=True)  # Hugging Face's
+    assert not report["missing_keys"]
+    same(plain.eval(), source, batch)
     fused = FusedAutoModel.from_pretrained(tmp_path / "ordinary", stages=PLAN)
     assert [len(tokens[0]) for tokens in fused(**batch).live].count(batch["input_ids"].shape[1]) == 3
     fused.save_pretrained(tmp_path / "fused")
@@ -74,8 +80,9 @@ def test_a_config_in_place_of_the_checkpoints_takes_the_plan(is_fused, tmp_path)
     tiny = TINY["llava"]
     tiny.hugging_face().save_pretrained(tmp_path)
     config = FAMILIES["llava"].config_class(**tiny.fields) if is_fused else tiny.config()
-    model = FusedAutoModel.from_pretrained(tmp_path, config=config, stages=PLAN)
+    model = FusedAutoModel.from_pretrained(tmp_path, config=config, stages=StagePlan(**PLAN))
     assert model.plan.enter == 1
+    assert FusedAutoModel.from_pretrained(tmp_path, config=str(tmp_path), stages=PLAN).plan == model.plan
     assert getattr(config, "stages", None) is None  # the caller's is left alone
 
 
@@ -101,6 +108,21 @@ def test_from_config_takes_hugging_faces_config_or_the_fused_one(name):
 def test_from_config_keeps_the_schedule_to_start_with():
     config = FAMILIES["llava"].config_class(**TINY["llava"].fields, schedule="fastv")
     assert type(FusedAutoModel.from_config(config).schedule).__name__ == "FastV"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"schedule": VTW(3)}, "schedule: got VTW"),
+        ({"plans": ["a"]}, "plans: got ['a'], expected"),
+        ({"stages": 3}, "stages: got 3, expected the fields of a plan"),
+        ({"stages": {"enter": 1, 2: 3}}, "stages.2: unknown key"),
+    ],
+)
+def test_what_a_config_cannot_hold_is_refused(fields, words, tmp_path):
+    TINY["llava"].hugging_face().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        FusedAutoModel.from_pretrained(tmp_path, **fields)
 
 
 # -- what is refused: one line, with the list, before weights are read (no folder here has any) --------------------

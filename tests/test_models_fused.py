@@ -134,6 +134,56 @@ def test_a_foreign_filled_cache_is_refused(make_model, make_batch):
         model(**batch, past_key_values=cache)
 
 
+@pytest.mark.parametrize("stages", [None, WINDOW, KV])
+def test_a_cache_that_is_cropped_past_an_image_is_that_of_the_text_before(make_model, make_batch, stages):
+    model, two, more = make_model("llama", stages), make_batch("ttItttItt", "tttIttttt"), torch.tensor([[5, 6], [7, 8]])
+    size = 8  # the second image of the first sample begins behind it, in the second sample there is text alone
+    first = {"input_ids": two["input_ids"][:, :size], "attention_mask": two["attention_mask"][:, :size]}
+    first["pixel_values"] = two["pixel_values"][[0, 2]]
+    mask = torch.cat([first["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        cache = model(**two, use_cache=True).past_key_values
+        cache.crop(size - two["input_ids"].shape[1])
+        found = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        whole = torch.cat([first["input_ids"], more], dim=1)
+        expected = model(input_ids=whole, attention_mask=mask, pixel_values=first["pixel_values"]).logits[:, -2:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("attention_mask", lambda mask: torch.nn.functional.pad(mask, (0, 2), value=1)),
+        ("attention_mask", lambda mask: mask[:1]),
+        ("visual", lambda mask: mask[:, 1:]),
+        ("visual", lambda mask: mask[0]),
+        ("visual", lambda mask: mask.tolist()),
+        ("query_mask", lambda mask: mask[:, 1:]),
+        ("relevance", lambda mask: mask[:, 1:]),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused_by_name(make_model, make_batch, name, change):
+    model, batch = make_model("llama", WINDOW), make_batch("ttItt", "tttttt", side="left")
+    with pytest.raises(ValueError, match=f"{name}: got .*, expected a tensor \\(2, "):
+        model(**{**batch, name: change(batch["attention_mask"])})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "words"),
+    [
+        ("fastv", {"prefill_chunk_size": 3}, "prefill_chunk_size: got 3 under FastV"),
+        ("trained", {"prefill_chunk_size": 3}, "prefill_chunk_size: got 3 under Fused"),
+        ("visipruner", {"use_cache": False}, "use_cache: got False under VisiPruner"),
+        ("trained", {"cache_implementation": "offloaded"}, "past_key_values: got an offloaded cache"),
+    ],
+)
+def test_settings_of_generation_that_a_schedule_cannot_follow_are_refused(
+    make_model, make_batch, schedule, options, words
+):
+    with pytest.raises(ValueError, match=words):
+        make_model("llama", WINDOW).generate(**make_batch("ttItt"), schedule=schedule, max_new_tokens=2, **options)
+
+
 # -- schedules ----------------------------------------------------------------------------------------------------
 
 
@@ -184,10 +234,11 @@ def test_save_and_load_round_trip(make_model, make_batch, tmp_path, stages):
     model.save_pretrained(tmp_path)
     loaded = FusedLlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.stages == model.config.stages
-    assert json.loads((tmp_path / "config.json").read_text())["stages"] == model.config.stages
+    assert json.loads((tmp_path / "config.json").read_text()).get("stages") == model.config.stages
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), FusedLlavaForConditionalGeneration)
+    expected = LlavaForConditionalGeneration if stages is None else FusedLlavaForConditionalGeneration
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is expected
     assert isinstance(AutoConfig.from_pretrained(tmp_path), FusedLlavaConfig)
 
 

@@ -170,8 +170,7 @@ def test_config_and_names_are_those_of_llava_hf(checkpoint, tmp_path):
     hugging_face().save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "fused/config.json").read_text("utf-8"))
     expected = {
-        "model_type": "fused_llava",
-        "stages": None,
+        "model_type": "llava",
         "image_token_index": IMAGE,
         "pad_token_id": PAD,
         "image_seq_length": 4,

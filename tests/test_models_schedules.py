@@ -21,6 +21,7 @@ from models.schedules import (
     VisiPruner,
     Within,
     published,
+    resolve_schedule,
 )
 from tests.conftest import merged_inputs
 
@@ -161,6 +162,8 @@ def test_random_keeps_the_same_tokens_of_a_sample_in_any_batch(make_model, make_
         ({"enter": 2, "exit": 5}, FastV(1, 0.5), [0, 0, 4, 2, 2, 0]),  # a cut before vision came: right after it did
         ({"enter": 1, "exit": 6}, PyramidDrop((1, 3), (0.5, 0.25)), [0, 4, 2, 1, 1, 1]),
         ({"enter": 1, "exit": 5}, VTW(3), [0, 4, 4, 0, 0, 0]),
+        ({"enter": 3, "exit": 5}, VTW(3), [0, 0, 0, 4, 0, 0]),
+        ({"enter": 3, "exit": 5}, VTW(1), [0, 0, 0, 4, 0, 0]),
         ({"enter": 1, "exit": 5}, Dense(), [0, 4, 4, 4, 4, 0]),
         ({"enter": 1, "exit": 5, "keep": {2: 2}}, FastV(3, 0.75), [0, 4, 2, 1, 1, 0]),
         ({"layers": [0, 2, 3, 5], "update": "kv"}, PyramidDrop((1, 3), (0.5, 0.25)), [4, 0, 2, 1, 0, 1]),
@@ -297,6 +300,10 @@ def test_a_pruner_does_not_train(make_model, make_batch, pruner):
         (lambda: CDPruner(577), r"CDPruner.tokens: got 577, expected a count of 576 tokens \(1 to 576\)"),
         (lambda: ShortV((2, 1)), r"ShortV.layers: got \(2, 1\), expected .*ascending"),
         (lambda: PyramidDrop(renumber="no"), "PyramidDrop.renumber: got 'no', expected true or false"),
+        (lambda: Random(seed=2**63), "Random.seed: got 9223372036854775808, expected an int >= 0 of 63 bits"),
+        (lambda: published("fastv", 6, num_layers=3), "schedule fastv: got setting 'num_layers', expected layer, drop"),
+        (lambda: resolve_schedule({1: 2}, None, 6), "schedule: got None, expected one of trained"),
+        (lambda: resolve_schedule({"name": "fastv", 1: 2}, None, 6), "schedule fastv: got setting '1', expected"),
         (lambda: published(["vtw"], 6), r"schedule: got \['vtw'\], expected one of trained, dense"),
     ],
 )

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from data.config import DataConfig
 from models import FusedAutoModel
 from models.families import family_of
-from models.fused import require_runnable, resolve_config
+from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import TRAINED, ScheduleError
 from recipes.schema import Recipe, load_recipe
 from train.checkpoints import FINAL, RECIPE, RUN, read_progress, step_of, whole_checkpoints
