@@ -7,11 +7,13 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -59,21 +61,28 @@ def find_files(path: str) -> list[str]:
     if path.startswith(HUB):
         return [HubSet.of(path).path]
     try:
-        return _list_files(path, Path(expand(path)))
+        found = _list_files(path, Path(expand(path)))
     except (OSError, ValueError) as error:  # no permission, a NUL in the name
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}; expected {READABLE}") from None
+        below = getattr(error, "filename", None)
+        reason = f"{below}: {error.strerror}" if below else str(error)
+        raise DataError(f"{shorten(path, 400)}: {shorten(reason, 400)}; expected {READABLE}") from None
+    for file in found:
+        if not file.isascii() and file != file.encode(errors="replace").decode():
+            raise DataError(f"{shorten(path, 400)}: {shorten(file, 400)}: the name is not UTF-8, expected UTF-8")
+    return found
 
 
 def _list_files(path: str, place: Path) -> list[str]:
     if place.is_file() or _is_saved(place) or _saved_split(place):
         return [str(place)]
     if place.is_dir():
-        files = [file for file in sorted(place.rglob("*")) if file.name.lower().endswith(_SUFFIXES)]
+        found = (file for folder in _folders(place) for file in folder.iterdir())
+        files = [file for file in found if file.name.lower().endswith(_SUFFIXES) or _is_dangling(file)]
         return _one_split(files, path, place)
-    if any(mark in str(place) for mark in "*?[") and (files := _glob(place)):
-        return _one_split(files, path, Path(*takewhile(lambda part: not set(part) & set("*?["), place.parts)))
+    if _has_magic(place) and (files := _glob(place)):
+        return _one_split(files, path, Path(*takewhile(lambda part: not _has_magic(part), place.parts)))
     if place.exists():
         raise DataError(f"{path}: is neither a file nor a folder; expected {READABLE}")
     if "://" in path:
@@ -88,12 +97,17 @@ def missing_paths(config: DataConfig) -> list[str]:
     """Returns the sources and image folders of a recipe's data that are not on this machine."""
     missing = []
     for source in config.sources:
-        place = Path(expand(source.path))
-        is_here = built_in.is_built_in(source.path) or place.exists() or _saved_split(place) or _glob(place)
-        missing += [] if is_here else [source.path]
-        if source.images and not Path(expand(source.images)).exists():
-            missing.append(source.images)
+        paths = [] if built_in.is_built_in(source.path) else [source.path]
+        paths += [source.images] if source.images else []
+        missing += [path for path in paths if not _is_here(Path(expand(path)))]
     return missing
+
+
+def _is_here(place: Path) -> bool:
+    try:
+        return place.exists() or bool(_saved_split(place) or _glob(place))
+    except (OSError, ValueError):  # no permission, a name that is too long, a NUL
+        return False
 
 
 def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
@@ -255,24 +269,71 @@ def _only_split(found: Any, file: str) -> datasets.Dataset:
     raise DataError(f"{file}: got splits {', '.join(found)}, expected one of them: {file}:{next(iter(found))}")
 
 
-def _one_split(files: list[Path], path: str, root: Path) -> list[str]:
-    """Returns the files that are not hidden; DataError if their names indicate several splits."""
-    names = {str(file): str(file.relative_to(root)) for file in files if file.is_file()}
+def _one_split(files: Sequence[Path], path: str, root: Path) -> list[str]:
+    """Returns the files that are not hidden, in order.
+
+    Raises:
+        DataError: there is none, one is a link to nothing or no file, or their names indicate several splits.
+    """
+    names = {file: str(file.relative_to(root)) for file in sorted(set(files)) if not file.is_dir()}
     shown = {file: name for file, name in names.items() if not re.search(r"(^|/)(\.|__)", name)}
     if not shown:
         raise DataError(f"{path}: got no files that can be read; expected {READABLE}")
+    for file in shown:
+        if not file.is_file():
+            found = f"a link to {file.readlink()}, which does not exist" if _is_dangling(file) else "no regular file"
+            raise DataError(f"{path}: {file}: got {found}; expected a file that can be read")
     others = [name for name in shown.values() if _OTHER_SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
     if others and len(others) < len(shown):
         raise DataError(
             f"{path}: got several splits (such as {others[0]}), expected one, by a glob such as {root}/**/*train*"
         )
-    return list(shown)
+    return list(map(str, shown))
+
+
+def _is_dangling(file: Path) -> bool:
+    return file.is_symlink() and not file.exists()
+
+
+def _has_magic(path: Path | str) -> bool:
+    return bool(set(str(path)) & set("*?["))
+
+
+def _folders(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields a folder and all below it, also behind links; leaves out hidden ones.
+
+    A link to a folder around it ends there: that folder's files are read anyway. Raises OSError for a folder that
+    cannot be read, which `Path.rglob` and `glob` leave out.
+    """
+    place = folder.resolve()
+    if place in above:
+        return
+    yield folder
+    with os.scandir(folder) as entries:
+        below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    for name in below:
+        yield from _folders(folder / name, (*above, place))
 
 
 def _glob(pattern: Path) -> list[Path]:
-    root = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-    return [file for file in sorted(root.glob(str(parts))) if file.is_file()]
+    """Returns what a pattern matches, `**` any number of folders; raises OSError as `_folders`."""
+    return list(_matches(Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]))
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    if not parts:
+        yield folder
+    elif parts[0] == "**":
+        for below in _folders(folder):
+            yield from _matches(below, parts[1:])
+    elif not _has_magic(parts[0]):
+        place = folder / parts[0]
+        if place.exists() or place.is_symlink():
+            yield from _matches(place, parts[1:])
+    elif folder.is_dir():
+        for place in folder.iterdir():
+            if fnmatchcase(place.name, parts[0]):
+                yield from _matches(place, parts[1:])
 
 
 def _head_of(file: str) -> bytes:

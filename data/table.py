@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 
 from data import built_in
-from data.config import DataConfig, Source, expand
+from data.config import DataConfig, Source, expand, shorten
 from data.images import ImageOptions, inspect_image
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders, parse
 from data.sources import find_files, open_store, raw_rows, stamp
@@ -68,9 +68,16 @@ def check_rows(config: DataConfig, *, recheck: bool = False) -> datasets.Dataset
 def check_folders(config: DataConfig) -> None:
     """Raises DataError if an image folder does not exist."""
     for source in config.sources:
-        if source.images is not None and not Path(expand(source.images)).is_dir():
+        if source.images is not None and not _is_folder(Path(expand(source.images))):
             start = "" if Path(expand(source.images)).is_absolute() else f" (relative paths start in {Path.cwd()})"
-            raise DataError(f"images: got {source.images!r}, expected a folder{start}")
+            raise DataError(f"images: got {shorten(repr(source.images), 200)}, expected a folder{start}")
+
+
+def _is_folder(place: Path) -> bool:
+    try:
+        return place.is_dir()
+    except (OSError, ValueError):  # no permission, a name that is too long, a NUL
+        return False
 
 
 def good_rows(rows: datasets.Dataset) -> list[int]:

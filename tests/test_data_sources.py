@@ -1,6 +1,7 @@
 """Files become rows: arrays and JSONL, whole and broken."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from data import sources
 from data.config import DataConfig
 from data.rows import DataError, RowError
-from data.sources import find_files, raw_rows
-from data.table import check_rows
+from data.sources import find_files, missing_paths, raw_rows
+from data.table import check_folders, check_rows
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +146,79 @@ def test_what_is_no_file_is_an_error(name):
     start = "" if name.startswith("~") else f" in {Path.cwd()}, where relative paths start"
     start += " (the variable NOTHING is not set)" if name.startswith("$") else ""
     assert str(caught.value).startswith(f"{name}: no such file{start}; expected JSON or JSONL")
+
+
+@pytest.fixture
+def fold(tmp_path):
+    """A folder `fold` with a file a.jsonl, and beside it `other` with b.jsonl and `deep/c.jsonl`."""
+    for name in ("fold/a.jsonl", "other/b.jsonl", "other/deep/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(ROWS[0])
+    return tmp_path / "fold"
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/**/*"])
+def test_folders_behind_links_are_read_too_and_a_link_upwards_ends(fold, pattern):
+    (fold / "linked").symlink_to(fold.parent / "other")
+    (fold / "up").symlink_to(fold)
+    (fold.parent / "other/back").symlink_to(fold)
+    (fold / "file.jsonl").symlink_to(fold / "a.jsonl")
+    names = ["a.jsonl", "file.jsonl", "linked/b.jsonl", "linked/deep/c.jsonl"]
+    assert find_files(f"{fold}{pattern}") == [str(fold / name) for name in names]
+    assert find_files(f"{fold}/*/d**p/*.jsonl") == [str(fold / "linked/deep/c.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "linked", "linked/b.jsonl"])
+@pytest.mark.parametrize("pattern", ["", "/**/*"])
+def test_a_link_to_nothing_is_refused(fold, name, pattern):
+    (fold / name).parent.mkdir(exist_ok=True)
+    (fold / name).symlink_to("/nowhere/b.jsonl")
+    with pytest.raises(DataError) as caught:
+        find_files(f"{fold}{pattern}")
+    assert f"{fold / name}: got a link to /nowhere/b.jsonl, which does not exist; expected a" in str(caught.value)
+
+
+def test_what_is_no_file_among_others_is_refused(fold):
+    os.mkfifo(fold / "b.jsonl")
+    for pattern in ("", "/*.jsonl"):
+        with pytest.raises(DataError, match=r"b\.jsonl: got no regular file"):
+            find_files(f"{fold}{pattern}")
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/*/*.jsonl"])
+def test_a_folder_that_cannot_be_read_is_refused(fold, pattern, monkeypatch):
+    (fold / "closed").mkdir()
+    listing = os.scandir, os.listdir
+
+    def refuse(number, place):
+        if str(place).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return listing[number](place)
+
+    monkeypatch.setattr(os, "scandir", lambda place: refuse(0, place))  # root reads every folder
+    monkeypatch.setattr(os, "listdir", lambda place: refuse(1, place))
+    with pytest.raises(DataError, match=r"fold/closed: Permission denied; expected JSON"):
+        find_files(f"{fold}{pattern}")
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.jsonl", "/\udcff.jsonl"])
+def test_a_name_that_is_not_utf8_is_refused(fold, pattern):
+    (fold / "\udcff.jsonl").write_text(ROWS[0])
+    with pytest.raises(DataError, match=r"\\udcff.jsonl: the name is not UTF-8, expected UTF-8"):
+        find_files(f"{fold}{pattern}")
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 300, "x" * 300 + "/*.json", "a\0b.json", "a\0b/*.json", "a**b.json", "~nobody/x"]
+)
+def test_a_path_that_cannot_exist_is_one_line_and_not_here(path):
+    with pytest.raises(DataError) as caught:
+        find_files(path)
+    assert "; expected " in str(caught.value)
+    config = DataConfig(files=[path], images=path, format="plain")
+    assert missing_paths(config) == [path, path]
+    with pytest.raises(DataError, match=r"^images: got '.*, expected a folder"):
+        check_folders(config)
 
 
 @pytest.mark.parametrize("name", ["https://huggingface.co/datasets/org/name", "s3://bucket/rows.jsonl"])
