@@ -475,7 +475,7 @@ def _tokenise_rows(rows: datasets.Dataset, encoder: Encoder, config: DataConfig)
             desc="tokenising rows",
             new_fingerprint=fingerprint(
                 "tokens",
-                code_stamp("rows", "chat"),
+                code_stamp("rows", "keys", "chat"),
                 source_stamp(Encoder, Sample, _tokenise, _tokens_of),
                 rows._fingerprint,  # of the rows without a fault
                 [source.format for source in config.sources],

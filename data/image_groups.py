@@ -78,7 +78,9 @@ def _digests(rows: datasets.Dataset, config: DataConfig) -> list[list[str]]:
             fn_kwargs={"config": config},
             num_proc=processes(config, rows),
             desc="comparing images",
-            new_fingerprint=fingerprint("digests", code_stamp("image_groups", "rows", "table"), rows._fingerprint),
+            new_fingerprint=fingerprint(
+                "digests", code_stamp("image_groups", "rows", "keys", "table"), rows._fingerprint
+            ),
             features=datasets.Features({"keys": datasets.List(datasets.Value("string"))}),
             remove_columns=rows.column_names,
         )["keys"][:]

@@ -6,19 +6,34 @@ content a text or a list of parts), the Cauldron and FineVision (`texts` of user
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final
 
 from data.config import shorten
+from data.keys import (
+    CONVERSATIONS,
+    IMAGES,
+    PART_IMAGES,
+    SYSTEM,
+    RowError,
+    check_once,
+    check_part,
+    check_row,
+    check_turn,
+    check_unnamed_media,
+    is_empty,
+    is_trained,
+    type_name,
+    unicode_text,
+)
+
+__all__ = ["DataError", "EmbeddedImage", "Fault", "Record", "RowError", "Turn", "parse"]
 
 IMAGE_PLACEHOLDER: Final = "<image>"
 _MARK: Final = re.compile(r"(?<!\\)<image>")
-DUPLICATE: Final = "\0duplicate key"  # set by the JSON reader where an object has a key twice, with different values
 
 _ROLES: Final = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -28,50 +43,13 @@ _ROLES: Final = {
 _TOOL_ROLES: Final = {"tool", "tools", "function", "function_call", "function_response", "tool_call", "tool_calls"} | {
     "tool_response", "observation", "ipython", "environment"
 }  # fmt: skip
-_CONVERSATIONS: Final = ("conversations", "conversation", "messages", "texts")
-_SYSTEM: Final = ("system", "system_prompt", "system_message")
-_IMAGES: Final = ("image", "images")
-_TURN_SWITCHES: Final = frozenset(
-    {"weight", "loss", "loss_weight", "loss_mask", "loss_scale", "output_with_loss"}
-    | {"train", "trainable", "training", "train_on_turn"}
-)
-_ROW_SWITCHES: Final = _TURN_SWITCHES | {"sample_weight"}
-# Keys that other tools support and this one does not.
-_MEDIA: Final = frozenset({"video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "audio_url"})
-_OTHER_IMAGES: Final = frozenset(
-    {"image_url", "image_urls", "image_path", "image_paths", "image_file", "image_files", "image_base64"}
-    | {"image_bytes", "img", "imgs", "img_path", "picture", "pictures", "photo", "photos"}
-)
-_TOOLS: Final = frozenset({"tools", "functions", "tool_calls", "function_call", "tool_call_id"})
-_CHOICES: Final = frozenset({"chosen", "rejected", "rejected_response"})
-_VERDICTS: Final = ("label", "kto_tag")  # of preference tuning, where they are true or false
-_REFUSED: Final = _MEDIA | _OTHER_IMAGES | _TOOLS | _CHOICES | {"mask", "labels"}
-_ROW_REFUSED: Final = _REFUSED | {"history"}
-_TURN_REFUSED: Final = _REFUSED | {"image", "images", "refusal"} | {
-    "reasoning", "reasoning_content", "reasoning_details", "thinking", "thought"
-}  # fmt: skip
-_ROW_KEYS: Final = _ROW_REFUSED | _ROW_SWITCHES | {*_CONVERSATIONS, *_SYSTEM, *_IMAGES}
-_TURN_KEYS: Final = _TURN_REFUSED | _TURN_SWITCHES | {"from", "value", "role", "content", "user", "assistant"}
-_NEVER_MEDIA: Final = frozenset({"id", "source", "url", "license", "dataset", "origin"})
-_MEDIA_SUFFIXES: Final = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
-    *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a"),
-)
-_MEDIA_TEXTS: Final = ("data:image/", "data:video/", "data:audio/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # base64
-_MEDIA_BYTES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")
-_MEDIA_FIELDS: Final = frozenset({"bytes", "path", "url"})
 _NAMED_IN_TEXT: Final = re.compile(r"<(img|video|audio)>\s*[^<>\s]+\.\w{2,5}\s*</\1>", re.IGNORECASE)
 _TEXT_PARTS: Final = {"text", "input_text", "output_text"}
 _IMAGE_PARTS: Final = {"image", "image_url", "input_image"}
-_PART_IMAGES: Final = ("image", "image_url", "url", "path", "base64", "source")
 
 
 class DataError(ValueError):
     """The data of a recipe cannot be used; the message names file, row and reason."""
-
-
-class RowError(ValueError):
-    """One row cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -168,19 +146,27 @@ def parse(row: Any) -> Record:
     """
     if isinstance(row, RowError):
         raise row
+    try:
+        return _record(row)
+    except RecursionError:
+        raise RowError("nested too deeply, expected text, lists and objects of a conversation") from None
+
+
+def _record(row: Any) -> Record:
     if not isinstance(row, dict):
-        raise RowError(f"got {_kind(row)}, expected an object with conversations or messages")
-    ignored = _check_keys(row, _ROW_KEYS, _ROW_REFUSED, "")
-    _check_switches(row)
+        raise RowError(f"got {type_name(row)}, expected an object with conversations or messages")
+    ignored = check_row(row)
     key, given = _conversation(row)
     messages = _pairs(given, key) if _has_pairs(given) else _messages(given, key)
-    ignored += [f"{key}[].{name}" for name in dict.fromkeys(name for message in messages for name in message.ignored)]
+    ignored += [f"{key}[]{name}" for name in dict.fromkeys(name for message in messages for name in message.ignored)]
     slots = [part for message in messages for part in message.parts if isinstance(part, _Slot)]
     images = _images(row)
     if slots:
         images = _part_images(slots, images)
     elif not images:
-        _check_unnamed_media(row)
+        check_unnamed_media(row)
+        for number, turn in enumerate(given):
+            check_unnamed_media(turn, f"{key}[{number}]: ")
     system, messages = _system(row, messages)
     notes = []
     marks_are_text = bool(slots) or not images
@@ -228,91 +214,11 @@ class _Slot:
     index: int | None = None
 
 
-def _kind(value: Any) -> str:
-    words = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null", bytes: "bytes"}
-    return words.get(type(value), "a number")
-
-
-def _is_empty(value: Any, depth: int = 0) -> bool:
-    """Returns whether a value means "none": null, NaN, "", [], or a list or object of these."""
-    if depth > 3:
-        return False
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    if isinstance(value, dict):
-        return all(_is_empty(each, depth + 1) for each in value.values())
-    if isinstance(value, list | tuple):
-        return all(_is_empty(each, depth + 1) for each in value)
-    return value in ("", b"")
-
-
-def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset[str], where: str) -> list[str]:
-    """Returns the unknown keys of an object.
-
-    Raises:
-        RowError: a key occurs twice, has a meaning that is not supported, or misspells a known key.
-    """
-    if DUPLICATE in given:
-        raise RowError(
-            f"{where}got key '{shorten(given[DUPLICATE], 30)}' twice with different values, expected it once"
-        )
-    ignored = []
-    for key, value in given.items():
-        if key in known and key not in refused:
-            continue
-        if _is_empty(value):
-            continue
-        if key in refused and value != 0:
-            hint = "image or images" if key in _OTHER_IMAGES else "rows without it"
-            raise RowError(f"{where}got key '{key}', which is not supported, expected {hint}")
-        if key not in refused:
-            if meant := _known_key(key, known):
-                raise RowError(f"{where}got key '{shorten(key, 30)}', expected '{meant}'")
-            ignored.append(shorten(key, 40))
-    return ignored
-
-
-@lru_cache(1024)
-def _known_key(key: str, known: frozenset[str]) -> str | None:
-    """Returns the known key that `key` misspells: `Videos` for `videos`, `system-prompt` for `system_prompt`."""
-    plain = re.sub(r"[-_ ]", "", key).lower()
-    return next((name for name in sorted(known) if name.replace("_", "") == plain), None)
-
-
-def _check_switches(row: dict[str, Any]) -> None:
-    for key in _ROW_SWITCHES & row.keys():
-        if not _is_empty(row[key]) and row[key] != 1:
-            raise RowError(
-                f"got key '{key}' with {shorten(repr(row[key]), 20)}, expected 1 or none: "
-                "rows have no weight, sources have one (data.files)"
-            )
-    for key in _VERDICTS:
-        if isinstance(row.get(key), bool):
-            raise RowError(f"got key '{key}' with true or false, a preference, expected rows without it")
-
-
-def _check_unnamed_media(row: dict[str, Any]) -> None:
-    """Rejects a row without images that has an image, video or sound under an unknown key."""
-    for key, value in row.items():
-        if key not in _NEVER_MEDIA and key not in _CONVERSATIONS and _is_media(value):
-            raise RowError(f"got key '{shorten(key, 30)}', which names or holds a file, expected it as image or images")
-
-
-def _is_media(value: Any) -> bool:
-    if isinstance(value, str):
-        return value[-5:].lower().endswith(_MEDIA_SUFFIXES) or value.startswith(_MEDIA_TEXTS)
-    if isinstance(value, bytes):
-        return value.startswith(_MEDIA_BYTES)
-    if isinstance(value, list):
-        return bool(value) and _is_media(value[0])
-    return isinstance(value, dict) and value.keys() <= _MEDIA_FIELDS and not _is_empty(value)
-
-
 def _conversation(row: dict[str, Any]) -> tuple[str, list[Any]]:
-    found = [key for key in _CONVERSATIONS if not _is_empty(row.get(key))]
+    found = [key for key in CONVERSATIONS if not is_empty(row.get(key))]
     if not found:
         keys = ", ".join(f"'{shorten(str(key), 30)}'" for key in list(row)[:5]) or "none"
-        present = [key for key in _CONVERSATIONS if key in row]
+        present = [key for key in CONVERSATIONS if key in row]
         if present:
             raise RowError(f"{present[0]}: got no turns, expected a list of messages")
         raise RowError(f"missing key 'conversations' (or 'messages'): got keys {keys}")
@@ -320,7 +226,7 @@ def _conversation(row: dict[str, Any]) -> tuple[str, list[Any]]:
         raise RowError(f"got keys {' and '.join(map(repr, found))}, expected one of them")
     given = row[found[0]]
     if not isinstance(given, list):
-        raise RowError(f"{found[0]}: got {_kind(given)}, expected a list of messages")
+        raise RowError(f"{found[0]}: got {type_name(given)}, expected a list of messages")
     return found[0], given
 
 
@@ -334,14 +240,14 @@ def _pairs(given: Sequence[Any], key: str) -> list[_Message]:
     for number, pair in enumerate(given):
         where = f"{key}[{number}]"
         if not isinstance(pair, dict):
-            raise RowError(f"{where}: got {_kind(pair)}, expected an object with user and assistant")
-        ignored = _check_keys(pair, _TURN_KEYS, _TURN_REFUSED, f"{where}: ")
-        is_trained = _is_trained(pair, "assistant", where)
+            raise RowError(f"{where}: got {type_name(pair)}, expected an object with user and assistant")
+        ignored = [f".{name}" for name in check_turn(pair, where)]
+        trained = is_trained(pair, "assistant", where)
         for role in ("user", "assistant"):
             if not isinstance(pair.get(role), str):
-                raise RowError(f"{where}.{role}: got {_kind(pair.get(role))}, expected text")
-            text = _unicode(pair[role], f"{where}.{role}")
-            messages.append(_Message(role, (text,), is_trained or role == "user", ignored))
+                raise RowError(f"{where}.{role}: got {type_name(pair.get(role))}, expected text")
+            text = unicode_text(pair[role], f"{where}.{role}")
+            messages.append(_Message(role, (text,), trained or role == "user", ignored))
     return messages
 
 
@@ -351,21 +257,21 @@ def _messages(given: Sequence[Any], key: str) -> list[_Message]:
 
 def _message(given: Any, where: str) -> _Message:
     if not isinstance(given, dict):
-        raise RowError(f"{where}: got {_kind(given)}, expected an object with from and value, or role and content")
+        raise RowError(f"{where}: got {type_name(given)}, expected an object with from and value, or role and content")
     is_plain = len(given) == 2  # no key beside the two: nothing more to look at
     name = _one_of(given, ("from", "role"), where)
     if not isinstance(name, str):
-        raise RowError(f"{where}: role: got {_kind(name)}, expected text")
+        raise RowError(f"{where}: role: got {type_name(name)}, expected text")
     if name.strip().lower() in _TOOL_ROLES:
         raise RowError(f"{where}: got role '{shorten(name, 30)}', expected user or assistant: no tools")
     role = _ROLES.get(name.strip().lower())
     if role is None:
         raise RowError(f"{where}: got role '{shorten(name, 30)}', expected human and gpt, or user and assistant")
-    content = _one_of(given, ("value", "content"), where)
+    parts, ignored = _parts(_one_of(given, ("value", "content"), where), role, where)
     if is_plain:
-        return _Message(role, _parts(content, role, where))
-    ignored = _check_keys(given, _TURN_KEYS, _TURN_REFUSED, f"{where}: ")
-    return _Message(role, _parts(content, role, where), _is_trained(given, role, where), ignored)
+        return _Message(role, parts, ignored=ignored)
+    ignored = [*(f".{name}" for name in check_turn(given, where)), *ignored]
+    return _Message(role, parts, is_trained(given, role, where), ignored)
 
 
 def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
@@ -382,63 +288,61 @@ def _one_of(given: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
     return values[0] if values else None
 
 
-def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
-    """Returns whether an answer is trained, by the turn's switches (`loss`, `weight`, `train`, ...)."""
-    trained = True
-    for key in _TURN_SWITCHES & given.keys():
-        value = given[key]
-        if _is_empty(value):
-            continue
-        if value not in (0, 1):
-            raise RowError(f"{where}.{key}: got {shorten(repr(value), 20)}, expected 0 or 1, or true or false")
-        if value == 1 and role != "assistant" and key != "weight":
-            raise RowError(f"{where}.{key}: got {value} for a {role} turn, but only answers are trained")
-        trained = trained and bool(value)
-    return trained if role == "assistant" else True
-
-
-def _parts(content: Any, role: str, where: str) -> tuple[Any, ...]:
+def _parts(content: Any, role: str, where: str) -> tuple[tuple[Any, ...], list[str]]:
+    """Returns the texts and images of a turn's content, and the unknown keys of its parts."""
     if isinstance(content, str):
-        return (_unicode(content, where),)
+        return (unicode_text(content, where),), []
     if not isinstance(content, list):
-        raise RowError(f"{where}: got {_kind(content)} as content, expected text or a list of parts")
-    parts = tuple(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
+        raise RowError(f"{where}: got {type_name(content)} as content, expected text or a list of parts")
+    ignored: list[str] = []
+    parts = tuple(_part(part, f"{where}[{number}]", ignored) for number, part in enumerate(content))
     if role != "user" and any(isinstance(part, _Slot) for part in parts):
         place = "an answer" if role == "assistant" else "a system prompt"
         raise RowError(f"{where}: got an image in {place}, expected images in questions")
-    return parts or ("",)
+    return parts or ("",), ignored
 
 
-def _part(part: Any, where: str) -> Any:
+def _part(part: Any, where: str, ignored: list[str]) -> Any:
+    """Returns the text or the image of a part; appends its unknown keys to `ignored`."""
     if isinstance(part, str):
-        return _unicode(part, where)
+        return unicode_text(part, where)
     if not isinstance(part, dict):
-        raise RowError(f"{where}: got {_kind(part)}, expected a part with a type")
+        raise RowError(f"{where}: got {type_name(part)}, expected a part with a type")
+    given = part.get("type") or ""
+    if not isinstance(given, str):
+        raise RowError(f"{where}: got {type_name(given)} as type of a part, expected text or image")
+    if given in _TEXT_PARTS | _IMAGE_PARTS | {""}:  # else its type says more than its keys
+        ignored += [f"[].{name}" for name in check_part(part, where)]
     image, text = _part_image(part, where), part.get("text")
-    kind = part.get("type") or ("image" if image is not None else "text" if "text" in part else None)
+    kind = given or ("image" if image is not None else "text" if "text" in part else None)
     if kind not in _TEXT_PARTS | _IMAGE_PARTS:
         raise RowError(f"{where}: got a part of type '{shorten(str(kind), 30)}', expected text or image")
-    if image is not None and not _is_empty(text):
+    if image is not None and not is_empty(text):
         raise RowError(f"{where}: got one part with a text and an image, expected two")
     if kind in _IMAGE_PARTS:
         return _Slot(image, _index(part.get("index"), where))
     if image is not None or not isinstance(text, str):
-        raise RowError(f"{where}.text: got {'an image' if image is not None else _kind(text)}, expected text")
-    return _unicode(text, where)
+        raise RowError(f"{where}.text: got {'an image' if image is not None else type_name(text)}, expected text")
+    return unicode_text(text, where)
 
 
 def _part_image(part: dict[str, Any], where: str) -> str | EmbeddedImage | None:
     """Returns the image that a part names or holds, if any."""
-    found = [_address(part[key], key) for key in _PART_IMAGES if not _is_empty(part.get(key))]
+    found = [_address(part[key], key, where) for key in PART_IMAGES if not is_empty(part.get(key))]
     if any(value != found[0] for value in found):
         raise RowError(f"{where}: got two different images in one part, expected one")
     return _image(found[0], where) if found else None
 
 
-def _address(value: Any, key: str) -> Any:
+def _address(value: Any, key: str, where: str) -> Any:
     """Returns the image of `{"url": ...}`, and base64 (of `{"type": "base64", "data": ...}` too) as a data address."""
-    if isinstance(value, dict) and not _is_empty(value.get("url")):
-        return value["url"]
+    if isinstance(value, dict):
+        check_once(value, f"{where}.{key}: ")
+        found = [value[name] for name in ("url", "path") if not is_empty(value.get(name))]
+        if len(found) == 2 and found[0] != found[1]:
+            raise RowError(f"{where}.{key}: got keys 'url' and 'path' with different values, expected one of them")
+        if not is_empty(value.get("url")):
+            return value["url"]
     data = value if key == "base64" else value.get("data") if isinstance(value, dict) else None
     if not isinstance(data, str):
         return value
@@ -446,15 +350,15 @@ def _address(value: Any, key: str) -> Any:
 
 
 def _index(given: Any, where: str) -> int | None:
-    if _is_empty(given):
+    if is_empty(given):
         return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or given != int(given):
+    if not (given.is_integer() if isinstance(given, float) else type(given) is int):
         raise RowError(f"{where}.index: got {shorten(repr(given), 20)}, expected the number of an image")
     return int(given)
 
 
 def _images(row: dict[str, Any]) -> list[str | EmbeddedImage]:
-    found = {key: row[key] for key in _IMAGES if not _is_empty(row.get(key))}
+    found = {key: row[key] for key in IMAGES if not is_empty(row.get(key))}
     lists = [value if isinstance(value, list) else [value] for value in found.values()]
     if len(lists) > 1 and lists[0] != lists[1]:
         raise RowError("got keys 'image' and 'images' with different values, expected one of them")
@@ -464,15 +368,16 @@ def _images(row: dict[str, Any]) -> list[str | EmbeddedImage]:
 def _image(given: Any, where: str) -> str | EmbeddedImage:
     """Returns a path, or the image embedded in a row of Parquet or of a datasets folder."""
     if isinstance(given, dict):
+        check_once(given, f"{where}: ")
         data, path = given.get("bytes"), given.get("path")
         if isinstance(data, bytes) and data:
             return EmbeddedImage(path if isinstance(path, str) and path else where, data)
-        given = path if _is_empty(data) else data
+        given = path if is_empty(data) else data
     if isinstance(given, bytes) and given:
         return EmbeddedImage(where, given)
     if not isinstance(given, str) or not given:
-        raise RowError(f"{where}: got {repr(given) if given == '' else _kind(given)}, expected a path or an image")
-    return _unicode(given.removeprefix("file://"), where)
+        raise RowError(f"{where}: got {repr(given) if given == '' else type_name(given)}, expected a path or an image")
+    return unicode_text(given.removeprefix("file://"), where)
 
 
 def _part_images(slots: Sequence[_Slot], listed: list[str | EmbeddedImage]) -> list[str | EmbeddedImage]:
@@ -493,11 +398,11 @@ def _part_images(slots: Sequence[_Slot], listed: list[str | EmbeddedImage]) -> l
 def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, list[_Message]]:
     """Returns the system prompt, from the row or its first message, and the messages without it."""
     prompts = []
-    for key in _SYSTEM:
-        if not _is_empty(row.get(key)):
+    for key in SYSTEM:
+        if not is_empty(row.get(key)):
             if not isinstance(row[key], str):
-                raise RowError(f"{key}: got {_kind(row[key])}, expected text")
-            prompts.append(_unicode(row[key], key))
+                raise RowError(f"{key}: got {type_name(row[key])}, expected text")
+            prompts.append(unicode_text(row[key], key))
     while messages and messages[0].role == "system":
         prompts.append("\n".join(messages[0].parts))
         messages = messages[1:]
@@ -550,20 +455,6 @@ def _notes(turns: Sequence[Turn]) -> list[str]:
     if any("<video>" in text or "<audio>" in text for text in questions):
         notes.append("media_as_text")
     return notes
-
-
-def _unicode(text: str, where: str) -> str:
-    """Returns `text`; rejects lone surrogates, which JSON can express and neither tokenizers nor file systems take."""
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        found = text[error.start]
-        if "\udc80" <= found <= "\udcff":  # surrogateescape: a byte that is not UTF-8
-            raise RowError(f"{where}: not UTF-8 at character {error.start}, expected Unicode text") from None
-        raise RowError(f"{where}: got {found!r}, half a character, expected Unicode text") from None
-    return text
 
 
 def _image_first(turn: Turn) -> Turn:

@@ -26,8 +26,9 @@ from pyarrow import parquet
 
 from data import built_in
 from data.config import DataConfig, expand, shorten
+from data.keys import DUPLICATE
 from data.kinds import HEAD, kind_of
-from data.rows import DUPLICATE, DataError, RowError
+from data.rows import DataError, RowError
 
 HUB: Final = "hf://"
 READABLE: Final = (

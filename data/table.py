@@ -201,7 +201,9 @@ def _read_rows(config: DataConfig) -> datasets.Dataset:
     open_store.cache_clear()  # files may have changed since
     sources = [(source.path, source.limit, source.format) for source in config.sources]
     stamps = [
-        code_stamp("rows", "sources", "table", "built_in", "easy_vqa", "scenes", "scene_questions", "scene_images")
+        code_stamp(
+            "rows", "keys", "sources", "table", "built_in", "easy_vqa", "scenes", "scene_questions", "scene_images"
+        )
     ]
     stamps += [f"{file}:{stamp(file)}" for path, _, _ in sources for file in find_files(path)]
     builder = _RowsBuilder(sources=tuple(sources), stamps=tuple(stamps))

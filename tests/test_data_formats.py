@@ -528,6 +528,18 @@ def turn(text="a", role="assistant", **more):
     return {"messages": [{"role": "user", "content": "q"}, {"role": role, "content": text, **more}]}
 
 
+def part(**more):
+    return {"type": "text", "text": "x", **more}
+
+
+def deep():
+    """Returns a list in a list, 9,000 deep."""
+    value = []
+    for _ in range(9000):
+        value = [value]
+    return value
+
+
 NAMED = {
     "video": (talk("<video>\nq", "a", video="a.mp4"), "got key 'video', which is not supported"),
     "videos": (talk("q", "a", videos=["a.mp4"]), "got key 'videos'"),
@@ -614,6 +626,38 @@ NAMED = {
     ),
     "video part": (messages([{"type": "video", "video": "x"}], "a"), "got a part of type 'video'"),
     "audio part": (messages([{"type": "input_audio"}], "a"), "got a part of type 'input_audio'"),
+    "a list as type": (messages([{"type": ["image"], "image": "x"}, "q"], "a"), "got a list as type of a part"),
+    "an object as type": (messages([{"type": {"a": 1}}, "q"], "a"), "got an object as type of a part"),
+    "a number as type": (messages([{"type": 1.5, "text": "q"}], "a"), "got a number as type of a part"),
+    "an index without end": (
+        messages([{"type": "image", "index": float("inf")}, "q"], "a", images=["x"]),
+        "index: got inf, expected the number of an image",
+    ),
+    "an index of a half": (
+        messages([{"type": "image", "index": 0.5}, "q"], "a", images=["x"]),
+        "index: got 0.5, expected the number of an image",
+    ),
+    "two addresses of an image": (
+        messages([{"type": "image", "image": {"url": "x", "path": "y"}}, "q"], "a"),
+        r"messages\[0\]\[0\].image: got keys 'url' and 'path' with different values",
+    ),
+    "a video of a text part": (messages([part(video="x.mp4")], "a"), r"messages\[0\]\[0\]: got key 'video', which is"),
+    "a video of an image part": (
+        messages([{"type": "image", "image": "x", "video": "y.mp4"}, "q"], "a"),
+        "got key 'video', which is not supported",
+    ),
+    "a sound of a text part": (messages([part(audio="x.wav")], "a"), "got key 'audio', which is"),
+    "an image of another key of a part": (messages([part(image_path="x.png")], "a"), "got key 'image_path', which is"),
+    "an img of a part": (messages([part(img="x.png")], "a"), "got key 'img', which is"),
+    "images of a part": (messages([part(images=["x.png"])], "a"), "got key 'images', which is"),
+    "a file of a part": (messages([part(file="x.png")], "a"), r"\[0\]: got key 'file', which names or holds a file"),
+    "a file of a turn": (turn(frame="x.png"), r"messages\[1\]: got key 'frame', which names or holds a file"),
+    "a misspelt key of a part": (messages([part(imageURL="x")], "a"), "got key 'imageURL', expected 'image_url'"),
+    "loss of a part": (messages("q", [part(loss=0)]), r"messages\[1\]\[0\]: got key 'loss' with 0, expected 1 or none"),
+    "train of a part": (messages("q", [part(train=False)]), "got key 'train' with False, expected 1 or none"),
+    "weight of a part": (messages("q", [part(weight=0.5)]), "got key 'weight' with 0.5, expected 1 or none: a part"),
+    "thinking of a part": (messages("q", [part(thinking="hm")]), "got key 'thinking', which is not supported"),
+    "a row without a bottom": (talk("q", "a", weight=deep()), "nested too deeply"),
     "image in an answer": (messages("q", [{"type": "image", "image": "x"}]), "got an image in an answer"),
     "a part too many": (
         messages([{"type": "image"}, {"type": "text", "text": "q"}], "a"),
@@ -657,10 +701,17 @@ def test_rows_that_cannot_be_used_are_named(name):
     [
         ('{"image": "a.png", "image": "b.png", "conversations": []}', "image"),
         ('{"conversations": [{"from": "human", "from": "gpt", "value": "x"}]}', "from"),
+        ('{"image": {"path": "a.png", "path": "b.png"}, TURNS}', "path"),
+        ('{"images": [{"path": "a.png", "path": "b.png"}], TURNS}', "path"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "text": "r"}]}]}', "text"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "image": "b"}]}]}', "image"),
+        ('{"messages": [{"role": "user", "content": [{"image_url": {"url": "a", "url": "b"}}]}]}', "url"),
+        ('{"messages": [{"role": "user", "content": [{"image": {"path": "a", "path": "b"}}]}]}', "path"),
+        ('{"messages": [{"role": "user", "content": [{"source": {"data": "a", "data": "b"}}]}]}', "data"),
     ],
 )
 def test_a_key_twice_with_different_values_is_a_fault(folder, line, key):
-    (folder / "data.jsonl").write_text(line)
+    (folder / "data.jsonl").write_text(line.replace("TURNS", json.dumps(talk("<image>q", "a"))[1:-1]))
     ((_, _, error),) = read_records(str(folder / "data.jsonl"))
     assert f"got key '{key}' twice with different values" in str(error)
 
@@ -677,6 +728,9 @@ def test_keys_of_turns_that_mean_nothing_are_counted_too():
     row["messages"][0]["name"] = row["messages"][1]["name"] = "Bob"
     assert parse(row).ignored == ("id", "messages[].name")
     assert parse({"texts": [{"user": "q", "assistant": "a", "source": "x"}]}).ignored == ("texts[].source",)
+    row = messages([part(cache_control={}, lang="en"), {"type": "image", "image": "x", "detail": "low"}], "a")
+    assert parse(row).ignored == ("messages[][].lang", "messages[][].detail")
+    assert parse(messages([part(video=None, weight=1, loss=True, index=None)], "a")).ignored == ()
 
 
 @pytest.mark.parametrize(
