@@ -27,6 +27,11 @@ VICUNA_SYSTEM = (
 )
 FROZEN_DAY: Final = datetime(2024, 7, 26)  # the default date of Llama 3's template
 _EXPECTED = "expected one that writes all turns in the same way (or data.format vicuna_v1)"
+# What a chat template raises that fails as it is compiled or run: `{{ 1 / 0 }}`, an endless macro, 21 nested loops.
+TEMPLATE_FAULTS: Final = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError),
+    *(TypeError, ValueError),
+)
 _NOW: Final = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 Parts = list[str | None]  # of a message: texts, and None for an image
 Span = tuple[int, int]  # characters [start, end) of a rendered text
@@ -317,7 +322,12 @@ class ChatTemplate:
         if not tokenizer.chat_template and image.template is None:
             raise TokenizerError("data.format: got chat_template, but the tokenizer has none, expected vicuna_v1")
         self._tokenizer, self._image = tokenizer, image
-        self._text = freeze_template(image.template or tokenizer.get_chat_template())
+        try:
+            self._text = freeze_template(image.template or tokenizer.get_chat_template())
+        except ValueError as error:  # several templates, none of them the default
+            if isinstance(error, TokenizerError):
+                raise
+            raise _template_error(shorten(str(error).partition("!")[0], 120)) from None
         self._pieces: dict[tuple[Any, bool], list[str]] = {}
         messages = _stand_ins(4)
         contents: list[Parts] = [[message] for message in messages]
@@ -325,10 +335,10 @@ class ChatTemplate:
             whole = self._apply(contents)
             prompts = [self._apply(contents[:1]), self._apply(contents[:3])]
             around = _around(whole, messages)
-        except TemplateError as error:
-            raise _template_error(f"fails: {error}") from None
         except RowError as error:
             raise _template_error(str(error)) from None
+        except TEMPLATE_FAULTS as error:
+            raise _template_error(f"fails: {_reason(error)}") from None
         if not all(whole.startswith(prompt) for prompt in prompts):
             raise _template_error("an answer does not follow the generation prompt")
         leads = {whole[len(prompts[place]) : whole.index(messages[2 * place + 1])] for place in (0, 1)}
@@ -349,8 +359,10 @@ class ChatTemplate:
         try:
             expected = self._image.wrap_tokens(self._apply(contents, system))
             before, *after = self._around(contents, system is not None)
-        except TemplateError as error:
-            raise RowError(f"the chat template fails: {shorten(str(error))}") from None
+        except RowError:
+            raise
+        except TEMPLATE_FAULTS as error:
+            raise RowError(f"the chat template fails: {_reason(error)}") from None
         writer = SpanWriter(self._image.wrap_tokens(self._image.token))
         if system is not None:
             trim = _trim(system, system, expected[len(before) :], after[0])
@@ -435,6 +447,11 @@ class ChatTemplate:
         pairs = zip(pieces[0][0], pieces[1][0], strict=False)
         text = "".join(first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         return text.rstrip() or text
+
+
+def _reason(error: BaseException) -> str:
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    return shorten(f"{kind}{error}", 120)
 
 
 def _template_error(reason: str) -> TokenizerError:

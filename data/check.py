@@ -83,7 +83,6 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
     Raises:
         DataError: a source, an image folder or the cache cannot be used.
     """
-    rows = checked_rows(config) if config.streaming else _iter_rows(check_rows(config, recheck=True))
     try:
         processor = _processor(model, config)
     except TokenizerError as error:
@@ -94,6 +93,7 @@ def report(config: DataConfig, model: Any = None) -> dict[str, Any]:
         encoder = None if processor is None else Encoder.of(config, processor)
     except TokenizerError as error:
         raise DataError(str(error)) from None
+    rows = checked_rows(config) if config.streaming else _iter_rows(check_rows(config, recheck=True))
     summaries = [_Summary(source.path) for source in config.sources]
     faults = list(_faults(rows, encoder, summaries))
     return {
@@ -190,6 +190,7 @@ def _processor(model: Any, config: DataConfig) -> Any:
 
     Raises:
         TokenizerError: there is none, or it cannot be loaded.
+        DataError: it does not take the section's settings.
     """
     from transformers import logging  # slow to import
 
@@ -199,9 +200,12 @@ def _processor(model: Any, config: DataConfig) -> Any:
     try:
         sources = (model.get(name) for name in ("config", "checkpoint", "language_model"))
         processor = model_processor(*(expand(str(source)) if source else None for source in sources))
-        return apply_settings(processor, config)
     except ProcessorError as error:
         raise TokenizerError(shorten(str(error), 160)) from None
+    try:
+        return apply_settings(processor, config)
+    except ProcessorError as error:
+        raise DataError(str(error)) from None
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from typing import Any, Final
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from jinja2.exceptions import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from data.chat import ImageMarkup
+from data.chat import TEMPLATE_FAULTS, ImageMarkup
 from data.config import DataConfig, expand, shorten
 from data.images import prepare_image
 from data.rows import IMAGE_PLACEHOLDER, RowError
@@ -227,7 +226,7 @@ def _apply(processor: Any, template: str, content: Any) -> str:
         return processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], chat_template=template, tokenize=False
         )
-    except (TemplateError, TypeError, ValueError, LookupError):
+    except TEMPLATE_FAULTS:
         return ""
 
 
@@ -383,9 +382,13 @@ def apply_settings(processor: Any, config: DataConfig) -> Any:
     """
     if config.chat_template is not None:
         try:
-            processor.chat_template = Path(expand(config.chat_template)).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProcessorError(f"data.chat_template: {config.chat_template}: {shorten(str(error))}") from None
+            template = Path(expand(config.chat_template)).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # a name that is too long, a NUL, not UTF-8
+            reason = shorten(getattr(error, "strerror", None) or str(error))
+            raise ProcessorError(f"data.chat_template: {shorten(config.chat_template, 200)}: {reason}") from None
+        if not template.strip():
+            raise ProcessorError(f"data.chat_template: {config.chat_template}: got an empty file, expected a template")
+        processor.chat_template = template
     if not config.processor:
         return processor
     images = processor.image_processor
@@ -398,6 +401,6 @@ def apply_settings(processor: Any, config: DataConfig) -> Any:
             )
     try:
         processor.image_processor = type(images)(**{**fields, **config.processor})
-    except (TypeError, ValueError) as error:
+    except _READING as error:
         raise ProcessorError(f"data.processor: {shorten(str(error), 200)}") from None
     return processor

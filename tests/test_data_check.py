@@ -226,6 +226,14 @@ def test_a_tokenizer_that_training_would_refuse_is_an_error(folder, capsys):
     assert "data: tokenizer.chat_template: the chat template rewrites or drops a message" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["chat_template", "processor"])
+def test_settings_that_training_would_refuse_are_an_error(folder, capsys, change):
+    (folder / "blank.jinja").write_text("")
+    changes = {"chat_template": str(folder / "blank.jinja"), "processor": {"unknown": 1}}
+    assert main([with_model(folder, GOOD, **{change: changes[change]})]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"data: data.{change}: ")
+
+
 def test_like_faults_share_a_line_and_all_has_one_for_each(folder, capsys):
     rows = [talk("<image>x", "y", image=f"{number}.png") for number in range(20)] + [{"id": 1}]
     path = recipe(folder, data=rows)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from data.chat import IGNORE_INDEX, ChatFormat
+from data.chat import IGNORE_INDEX, ChatFormat, TokenizerError
 from data.config import DataConfig
 from data.dataset import Collator, Encoder, pad_and_concat
 from data.processor import ProcessorError, VisionProcessor, apply_settings, load_processor, save_processor
@@ -118,6 +118,33 @@ def test_a_chat_template_of_the_recipe_takes_the_place_of_the_processor_s(tmp_pa
         "turn user\n<image>what is it?<|im_end|>\nturn assistant\na dog.<|im_end|>\n"
         "turn user\n<image>and this?<|im_end|>\nturn assistant\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blank.jinja", "got an empty file, expected a template"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "embedded null byte"),
+        ("latin.jinja", "codec can't decode"),
+        (".", "Is a directory"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_read_is_one_line(tmp_path, name, said):
+    (tmp_path / "blank.jinja").write_text(" \n")
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ProcessorError, match=f"^data.chat_template: .*: .*{said}") as caught:
+        apply_settings(llava(), config(chat_template=f"{tmp_path}/{name}"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+def test_a_template_that_fails_says_so_and_no_more(template):
+    processor = llava()
+    processor.chat_template = template
+    vision = VisionProcessor(processor)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.chat_template: fails: "):
+        ChatFormat("chat_template", vision.tokenizer, vision.text)
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "plain"])

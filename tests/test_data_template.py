@@ -93,6 +93,17 @@ def test_the_text_is_the_tokenizers_own(make, template):
     [
         (None, "the tokenizer has none, expected vicuna_v1"),
         ("{{ raise_exception('no') }}", "fails: no, expected one that"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero, expected one that"),
+        ("{{ 'a' + 1 }}", "fails: TypeError: "),
+        ("{% include 'x' %}", "fails: TypeError: no loader for this environment"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "fails: RecursionError: "),
+        ("{{ cycler() }}", "fails: RuntimeError: "),
+        ("{{ [].pop() }}", "fails: "),
+        ("{{ 10 ** 5000 }}", "fails: ValueError: "),
+        ("{{ 10.0 ** 400 }}", "fails: OverflowError: "),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "fails: SyntaxError: too many statically nested blocks"),
+        ("{{ x", "fails: "),
+        ({"tool_use": CHATML}, "multiple chat templates with no default"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "rewrites or drops a message"),
         ("{{ messages[0]['content'] }}", "rewrites or drops a message"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end mark follows an answer"),
@@ -102,8 +113,9 @@ def test_the_text_is_the_tokenizers_own(make, template):
     ],
 )
 def test_templates_that_cannot_be_trained_on_are_refused(make, template, message):
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(TokenizerError, match=message) as caught:
         make(template)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,7 @@ def test_templates_that_cannot_be_trained_on_are_refused(make, template, message
     [
         (CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"), "rewrites the message"),
         ("{% if messages[0]['content'] == 'BAD' %}{{ raise_exception('no') }}{% endif %}" + CHATML, "fails: no"),
+        ("{% if messages[0]['content'] == 'BAD' %}{{ 1 / 0 }}{% endif %}" + CHATML, "fails: ZeroDivisionError"),
     ],
 )
 def test_one_conversation_that_a_template_rewrites_is_a_fault_of_its_row(make, template, message):
