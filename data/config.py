@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Format = Literal["vicuna_v1", "chat_template", "plain"]
+_MOST_WEIGHT = 1e9  # more than any mixture needs, and small enough for the sum of all
+_FIGURES = ["image", "text"]  # loss_image and loss_text are a log's figures of the modalities
 _SECTION = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
@@ -29,7 +31,7 @@ class Source(BaseModel):
     model_config = _SECTION
 
     path: str = Field(min_length=1)
-    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    weight: float | None = Field(default=None, gt=0, le=_MOST_WEIGHT)
     limit: int | None = Field(default=None, gt=0)
     images: str | None = None
     format: Format | None = None
@@ -128,13 +130,13 @@ class DataConfig(BaseModel):
 
     @property
     def names(self) -> list[str]:
-        """A short name of each source, for logs: `loss_<name>`."""
+        """A short name of each source, for logs: `loss_<name>`; `image` and `text` mean modalities there."""
         names: list[str] = []
         for source in self.sources:
             plain = [part for part in source.path.rstrip("/").split("/") if not set(part) & set("*?[")]
             name = plain[-1].partition(".")[0] if plain else source.path
             others = (f"{name}_{number}" for number in itertools.count(1))
-            names.append(next(one for one in itertools.chain([name], others) if one not in names))
+            names.append(next(one for one in itertools.chain([name], others) if one not in [*_FIGURES, *names]))
         return names
 
 

@@ -45,6 +45,11 @@ _SIXTEEN: Final = {  # formats whose grey of more than 8 bits is unsigned, by mo
 }
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _SIGNED = 0, (2,)  # values of the last two
+# What Pillow raises for a broken file; an assertion for a palette that is not there.
+_BROKEN: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
+)
 _BY_PROGRAM: Final = ("EPS", "WMF")  # formats that Pillow has another program decode
 
 Exif = Literal["apply", "ignore"]
@@ -129,6 +134,7 @@ def inspect_image(
         notes = ["frames"] if getattr(opened, "is_animated", False) else []
         if options.decode or b"eXIf" in tail or not _has_end(tail, kind):  # a PNG's EXIF may stand behind its pixels
             opened.load()
+            _check_palette(opened)
         turn = _orientation(opened) if options.exif == "apply" else 1
     if options.decode and kind in ("JPEG", "MPO"):
         _check_jpeg(place, name)
@@ -234,6 +240,8 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
             with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
                 check_size(image.size, f"image {name!r}", options.aspect)
                 _check_mode(image, f"image {name!r}")
+                if image.format == "PNG":  # other formats may have theirs behind the header
+                    _check_palette(image)
                 yield image
     except RowError:
         raise
@@ -244,8 +252,9 @@ def _opened(place: Path | bytes, name: str, options: ImageOptions) -> Iterator[I
         kind = "an empty file" if not head else kind_of(head)
         looks = f": it looks like {kind}" if kind else ""
         raise RowError(f"image {name!r} is not an image that Pillow reads, or its header is broken{looks}") from None
-    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, struct.error, zlib.error) as error:
-        raise RowError(f"image {name!r} is truncated or broken: {shorten(str(error))}") from None
+    except _BROKEN as error:
+        reason = shorten(str(error)) or type(error).__name__
+        raise RowError(f"image {name!r} is truncated or broken: {reason}") from None
 
 
 def check_size(size: tuple[int, int], what: str, aspect: str) -> None:
@@ -278,6 +287,12 @@ def _check_mode(image: Image.Image, what: str) -> None:
         raise RowError(f"{what} has {found}, expected unsigned 8 or 16 bits, whose range is known")
     if image.format in _BY_PROGRAM:
         raise RowError(f"{what} is {image.format}, which another program decodes, expected PNG or JPEG")
+
+
+def _check_palette(image: Image.Image) -> None:
+    """Raises ValueError if an image's palette is missing; Pillow would fail as it converts the image."""
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("got no palette")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -279,6 +279,8 @@ def test_each_source_has_its_format_and_says_which_it_is(folder, processor):
     assert "which" not in texts[1]
     assert Collator(0)([data[0], data[1]])["sources"].tolist() == [0, 1]
     assert given.names == ["data", "data_1"]
+    files = ["a/image.json", "text.jsonl", "image", "image_1.json"]
+    assert given.model_copy(update={"files": files}).names == ["image_1", "text_1", "image_2", "image_1_1"]
     assert data.encoder.stop_ids == [processor.tokenizer.eos_token_id]
 
 

@@ -80,6 +80,28 @@ def test_the_end_mark_of_a_thumbnail_inside_does_not_hide_a_truncation(folder):
             read(folder, "a.jpg")
 
 
+def without_palette(data):
+    """Returns a PNG without its chunk PLTE."""
+    start = data.index(b"PLTE") - 4
+    return data[:start] + data[start + 12 + int.from_bytes(data[start : start + 4], "big") :]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "ICNS"])
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_palette_that_is_not_there_is_a_fault(folder, kind, decode):
+    stream = io.BytesIO()
+    Image.effect_noise((16, 16), 80).convert("P").save(stream, "PNG")
+    data = without_palette(stream.getvalue())
+    if kind == "ICNS":
+        block = b"icp4" + (8 + len(data)).to_bytes(4, "big") + data
+        data = b"icns" + (8 + len(block)).to_bytes(4, "big") + block
+    (folder / "bare").write_bytes(data)
+    options = ImageOptions("processor", decode=decode)
+    for read in (inspect_image, open_image):
+        with pytest.raises(RowError, match="image 'bare' is truncated or broken: "):
+            read(folder, "bare", options)
+
+
 def test_good_files_are_not_decoded_by_the_check(folder, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     check_image(folder, "a.png")
