@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import datasets
-import yaml
 from pydantic import ValidationError
 
 from data.chat import TokenizerError
@@ -25,6 +24,7 @@ from data.dataset import Encoder
 from data.processor import ProcessorError, apply_settings, model_processor
 from data.rows import NOTES, DataError, Fault, RowError, group_faults
 from data.stream import checked_rows
+from data.strict_yaml import YamlError, override, read_file
 from data.table import check_rows, record_of, rows_of, sizes_of
 
 _BATCH: Final = 500  # rows whose texts are in memory together
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="decode every image, as data.decode: true does")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        raw = _read_recipe(arguments.recipe)
-        sections = read_sections(arguments.recipe, raw, arguments.overrides)
+        raw = _read_recipe(arguments.recipe, arguments.overrides)
+        sections = read_sections(arguments.recipe, raw)
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -208,19 +208,28 @@ def _processor(model: Any, config: DataConfig) -> Any:
         raise DataError(str(error)) from None
 
 
-def _read_recipe(recipe: Path) -> dict[str, Any]:
+def _read_recipe(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns a recipe with its overrides, which may set keys of the sections that are read."""
     try:
-        raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{recipe}: {error.strerror}; expected a recipe in YAML") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{recipe}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
-        raise DataError(f"{recipe}: data: got none, expected a recipe with a data section")
+        raw = read_file(recipe)
+        if not isinstance(raw.get("data"), dict):
+            raise DataError(f"{recipe}: data: got none, expected a recipe with a data section")
+        align = raw.get("align")
+        sections = {"align.data": align.get("data") if isinstance(align, dict) else None, "data": raw["data"]}
+        sections["model"] = raw.get("model")
+        known = [f"{name}." for name, section in sections.items() if isinstance(section, dict)]
+        for given in overrides:
+            if "=" not in given or not given.startswith(tuple(known)):
+                expected = " or ".join(f"{name}key=value" for name in known)
+                found = shorten(repr(given))
+                raise DataError(f"override {found}: expected {expected}, because only these sections are read")
+            override(raw, given, recipe)
+    except YamlError as error:
+        raise DataError(str(error)) from None
     return raw
 
 
-def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, DataConfig]:
+def read_sections(recipe: Path, raw: dict[str, Any]) -> dict[str, DataConfig]:
     """Returns a recipe's data sections by key: `align.data` where there is one, `data`, and held-out files (`eval`).
 
     Reads only these sections, because data/ does not import the recipe schema.
@@ -228,16 +237,13 @@ def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = 
     Args:
         recipe: for messages.
         raw: the parsed YAML.
-        overrides: `data.key=value`, `align.data.key=value` or `model.key=value`, the value in YAML.
 
     Raises:
-        DataError: a data section or an override is wrong.
+        DataError: a data section is wrong.
     """
     align = raw.get("align")
     sections: dict[str, Any] = {"align.data": align.get("data")} if isinstance(align, dict) else {}
     sections["data"] = raw["data"]
-    for override in overrides:
-        _apply(override, {**sections, "model": raw.get("model")})
     for prefix, part in (("align.", align), ("", raw)):
         held_out = part.get("eval") if isinstance(part, dict) else None
         if isinstance(held_out, dict) and held_out.get("files"):
@@ -245,18 +251,6 @@ def read_sections(recipe: Path, raw: dict[str, Any], overrides: Sequence[str] = 
                 raise DataError(f"{recipe}: {prefix}data: got none beside {prefix}eval, expected a mapping of keys")
             sections[f"{prefix}eval"] = {**sections[f"{prefix}data"], "files": held_out["files"], "streaming": False}
     return {name: _section(recipe, name, fields) for name, fields in sections.items()}
-
-
-def _apply(override: str, sections: Mapping[str, Any]) -> None:
-    path, mark, text = override.partition("=")
-    name, _, key = path.rpartition(".")
-    if not mark or not isinstance(sections.get(name), dict):
-        expected = " or ".join(f"{section}.key=value" for section in sections if isinstance(sections[section], dict))
-        raise DataError(f"override {override!r}: expected {expected}, because only these sections are read")
-    try:
-        sections[name][key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise DataError(f"override {override!r}: got {text!r}, expected a value in YAML") from None
 
 
 def _section(recipe: Path, name: str, fields: Any) -> DataConfig:

@@ -86,10 +86,10 @@ def suggestion(name: str, known: Sequence[str]) -> str:
 
 
 def _describe_value(value: Any) -> str:
-    return f"{shortened(value)} ({type(value).__name__})"
+    return f"{_shortened(value)} ({type(value).__name__})"
 
 
-def shortened(value: Any) -> str:
+def _shortened(value: Any) -> str:
     """Returns the repr of a value, cut after 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

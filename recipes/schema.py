@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,17 +20,14 @@ from pydantic import (
 )
 
 from data.config import DataConfig, Files
+from data.strict_yaml import YamlError, override, read_file
 from models.stage_plan import StagePlan
-from recipes.errors import LEARNED, ONE, SEVERAL, RecipeError, first_fault, shortened
+from recipes.errors import LEARNED, ONE, SEVERAL, RecipeError, first_fault
 
 __all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
 _MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # more than any run needs, and small enough not to overflow
-# What PyYAML raises for invalid YAML; the last three for tags that do not fit their values.
-_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError)
-_MERGE = "tag:yaml.org,2002:merge"
-_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
 
 Optimizer = Literal[  # Trainer's elementwise optimizers: ZeRO flattens and splits weights
@@ -477,96 +472,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: one line: `file: key: got X, expected Y`.
     """
     raw = read_yaml(path)
-    for override in overrides:
-        _apply(raw, override, path)
     try:
+        for given in overrides:
+            override(raw, given, path)
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise first_fault(error, Recipe, path) from None
+    except YamlError as error:
+        raise RecipeError(str(error)) from None
     _check_depth(recipe, path)
     return recipe
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that rejects what YAML would silently change: duplicate keys, 010 for 8, 1:30 for 90."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
-                shown = "<<" if key_node.tag == _MERGE else f"a {key_node.id}"
-                raise RecipeError(f"line {line}: got {shown} as a key, expected a word or a number")
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise RecipeError(f"{key}: got it twice (line {line}), expected once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        """Returns a whole number; rejects notations that YAML 1.1 does not read as decimal."""
-        if not _DECIMAL.fullmatch(node.value):
-            value = self.construct_yaml_int(node)
-            line = node.start_mark.line + 1
-            raise RecipeError(f"line {line}: got {node.value}, which YAML reads as {value}, expected a decimal number")
-        return self.construct_yaml_int(node)
-
-    def construct_real(self, node: yaml.ScalarNode) -> float:
-        """Returns a number; rejects base 60 (1:30)."""
-        if ":" in node.value:
-            raise RecipeError(f"line {node.start_mark.line + 1}: got {node.value}, expected a decimal number")
-        return self.construct_yaml_float(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Returns the keys of a YAML file.
-
-    Raises:
-        RecipeError: it cannot be read, or has a value that YAML would silently change.
-    """
+    """Returns the keys of a YAML file; raises RecipeError for one that cannot be read."""
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}, expected a recipe in YAML") from None
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: not YAML that can be read: nested too deeply") from None
-    except _NOT_YAML as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path}: not YAML: {reason}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: got {type(raw).__name__}, expected a mapping of keys")
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str, path: str | Path) -> None:
-    """Sets one `dotted.key=value` in the raw recipe; the schema later checks that the key exists."""
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise RecipeError(f"{path}: got {override!r}, expected dotted.key=value")
-    if not text.strip():
-        raise RecipeError(f"{path}: {key}: got nothing, expected a value in YAML (null for none)")
-    try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {key}: {str(error).removeprefix('line 1: ')}") from None
-    except (*_NOT_YAML, RecursionError):
-        raise RecipeError(f"{path}: {key}: got {shortened(text)}, expected a value in YAML") from None
-    *parents, last = key.split(".")
-    section: Any = raw
-    for depth, parent in enumerate(parents):
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
-            where = ".".join(parents[: depth + 1])
-            raise RecipeError(f"{path}: {key}: {where} is a value, expected a section with keys")
-    section[last] = value
+        return read_file(path)
+    except YamlError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _check_depth(recipe: Recipe, path: str | Path) -> None:

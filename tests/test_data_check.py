@@ -95,6 +95,9 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
     assert capsys.readouterr().out.count("2 rows: image 'a.png' is missing") == 1
 
 
+PLAIN = "data: {files: [x.json], format: plain}"
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
@@ -126,6 +129,24 @@ def test_it_never_trusts_an_earlier_check(folder, capsys):
             [],
             "recipe.yaml: align.data: got none beside align.eval, expected a mapping of keys",
         ),
+        (PLAIN, ["data.max_length=010"], "recipe.yaml: data.max_length: got 010, which YAML reads as 8, expected a"),
+        (PLAIN, ["data.limit=1:30"], "recipe.yaml: data.limit: got 1:30, which YAML reads as 90"),
+        (PLAIN, ["data.images="], "recipe.yaml: data.images: got nothing, expected a value in YAML (null for none)"),
+        (PLAIN, ["data.max_length=2024-13-45"], "data.max_length: got '2024-13-45', expected a value in YAML"),
+        (PLAIN, ["data.limit=!!int x"], "data.limit: got '!!int x', expected a value in YAML"),
+        (PLAIN, ["data.images=!!timestamp x"], "data.images: got '!!timestamp x', expected a value in YAML"),
+        (PLAIN, ["data.images=" + "[" * 5000], "[..., expected a value in YAML"),
+        (
+            PLAIN,
+            ["data.format.x=1"],
+            "recipe.yaml: data.format.x: data.format is a value, expected a section with keys",
+        ),
+        (PLAIN, ["data..x=1"], "recipe.yaml: got 'data..x=1', expected dotted.key=value"),
+        ("data: {format: plain, format: vicuna_v1}", [], "recipe.yaml: format: got it twice (line 1), expected once"),
+        ("data: {max_length: 010}", [], "recipe.yaml: line 1: got 010, which YAML reads as 8"),
+        ("data: !!timestamp x", [], "recipe.yaml: not YAML"),
+        ("data: " + "[" * 5000, [], "recipe.yaml: not YAML that can be read: nested too deeply"),
+        ("- data", [], "recipe.yaml: got list, expected a mapping of keys"),
         ("data: null\neval: {files: [y.json]}", [], "data: got none, expected a recipe with a data section"),
         ("data: {files: [x.json], format: plain}\nalign: {}", [], "align.data: got None, expected a valid dictionary"),
     ],
@@ -138,9 +159,22 @@ def test_what_is_wrong_with_the_recipe_is_one_line(folder, capsys, text, overrid
     assert message in err[0]
 
 
+def test_an_override_reaches_deep_keys_and_one_section_alone(folder, capsys):
+    text = Path(recipe(folder, data=GOOD)).read_text()
+    data = json.dumps(json.loads(text)["data"])
+    path = folder / "shared.yaml"
+    path.write_text(f"data: &data {data}\nalign: {{data: *data}}\n")
+    assert main([str(path), f"data.files=[{folder / 'none.json'}]"]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith(f"data: {folder / 'none.json'}: no such file")
+    assert "align.data: " in out
+    assert main([with_model(folder, GOOD), "data.processor.unknown=1"]) == 2
+    assert "data: data.processor: got unknown, expected settings of" in capsys.readouterr().err
+
+
 def test_a_missing_recipe_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "no.yaml")]) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'no.yaml'}: No such file or directory; expected a recipe in YAML\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'no.yaml'}: No such file or directory, expected a recipe in YAML\n"
 
 
 def test_the_command_itself(folder, monkeypatch):

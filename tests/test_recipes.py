@@ -14,6 +14,7 @@ from recipes.resolved import dump_recipe
 from recipes.schema import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+DOUBLED = "".join(f"c{n}: &c{n} [{f'*c{n - 1}' if n else '*b'}, {f'*c{n - 1}' if n else '*b'}]\n" for n in range(40))
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 
 
@@ -230,6 +231,22 @@ def test_values_that_contradict_each_other_are_refused(override, words):
     assert words in fault(*parts)
 
 
+@pytest.mark.parametrize(("changed", "kept"), [("train", "align.train"), ("align.train", "train")])
+def test_an_override_of_one_phase_leaves_what_an_alias_shares_with_another(tmp_path, changed, kept):
+    raw = yaml.safe_load(Path("recipes/quickstart.yaml").read_text())
+    path = tmp_path / "shared.yaml"
+    path.write_text(yaml.safe_dump({**raw, "align": {"data": raw["data"], "train": raw["train"]}}))
+    assert "train: *id" in path.read_text()
+    before, after = (
+        load_recipe(path, overrides)
+        for overrides in ([], [f"{changed}.max_steps=7", f"{changed}.learning_rate.projector=0.5"])
+    )
+    sections = {"train": lambda recipe: recipe.train, "align.train": lambda recipe: recipe.align.train}
+    assert sections[changed](after).max_steps == 7
+    assert sections[changed](after).learning_rate.projector == 0.5
+    assert sections[kept](after) == sections[kept](before)
+
+
 def test_a_missing_key_is_named(tmp_path):
     raw = yaml.safe_load(Path("recipes/quickstart.yaml").read_text())
     del raw["train"]["global_batch"]
@@ -250,6 +267,8 @@ def test_a_missing_key_is_named(tmp_path):
         ("a: 2020-99-99\n", "not YAML"),
         ("[" * 5000, "nested too deeply"),
         ("- 1\n", "got list, expected a mapping of keys"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("a: &a [1, 2, 3]\nb: &b [*a, *a]\n" + DOUBLED, "got more than 100,000 values, expected fewer"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, words):
