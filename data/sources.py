@@ -35,6 +35,7 @@ READABLE: Final = (
     "JSON or JSONL (also .gz, .zst), Parquet, a folder of these or of datasets, hf://org/name/subset:split, or "
     "a built-in set (easy_vqa:train, scenes:train)"
 )
+NO_ROWS: Final = "got no rows, expected at least one conversation"
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for packed in ("", ".gz", ".zst")))
 _TEXT_SUFFIXES: Final = (".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".md")
@@ -66,8 +67,8 @@ def find_files(path: str) -> list[str]:
     except (OSError, ValueError) as error:  # no permission, a NUL in the name
         if isinstance(error, DataError):
             raise
-        below = getattr(error, "filename", None)
-        reason = f"{below}: {error.strerror}" if below else str(error)
+        is_named = isinstance(error, OSError) and error.filename
+        reason = f"{error.filename}: {error.strerror}" if is_named else str(error)
         raise DataError(f"{shorten(path, 400)}: {shorten(reason, 400)}; expected {READABLE}") from None
     for file in found:
         if not file.isascii() and file != file.encode(errors="replace").decode():
@@ -134,6 +135,14 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
         yield from _json_rows(file)
 
 
+def has_rows(file: str) -> bool:
+    """Returns whether a file has a row; reads no more than the first."""
+    if not built_in.is_built_in(file) and _head_of(file)[:4] == b"PAR1":
+        with _data_errors(file), parquet.ParquetFile(file) as opened:
+            return bool(opened.metadata.num_rows)
+    return any(True for _ in raw_rows(file))
+
+
 def is_store(file: str) -> bool:
     """Returns whether a file is read through `datasets`, which has random access to its rows."""
     if built_in.is_built_in(file):
@@ -163,7 +172,7 @@ def _open_dataset(file: str, place: Path) -> datasets.Dataset:
         return _only_split(datasets.load_from_disk(file), file)
     if _head(file)[:4] == b"PAR1":
         if parquet.ParquetFile(file).metadata.num_rows == 0:  # `datasets` fails on it
-            raise DataError(f"{file}: got no rows, expected at least one conversation")
+            raise DataError(f"{file}: {NO_ROWS}")
         copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"
         return datasets.load_dataset("parquet", data_files=[file], split="train", cache_dir=str(copy))
     return datasets.Dataset.from_file(file)

@@ -14,7 +14,7 @@ from data.config import DataConfig, Source
 from data.dataset import Encoder, Sample, open_images
 from data.images import inspect_image
 from data.rows import DataError, Fault, Record, RowError, parse
-from data.sources import HUB, find_files, hub_rows, raw_rows
+from data.sources import HUB, NO_ROWS, find_files, has_rows, hub_rows, raw_rows
 from data.table import check_folders, folder_of, image_options, row_of
 
 _POOL: Final = 512  # samples that are shuffled and grouped by length together
@@ -43,7 +43,8 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         source_rows: empty: the rows are not counted.
 
     Raises:
-        DataError: a source cannot be read, or its first rows are all faulty.
+        DataError: a source or one of its files cannot be read or has no row, its first rows are all faulty, or it has
+            fewer rows than there are ranks x workers.
         TokenizerError: the tokenizer cannot label conversations.
     """
 
@@ -58,6 +59,7 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         check_folders(config)
         for number in range(len(config.sources)):
             self._probe(number)
+        self._check_parts(ranks * max(1, config.workers))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields samples as `ConversationDataset` gives them; `faults` are those of the rows just before."""
@@ -121,7 +123,8 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
                 continue
             passes += 1
             if passes > last_good + 2 * len(numbers):
-                raise DataError(f"{self.config.sources[number].path}: got no rows without a fault in shard {shard}")
+                first = f": {faults[0]}" if faults else ""
+                raise DataError(f"data.files: got no row without a fault in part {shard} of {shards}{first}")
             if weights[0] is None:
                 del streams[number]
                 if streams:
@@ -147,6 +150,17 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         sample = self.encoder.encode(record, sizes, number)
         return _Item(number, file, row, sample)
 
+    def _check_parts(self, shards: int) -> None:
+        """Raises DataError if the part of a rank's worker has no row; weights need rows of each source there."""
+        counts = [(_part_rows(source, shards), source) for source in self.config.sources]
+        is_weighted = self.config.sources[0].weight is not None
+        count, source = (min if is_weighted else max)(counts, key=lambda pair: pair[0])
+        if count < shards:
+            raise DataError(
+                f"{source.path}: got {count:,} rows for {shards:,} parts, expected at least one for each rank and "
+                "worker (data.workers)"
+            )
+
     def _probe(self, number: int) -> None:
         """Raises DataError if the first rows of a source are all faulty."""
         faults: list[Fault] = []
@@ -159,6 +173,21 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
             return
         first = f": {faults[0]}" if faults else ""
         raise DataError(f"{self.config.sources[number].path}: the first {len(faults)} rows are all faulty{first}")
+
+
+def _part_rows(source: Source, shards: int) -> int:
+    """Returns the number of a source's rows, at most `shards`, which is enough for a row in each part.
+
+    Raises:
+        DataError: a file has no row.
+    """
+    files = [] if source.path.startswith(HUB) else find_files(source.path)
+    for file in files:
+        if not has_rows(file):
+            raise DataError(f"{file}: {NO_ROWS}")
+    if files and source.limit is None and len(files) % shards == 0:
+        return shards
+    return sum(1 for _ in islice(_shard_rows(source, 0, 1), shards))
 
 
 def checked_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
@@ -204,7 +233,7 @@ def _shard_rows(source: Source, shard: int, shards: int) -> Iterator[tuple[str, 
     """Yields file, row number and raw row of a shard's part of a source."""
     if source.path.startswith(HUB):
         name = source.path if shards == 1 else f"{source.path} (part {shard} of {shards})"
-        yield from _numbered(name, hub_rows(source.path, source.limit, shard, shards))
+        yield from _numbered(name, hub_rows(source.path, source.limit, shard, shards), is_part=shards > 1)
         return
     files = find_files(source.path)
     if source.limit is None and len(files) % shards == 0:
@@ -219,11 +248,11 @@ def _shard_rows(source: Source, shard: int, shards: int) -> Iterator[tuple[str, 
             count += 1
 
 
-def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
+def _numbered(file: str, rows: Iterator[Any], *, is_part: bool = False) -> Iterator[tuple[str, int, Any]]:
     """Yields file, row number and raw row; one RowError for all rows that a broken file loses.
 
     Raises:
-        DataError: no row of the file can be read.
+        DataError: no row of the file can be read, or it has none and is no part of one.
     """
     row = -1
     try:
@@ -233,3 +262,5 @@ def _numbered(file: str, rows: Iterator[Any]) -> Iterator[tuple[str, int, Any]]:
         if row < 0:
             raise
         yield file, row + 1, RowError(str(error).removeprefix(f"{file}:{row + 1}: "))
+    if row < 0 and not is_part:
+        raise DataError(f"{file}: {NO_ROWS}")

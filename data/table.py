@@ -19,7 +19,7 @@ from data import built_in
 from data.config import DataConfig, Source, expand, shorten
 from data.images import ImageOptions, inspect_image
 from data.rows import DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders, parse
-from data.sources import find_files, open_store, raw_rows, stamp
+from data.sources import NO_ROWS, find_files, open_store, raw_rows, stamp
 
 EMBEDDED: Final = "\0"  # replaces the path of an image whose bytes are read from the source
 _ROWS: Final = {
@@ -126,7 +126,7 @@ def read_records(path: str) -> Iterator[tuple[str, int, Record | RowError]]:
             except RowError as error:
                 yield file, number, error
         if number < 0:
-            raise DataError(f"{file}: got no rows, expected at least one conversation")
+            raise DataError(f"{file}: {NO_ROWS}")
 
 
 def images_of(row: dict[str, Any]) -> Sequence[str | EmbeddedImage]:

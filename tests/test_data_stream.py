@@ -6,12 +6,15 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
+from data.check import main
 from data.config import DataConfig
 from data.dataset import Collator, ConversationDataset
 from data.rows import DataError
@@ -45,7 +48,8 @@ def row(number, image=None):
 
 
 def config(folder, *files, **more):
-    given = {"images": str(folder), "format": "chat_template", "image_aspect": "processor", "streaming": True, **more}
+    given = {"images": str(folder), "format": "chat_template", "image_aspect": "processor", "streaming": True}
+    given = {**given, "workers": 0, **more}
     return DataConfig(files=[file if isinstance(file, dict) else str(folder / file) for file in files], **given)
 
 
@@ -141,15 +145,57 @@ def test_an_array_that_breaks_in_the_middle_is_a_fault_and_the_stream_goes_on(fo
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04", b"<html>404</html>"])
-def test_a_file_that_cannot_be_read_at_all_ends_a_stream(folder, processor, tmp_path, content):
+def test_a_file_that_cannot_be_read_at_all_is_refused_before_training(folder, processor, tmp_path, content):
     (tmp_path / "data0.jsonl").write_text("\n".join(map(row, range(3))))
     (tmp_path / "data1.jsonl").write_bytes(content)
-    stream = ConversationStream(config(folder, tmp_path / "data*.jsonl"), processor)
     with pytest.raises(DataError, match=r"data1.jsonl: looks like"):
-        list(islice(stream, 9))
+        ConversationStream(config(folder, tmp_path / "data*.jsonl"), processor)
 
 
-@pytest.mark.parametrize("lines", ["", '{"id": 1}\n' * 9, "{broken\n"])
+@pytest.mark.parametrize(("name", "content"), [("b.jsonl", "\n"), ("b.json", "[]"), ("b.parquet", None)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_without_rows_is_refused_before_training_and_by_the_check(
+    folder, processor, tmp_path, capsys, name, content, ranks
+):
+    (tmp_path / "a.jsonl").write_text(row(0))
+    if content is None:
+        parquet.write_table(pa.table({"messages": pa.array([], pa.string())}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name}: got no rows, expected at least one conversation"):
+        ConversationStream(config(folder, tmp_path), processor, ranks=ranks)
+    given = {"files": [str(tmp_path)], "images": str(folder), "format": "plain", "streaming": True}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"data": given}))
+    assert main([str(tmp_path / "recipe.yaml")]) == 2
+    assert f"data: {tmp_path / name}: got no rows" in capsys.readouterr().err
+
+
+def test_every_part_of_a_stream_has_a_row(folder, processor, tmp_path):
+    (tmp_path / "few.jsonl").write_text(f"{row(0)}\n{row(1)}\n{row(2)}")
+    few = str(tmp_path / "few.jsonl")
+    ConversationStream(config(folder, few), processor, ranks=3)
+    with pytest.raises(
+        DataError, match=r"few.jsonl: got 3 rows for 4 parts, expected at least one for each rank and w"
+    ):
+        ConversationStream(config(folder, few), processor, ranks=4)
+    with pytest.raises(DataError, match="got 3 rows for 4 parts"):
+        ConversationStream(config(folder, few, workers=2), processor, ranks=2)
+    with pytest.raises(DataError, match="got 2 rows for 3 parts"):
+        ConversationStream(config(folder, {"path": few, "limit": 2}), processor, ranks=3)
+    ConversationStream(config(folder, few, "a.jsonl"), processor, ranks=4)  # the other source has a row for each
+    weighted = [{"path": str(path), "weight": 1} for path in (few, folder / "a.jsonl")]
+    with pytest.raises(DataError, match=r"few.jsonl: got 3 rows for 4 parts"):
+        ConversationStream(config(folder, *weighted), processor, ranks=4)
+
+
+def test_a_part_whose_rows_are_all_faulty_ends_a_stream_with_the_first_fault(folder, processor, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{row(0)}\n{{broken\n{row(1)}\n{{broken")
+    stream = ConversationStream(config(folder, tmp_path / "data.jsonl"), processor, rank=1, ranks=2)
+    with pytest.raises(DataError, match=r"no row without a fault in part 1 of 2: .*data.jsonl:1: broken JSON"):
+        next(iter(stream))
+
+
+@pytest.mark.parametrize("lines", ['{"id": 1}\n' * 9, "{broken\n"])
 def test_a_source_without_a_good_row_is_refused_before_training(folder, processor, tmp_path, lines):
     (tmp_path / "data.jsonl").write_text(lines)
     with pytest.raises(DataError, match=r"data.jsonl: the first \d rows are all faulty"):
