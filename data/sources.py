@@ -36,6 +36,8 @@ READABLE: Final = (
     "a built-in set (easy_vqa:train, scenes:train)"
 )
 NO_ROWS: Final = "got no rows, expected at least one conversation"
+# What pyarrow raises for text that is not UTF-8, and for times and dates that are out of Python's range.
+_NOT_PYTHON: Final = (ArithmeticError, LookupError, ValueError, pa.ArrowException)
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for packed in ("", ".gz", ".zst")))
 _TEXT_SUFFIXES: Final = (".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".md")
@@ -67,8 +69,7 @@ def find_files(path: str) -> list[str]:
     except (OSError, ValueError) as error:  # no permission, a NUL in the name
         if isinstance(error, DataError):
             raise
-        is_named = isinstance(error, OSError) and error.filename
-        reason = f"{error.filename}: {error.strerror}" if is_named else str(error)
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise DataError(f"{shorten(path, 400)}: {shorten(reason, 400)}; expected {READABLE}") from None
     for file in found:
         if not file.isascii() and file != file.encode(errors="replace").decode():
@@ -126,13 +127,36 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
         yield from built_in.conversations(file)
     elif stream and _head_of(file)[:4] == b"PAR1":
         with _data_errors(file), parquet.ParquetFile(file) as opened:
+            _check_columns(opened, file)
             for batch in opened.iter_batches(batch_size=_READ):
-                yield from batch.to_pylist()
+                yield from _python_rows(batch)
     elif is_store(file):
-        for table in open_store(file).iter(batch_size=_READ):
-            yield from table.to_pylist()
+        store = open_store(file)
+        with _data_errors(file):
+            for table in store.iter(batch_size=_READ):
+                yield from _python_rows(table)
     else:
         yield from _json_rows(file)
+
+
+def _python_rows(table: Any) -> Iterator[Any]:
+    """Yields the rows of an Arrow table; for one with a value that Python cannot hold, its RowError."""
+    try:
+        yield from table.to_pylist()
+    except _NOT_PYTHON:
+        for number in range(table.num_rows):
+            try:
+                (row,) = table.slice(number, 1).to_pylist()
+            except _NOT_PYTHON as error:
+                reason = shorten(f"{type(error).__name__}: {error}", 120)
+                row = RowError(f"has a value that cannot be read: {reason}; expected text, numbers, lists and objects")
+            yield row
+
+
+def _check_columns(opened: parquet.ParquetFile, file: str) -> None:
+    names = opened.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{file}: got column '{shorten(twice[0], 30)}' twice, expected it once")
 
 
 def has_rows(file: str) -> bool:
@@ -171,8 +195,10 @@ def _open_dataset(file: str, place: Path) -> datasets.Dataset:
     if _is_saved(place):
         return _only_split(datasets.load_from_disk(file), file)
     if _head(file)[:4] == b"PAR1":
-        if parquet.ParquetFile(file).metadata.num_rows == 0:  # `datasets` fails on it
-            raise DataError(f"{file}: {NO_ROWS}")
+        with parquet.ParquetFile(file) as opened:
+            _check_columns(opened, file)
+            if opened.metadata.num_rows == 0:  # `datasets` fails on it
+                raise DataError(f"{file}: {NO_ROWS}")
         copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"
         return datasets.load_dataset("parquet", data_files=[file], split="train", cache_dir=str(copy))
     return datasets.Dataset.from_file(file)
@@ -193,7 +219,7 @@ def _data_errors(file: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (*_NOT_PYTHON, OSError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
         reason = shorten(str(error.__cause__ or error), 200)
         expected = f"hf://org/name/subset:split, {_HUB_HINT}" if file.startswith(HUB) else READABLE
         raise DataError(f"{file}: cannot be read: {reason}; expected {expected}") from None

@@ -21,7 +21,7 @@ from data.check import main
 from data.config import DataConfig
 from data.images import open_image
 from data.rows import DataError, RowError, Turn, parse
-from data.sources import find_files
+from data.sources import find_files, raw_rows
 from data.table import check_rows, faults_of, folder_of, images_of, read_records, record_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,6 +379,37 @@ def test_a_table_without_rows_is_an_error(folder):
     parquet.write_table(pa.table({"messages": pa.array([], pa.string())}), folder / "none.parquet")
     with pytest.raises(DataError, match=r"none.parquet: got no rows, expected at least one conversation"):
         check(folder, folder / "none.parquet")
+
+
+ODD = {  # columns of three rows that Python cannot hold
+    "text": pa.array([b"fine", b"caf\xe9", b"fine"]).view(pa.string()),
+    "time": pa.array([1, 2**55, 2], pa.timestamp("ms")),
+    "date": pa.array([1, 2**30, 2], pa.int32()).cast(pa.date32()),
+    "duration": pa.array([1, 2**62, 2], pa.duration("s")),
+    "zone": pa.array([1, 2, 3], pa.timestamp("us", tz="Mars/Base")),
+    "struct": pa.array([{"x": 1}, {"x": 2**55}, {"x": 3}], pa.struct([("x", pa.timestamp("ms"))])),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_a_value_of_a_table_that_python_cannot_hold_is_its_rows_fault(folder, capsys, name, streaming):
+    columns = {"conversations": [talk(str(number), "a")["conversations"] for number in range(3)], "odd": ODD[name]}
+    parquet.write_table(pa.table(columns), folder / "data.parquet")
+    data = {"files": [str(folder / "data.parquet")], "format": "vicuna_v1", "workers": 0, "streaming": streaming}
+    (folder / "recipe.yaml").write_text(json.dumps({"data": data}))
+    assert main([str(folder / "recipe.yaml"), "--json"]) == 2
+    faults = json.loads(capsys.readouterr().out)["data"]["faults"]
+    assert [fault["row"] for fault in faults] == ([0, 1, 2] if name == "zone" else [1])
+    assert all(fault["reason"].startswith("has a value that cannot be read: ") for fault in faults)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_column_twice_is_refused(folder, stream):
+    table = pa.table([pa.array(["a.png"]), pa.array(["b.png"])], names=["image", "image"])
+    parquet.write_table(table, folder / "data.parquet")
+    with pytest.raises(DataError, match=r"data.parquet: got column 'image' twice, expected it once"):
+        list(raw_rows(str(folder / "data.parquet"), stream=stream))
 
 
 @pytest.mark.parametrize(
