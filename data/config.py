@@ -33,7 +33,7 @@ class Source(BaseModel):
     path: str = Field(min_length=1)
     weight: float | None = Field(default=None, gt=0, le=_MOST_WEIGHT)
     limit: int | None = Field(default=None, gt=0)
-    images: str | None = None
+    images: str | None = Field(default=None, min_length=1)
     format: Format | None = None
 
 
@@ -94,7 +94,7 @@ class DataConfig(BaseModel):
     model_config = _SECTION
 
     files: Files = Field(min_length=1)
-    images: str | None = None
+    images: str | None = Field(default=None, min_length=1)
     format: Format
     max_length: int = Field(default=2048, gt=0)
     long_answers: Literal["refuse", "cut"] = "refuse"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -127,7 +127,7 @@ def raw_rows(file: str, *, stream: bool = False) -> Iterator[Any]:
         yield from built_in.conversations(file)
     elif stream and _head_of(file)[:4] == b"PAR1":
         with _data_errors(file), parquet.ParquetFile(file) as opened:
-            _check_columns(opened, file)
+            _check_columns(opened.schema_arrow, file)
             for batch in opened.iter_batches(batch_size=_READ):
                 yield from _python_rows(batch)
     elif is_store(file):
@@ -153,10 +153,18 @@ def _python_rows(table: Any) -> Iterator[Any]:
             yield row
 
 
-def _check_columns(opened: parquet.ParquetFile, file: str) -> None:
-    names = opened.schema_arrow.names
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{file}: got column '{shorten(twice[0], 30)}' twice, expected it once")
+def _check_columns(fields: Iterable[pa.Field], file: str) -> None:
+    """Raises DataError if two columns of a table, or two fields of a struct inside, have one name."""
+    seen = set[str]()
+    for field in fields:
+        if field.name in seen:
+            raise DataError(f"{file}: got column '{shorten(field.name, 30)}' twice, expected it once")
+        seen.add(field.name)
+        inner = field.type
+        while hasattr(inner, "value_field"):  # a list
+            inner = inner.value_field.type
+        if pa.types.is_struct(inner):
+            _check_columns(inner, file)
 
 
 def has_rows(file: str) -> bool:
@@ -196,7 +204,7 @@ def _open_dataset(file: str, place: Path) -> datasets.Dataset:
         return _only_split(datasets.load_from_disk(file), file)
     if _head(file)[:4] == b"PAR1":
         with parquet.ParquetFile(file) as opened:
-            _check_columns(opened, file)
+            _check_columns(opened.schema_arrow, file)
             if opened.metadata.num_rows == 0:  # `datasets` fails on it
                 raise DataError(f"{file}: {NO_ROWS}")
         copy = Path(datasets.config.HF_DATASETS_CACHE) / f"parquet_{stamp(file).rpartition(':')[2][:16]}"

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from data.config import DataConfig
+from data.strict_yaml import YamlError, read_file
 from recipes.schema import Recipe, RecipeError
 
 
@@ -26,8 +27,8 @@ def saved_data(saved: Path) -> DataConfig:
         RecipeError: the file has no valid data section.
     """
     try:
-        return DataConfig.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8"))["data"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        return DataConfig.model_validate(read_file(saved)["data"])
+    except (YamlError, KeyError, ValidationError) as error:
         raise RecipeError(f"{saved}: data: cannot be read, expected the recipe.yaml that a run writes") from error
 
 
@@ -58,8 +59,8 @@ def changes(recipe: Recipe, saved: Path) -> Iterator[tuple[str, Any, Any]]:
 
 def _read(saved: Path) -> Any:
     try:
-        return yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return read_file(saved)
+    except YamlError as error:
         raise RecipeError(f"{saved}: cannot be read, expected the recipe.yaml that a run writes") from error
 
 

@@ -327,6 +327,7 @@ def test_decode_finds_damage_in_the_middle(folder, capsys):
         ([{"weight": 1}], "data.files.0: path: missing key"),
         ([{"path": "a.json", "weight": -1}], "data.files.0: weight: got -1, expected greater than 0"),
         ([{"path": "a.json", "weight": 10**10}], "weight: got 10000000000, expected less than or equal to 1000000000"),
+        ([{"path": "a.json", "images": ""}], "data.files.0: images: got '', expected at least 1 character"),
         ([{"path": "a.json", "format": "x"}], "data.files.0: format: got 'x', expected 'vicuna_v1'"),
         ([{"path": "a.json", "limit": "5"}], "data.files.0: limit: got '5', expected a valid integer"),
         ([None], "data.files.0: got None, expected a path or a mapping of path, weight, limit, images, format"),

@@ -404,9 +404,20 @@ def test_a_value_of_a_table_that_python_cannot_hold_is_its_rows_fault(folder, ca
     assert all(fault["reason"].startswith("has a value that cannot be read: ") for fault in faults)
 
 
+TWICE = pa.StructArray.from_arrays([pa.array(["a.png"]), pa.array(["b.png"])], names=["image", "image"])
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_column_twice_is_refused(folder, stream):
-    table = pa.table([pa.array(["a.png"]), pa.array(["b.png"])], names=["image", "image"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table([pa.array(["a.png"]), pa.array(["b.png"])], names=["image", "image"]),
+        pa.table({"part": TWICE}),
+        pa.table({"messages": pa.ListArray.from_arrays([0, 1], pa.ListArray.from_arrays([0, 1], TWICE))}),
+    ],
+    ids=["columns", "struct", "list"],
+)
+def test_a_column_twice_is_refused(folder, stream, table):
     parquet.write_table(table, folder / "data.parquet")
     with pytest.raises(DataError, match=r"data.parquet: got column 'image' twice, expected it once"):
         list(raw_rows(str(folder / "data.parquet"), stream=stream))
