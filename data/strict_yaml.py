@@ -71,7 +71,7 @@ def override(raw: dict[str, Any], given: str, path: str | Path) -> None:
         if not isinstance(section, dict):
             where = ".".join(parents[: depth + 1])
             raise YamlError(f"{path}: {key}: {where} is a value, expected a section with keys")
-    section[last] = value
+    section[next((known for known in section if str(known) == last), last)] = value  # of a layer: a number
 
 
 def _load(text: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -19,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from data.config import DataConfig, Files
+from data.config import DataConfig, Files, shorten
 from data.strict_yaml import YamlError, override, read_file
 from models.stage_plan import StagePlan
 from recipes.errors import LEARNED, ONE, SEVERAL, RecipeError, first_fault
@@ -27,6 +29,7 @@ from recipes.errors import LEARNED, ONE, SEVERAL, RecipeError, first_fault
 __all__ = ["Phase", "Recipe", "RecipeError", "load_recipe", "read_yaml"]
 
 GROUPS = ("projector", "vision_tower", "language_model")
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 _MOST_STEPS, _MOST_SAMPLES = 10**9, 10**6  # more than any run needs, and small enough not to overflow
 
 
@@ -45,6 +48,16 @@ Optimizer = Literal[  # Trainer's elementwise optimizers: ZeRO flattens and spli
     "sgd",
     "muon",  # DeepSpeed's
 ]
+
+
+def _checked_path(path: str) -> str:
+    longest = max((len(os.fsencode(name)) for name in path.split("/")), default=0)
+    if "\0" in path or longest > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError(f"got {shorten(repr(path))}, expected a path that a file system can hold")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_checked_path)]  # or a hub name
 
 
 class _Section(BaseModel):
@@ -134,10 +147,10 @@ class ModelSection(_Section):
             before.
     """
 
-    config: str | None = Field(default=None, min_length=1)
-    checkpoint: str | None = Field(default=None, min_length=1)
-    language_model: str | None = Field(default=None, min_length=1)
-    vision_tower: str | None = Field(default=None, min_length=1)
+    config: FilePath | None = Field(default=None, min_length=1)
+    checkpoint: FilePath | None = Field(default=None, min_length=1)
+    language_model: FilePath | None = Field(default=None, min_length=1)
+    vision_tower: FilePath | None = Field(default=None, min_length=1)
     stages: Annotated[_OnePlan | _SeveralPlans | _LearnedPlan, Discriminator(_kind_of_stages)] | None = None
 
     @model_validator(mode="after")
@@ -277,7 +290,7 @@ class TrainSection(_Section):
         save_steps: steps between two checkpoints; null saves only at the end.
     """
 
-    deepspeed: str = Field(min_length=1)
+    deepspeed: FilePath = Field(min_length=1)
     learning_rate: LearningRates
     lora: Lora | None = None
     layers: list[int] | None = Field(default=None, min_length=2, max_length=2)
@@ -397,7 +410,7 @@ class Recipe(_Section):
 
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    output: str = Field(min_length=1)
+    output: FilePath = Field(min_length=1)
     model: ModelSection
     data: DataConfig
     train: TrainSection

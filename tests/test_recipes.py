@@ -209,6 +209,9 @@ def test_overrides_are_yaml_on_dotted_keys():
         ("train.weight_decay=.nan", "train.weight_decay: got nan (float), expected number >= 0"),
         ("seed={[a]: 1}", "seed: got a sequence as a key, expected a word or a number"),
         ("seed=!!timestamp x", "seed: got '!!timestamp x', expected a value in YAML"),
+        (f"output={'x' * 300}", f"output: got '{'x' * 76}..., expected a path that a file system can hold"),
+        (f"model.config={'x' * 300}", f"model.config: got '{'x' * 76}..., expected a path that a file system can hold"),
+        ('output="a\\0b"', "output: got 'a\\x00b', expected a path that a file system can hold"),
         ("data.files=[", "data.files: got '[', expected a value in YAML"),
     ],
 )
