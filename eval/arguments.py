@@ -7,11 +7,17 @@ import ast
 import re
 import socket
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from models.schedules import SCHEDULES, TRAINED, Choice
+
+_LAYER = re.compile(r"\b(layers?|blocks)\.\d+\.")  # in names of weights
+_DIGITS = 10  # of 2**31
+_NAME = 255  # bytes of a file's name; the label of a schedule is one
+# what Python raises for text that is no expression, or one nested too deep or with an unhashable key
+_PARSING = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
 
 class UsageError(ValueError):
@@ -25,10 +31,23 @@ def command_line(module: str, description: str | None) -> argparse.ArgumentParse
 
 
 def positive(text: str) -> int:
-    """Returns a whole number above 0, for a command line."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    """Returns a whole number above 0 and below 2**31, for a command line."""
+    if not text.isdecimal() or len(text) > _DIGITS or not 0 < int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected a whole number above 0 and below 2**31")
     return int(text)
+
+
+def misfit(report: Mapping[str, Any]) -> str | None:
+    """Returns which weights of a checkpoint do not fit its config, by transformers' loading report; None: all do.
+
+    Missing ones would be random. Layers that the config does not have would be left out; other weights that a model
+    has no use for do no harm.
+    """
+    if missing := sorted(report["missing_keys"]):
+        return f"no values for {len(missing)} weights, such as {missing[0]}"
+    if beyond := sorted(name for name in report["unexpected_keys"] if _LAYER.search(name)):
+        return f"{len(beyond)} weights of layers that its config does not have, such as {beyond[0]}"
+    return None
 
 
 def make_folder(option: str, folder: Path) -> None:
@@ -62,25 +81,41 @@ def schedules_of(option: str, text: str, plans: Collection[str] = ()) -> dict[st
     if not all(part.strip() for part in text.split(",")):
         raise UsageError(f"{option}: got '', expected {', '.join(known)}")
     try:
-        named: list[Any] = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
-    except SyntaxError:
-        raise UsageError(f"{option}: got '{text}', expected names, with {example}") from None
+        parsed = ast.parse(f"[{text}]", mode="eval").body
+    except _PARSING:
+        parsed = None
+    if not isinstance(parsed, ast.List):  # `a]+[b` is none
+        raise UsageError(f"{option}: got '{_short(text)}', expected names, with {example}")
     found: dict[str, Choice] = {}
-    for node in named:
+    for node in parsed.elts:
         label = re.sub(r"\s", "", ast.unparse(node))
         name = getattr(getattr(node, "func", node), "id", label)
         if name not in known:
-            raise UsageError(f"{option}: got '{label}', expected {', '.join(known)}")
+            raise UsageError(f"{option}: got '{_short(label)}', expected {', '.join(known)}")
         found[label] = name
         if isinstance(node, ast.Call):
-            try:
-                settings: dict[Any, Any] = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
-            except ValueError:
-                settings = {None: None}
-            if node.args or None in settings:
-                raise UsageError(f"{option}: got '{label}', expected {example}")
+            settings = _settings(node)
+            if settings is None or len(label.encode()) > _NAME:
+                raise UsageError(f"{option}: got '{_short(label)}', expected {example}, each once")
             found[label] = {"name": name, **settings}
     return found
+
+
+def _settings(call: ast.Call) -> dict[str, Any] | None:
+    """Returns the settings of a schedule; None where they are anything but `name=value`, each once."""
+    names = [word.arg for word in call.keywords if word.arg is not None]
+    if call.args or len(set(names)) < len(call.keywords) or "name" in names:
+        return None
+    try:
+        return {name: ast.literal_eval(word.value) for name, word in zip(names, call.keywords, strict=True)}
+    except _PARSING:
+        return None
+
+
+def _short(text: str) -> str:
+    """Returns a text as a line quotes it."""
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else f"{line[:80]}..."
 
 
 def free_port(host: str, port: int) -> int:
@@ -89,8 +124,8 @@ def free_port(host: str, port: int) -> int:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as listening:
             return listening.getsockname()[1]
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
+    except (OSError, ValueError, TypeError) as error:  # the last two: of what is no name of a host
+        reason = str(getattr(error, "strerror", "no name of a host")).partition(" (")[0]
         raise UsageError(
             f"--host {host} --port {port}: {reason}, expected an address of this machine and a free port"
         ) from None

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from data.processor import ProcessorError, load_processor
-from eval.arguments import UsageError
+from eval.arguments import UsageError, misfit
 from eval.measure import device
 from eval.prompts import PromptEncoder
 from models import FusedAutoModel, UnsupportedModelError
@@ -140,7 +140,7 @@ class Checkpoint:
         Hugging Face's too, spreads the weights over several GPUs.
 
         Raises:
-            CheckpointError: weights or processor cannot be read, or weights of the model are missing.
+            CheckpointError: weights or processor cannot be read, or the weights are not those of the config.
         """
         processor = self.processor()
         options = {"attn_implementation": attention, "device_map": device_map}
@@ -151,10 +151,8 @@ class Checkpoint:
             )
         except _LOADING as error:
             raise _not_loaded(self.weights, error) from error
-        if missing := sorted(report["missing_keys"]):  # which would be random
-            raise CheckpointError(
-                f"{self.weights}: got no values for {len(missing)} weights, such as {missing[0]}; expected all weights"
-            )
+        if found := misfit(report):
+            raise CheckpointError(f"{self.weights}: got {found}; expected the weights of its config")
         return model.eval() if device_map else model.eval().to(device()), processor
 
     def processor(self) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from eval.arguments import UsageError
+from eval.arguments import UsageError, misfit
+from models.auto import CONFIG_FAULTS
 
 _TAIL = "\nAnswer the question using a single word or phrase."  # how to answer, not what is asked
 
@@ -19,9 +21,14 @@ class TextTower:
 
     def __init__(self, name: str) -> None:
         try:
-            self._clip = CLIPModel.from_pretrained(name).eval()
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            kind = CLIPConfig.get_config_dict(name)[0].get("model_type")  # transformers would build one of any fields
+            if kind != "clip":
+                raise ValueError(f"model_type {kind}")
+            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True)
+            if found := misfit(report):
+                raise ValueError(found)
+            self._clip, self._tokenizer = clip.eval(), AutoTokenizer.from_pretrained(name)
+        except (*CONFIG_FAULTS, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(
                 f"--text-tower: got {name} ({reason}), expected the vision tower's CLIP checkpoint"

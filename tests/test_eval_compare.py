@@ -447,9 +447,30 @@ def test_schedules_may_be_named_with_settings():
         "fastv(layer=2,drop=0.75)": {"name": "fastv", "layer": 2, "drop": 0.75},
         "pyramiddrop(layers=(2,4),ratios=(0.5,0.2))": {"name": "pyramiddrop", "layers": (2, 4), "ratios": (0.5, 0.2)},
     }
-    for wrong in ("fastv(2)", "fastv(layer=)", "fastv(layer=x)", "fastv(layer=2", "fastw(layer=2)"):
-        with pytest.raises(UsageError, match=r"--schedules: got 'fast"):
-            schedules_of("--schedules", wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("fastv(2)", "fastv(layer=)", "fastv(layer=x)", "fastv(layer=2", "fastw(layer=2)", "fastv(**{'layer': 2})"),
+        *("fastv(name='vtw')", "fastv(layer=2,layer=3)"),  # would run another one than the label says
+        *(
+            "fastv]+[vtw",
+            "fastv],[vtw",
+            "fastv for fastv in vtw",
+            "fastv(layer={[]:1})",
+            "fastv\0",
+            "fastv,*vtw",
+            "fastv\nvtw",
+        ),
+        *("fastv(layer=" + "(" * 999, "fastv(layer=" + "-" * 99_999 + "1)", f"fastv(layer={'9' * 5000})"),
+        f"fastv(layers=({'1,' * 200}))",  # no folder can be named so
+    ],
+)
+def test_schedules_that_are_none_are_one_line(wrong):
+    with pytest.raises(UsageError, match=r"^--schedules: got '(fast|\*vtw).*', expected .*") as raised:
+        schedules_of("--schedules", wrong)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_a_schedule_that_does_not_go_with_a_checkpoint_is_refused_before_anything_is_made(runs, tmp_path, capsys):
@@ -558,6 +579,7 @@ def test_another_kind_of_checkpoint_is_refused_before_anything_is_built(tmp_path
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
         ({"hidden_act": "nope"}, "KeyError: 'nope'"),
         ({"num_hidden_layers": 9}, r"got no values for 9 weights, such as model\.language_model\.layers\.8\."),
+        ({"num_hidden_layers": 7}, r"got 9 weights of layers that its config does not have, such as .*layers\.7\."),
         ({"hidden_size": 128}, "cannot be loaded"),
         ({"model_type": "nope"}, "cannot be loaded: Unrecognized model type"),
     ],
@@ -648,6 +670,8 @@ def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
         ("--tasks", "easy_vqa,,pope", "--tasks: got '', expected names between commas"),
         ("--limit", "0", "expected a whole number above 0"),
         ("--limit", "many", "expected a whole number above 0"),
+        ("--limit", "9" * 20, "expected a whole number above 0 and below 2**31"),
+        ("--limit", "9" * 5000, "expected a whole number above 0 and below 2**31"),
         ("--batch", "-1", "expected a whole number above 0"),
     ],
 )

@@ -381,3 +381,11 @@ def test_a_taken_port_leaves_with_2(folder, capsys):
         assert demo.main([str(folder), "--port", str(port)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--port {port}: Address already in use" in line
+
+
+@pytest.mark.parametrize("host", ["ü..x", "a" * 64 + ".b", "nul\0", "256.256.256.256"])
+def test_a_host_that_is_none_leaves_with_2(folder, capsys, host):
+    assert demo.main([str(folder), "--host", host, "--port", "0", "--password", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"--host {host} --port 0: ")
+    assert line.endswith("expected an address of this machine and a free port")

@@ -1,6 +1,9 @@
 """CLIP's text tower beside a checkpoint, for CDPruner; a tiny random CLIP, nothing is downloaded."""
 
 import json
+import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -85,5 +88,30 @@ def test_cdpruner_is_a_row_of_the_comparison(quickstart_run, clip, tmp_path, mon
     assert main([*given, "--text-tower", str(clip)]) == 0
     row = next(row for row in json.loads((tmp_path / "out/table.json").read_text())["rows"] if row["run"] == "fused")
     assert (row["status"], row["settings"], row["visual_token_layers"]) == ("done", "tokens 64", 3 * 7)  # 7 of 64
-    assert main([*given, "--text-tower", str(tmp_path / "nothing")]) == 2
-    assert "--text-tower: got " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("nothing", "expected the vision tower's CLIP checkpoint"),
+        ("a LLaVA", "(model_type fused_llava), expected"),
+        ({"projection_dim": 9}, "ignore_mismatched_sizes"),
+        ({"text_config": {"num_hidden_layers": 2}}, "(no values for 16 weights, such as text_model.encoder.layers.1."),
+        ({"text_config": {"num_hidden_layers": 0}}, "16 weights of layers that its config does not have"),
+        ("cut", "expected the vision tower's CLIP checkpoint"),
+    ],
+)
+def test_what_is_no_clip_with_all_weights_is_refused(quickstart_run, clip, tmp_path, change, said):
+    folder = quickstart_run / "final" if change == "a LLaVA" else tmp_path / "clip"
+    if change not in ("nothing", "a LLaVA"):
+        shutil.copytree(clip, folder)
+    if change == "cut":
+        os.truncate(folder / "model.safetensors", 5000)
+    if isinstance(change, dict):
+        fields = json.loads((folder / "config.json").read_text())
+        for key, value in change.items():
+            fields[key] = {**fields[key], **value} if isinstance(value, dict) else value
+        (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=rf"^--text-tower: got {folder} .*{re.escape(said)}") as raised:
+        TextTower(str(folder))
+    assert len(str(raised.value).splitlines()) == 1
