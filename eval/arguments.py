@@ -7,7 +7,7 @@ import ast
 import re
 import socket
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from models.schedules import SCHEDULES, TRAINED, Choice
 
 _LAYER = re.compile(r"\b(layers?|blocks)\.\d+\.")  # in names of weights
 _DIGITS = 10  # of 2**31
-_NAME = 255  # bytes of a file's name; the label of a schedule is one
 # what Python raises for text that is no expression, or one nested too deep or with an unhashable key
 _PARSING = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
@@ -50,14 +49,41 @@ def misfit(report: Mapping[str, Any]) -> str | None:
     return None
 
 
-def make_folder(option: str, folder: Path) -> None:
-    """Makes a folder for results, and its parents, and tries to write there; raises UsageError where it cannot."""
+def make_folder(option: str, folder: Path, files: Iterable[str] = ()) -> None:
+    """Makes a folder for results, and its parents, and tries to write there.
+
+    Raises UsageError where it cannot, or where a folder has the name of one of the `files` that will be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UsageError(f"{option}: got {folder} ({error.strerror}), expected a folder that can be written") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option}: got {folder} ({_reason(error)}), expected a folder that can be written") from None
+    for name in files:
+        if (folder / name).is_dir():
+            raise UsageError(
+                f"{option}: got a folder named {folder / name}, expected none: a file of that name is made"
+            )
+
+
+def check_file(option: str, file: Path, *, is_new: bool = False) -> None:
+    """Tries to write a file, and leaves it as it is; raises UsageError where it cannot, or where a new one is there."""
+    try:
+        was_there = file.exists()
+        with file.open("x" if is_new else "a"):
+            pass
+        if not was_there:
+            file.unlink()
+    except FileExistsError:
+        raise UsageError(f"{option}: got {file}, expected a file that does not exist yet") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option}: got {file} ({_reason(error)}), expected a file that can be written") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Returns why a path cannot be used; ValueError is of a NUL in it."""
+    return str(getattr(error, "strerror", error))
 
 
 def names_of(option: str, text: str) -> list[str]:
@@ -95,7 +121,7 @@ def schedules_of(option: str, text: str, plans: Collection[str] = ()) -> dict[st
         found[label] = name
         if isinstance(node, ast.Call):
             settings = _settings(node)
-            if settings is None or len(label.encode()) > _NAME:
+            if settings is None:
                 raise UsageError(f"{option}: got '{_short(label)}', expected {example}, each once")
             found[label] = {"name": name, **settings}
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from eval.arguments import UsageError, command_line, make_folder, positive
+from eval.arguments import UsageError, check_file, command_line, make_folder, positive
 from eval.benches import packing, prefill, train
 from eval.benches.models import FAMILIES
 
@@ -34,11 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--repeats: got 1, expected at least 2, because quartiles are printed")
     if args.what != "train" and args.family != "llava":
         parser.error(f"--family: got {args.family} with {args.what}, expected train")
-    if args.out is not None and args.out.is_dir():
-        parser.exit(2, f"--out: got the folder {args.out}, expected a file\n")
     if args.out is not None:
         try:
             make_folder("--out", args.out.parent)
+            check_file("--out", args.out)
         except UsageError as error:
             parser.exit(2, f"{error}\n")
     bench = BENCHES[args.what]

@@ -25,6 +25,7 @@ from eval.arguments import UsageError, command_line, make_folder, names_of, posi
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError, plans_of
 from eval.comparison import ranks, tables
 from eval.comparison.cells import (
+    FILE,
     PRECISIONS,
     ComparisonError,
     Record,
@@ -37,7 +38,7 @@ from eval.comparison.cells import (
     run_speed,
     settings_of,
 )
-from eval.comparison.report import write_report
+from eval.comparison.report import plots_of, write_report
 from eval.comparison.tables import Row, rows_of
 from eval.live import Loaded
 from eval.lmms import Harness
@@ -47,6 +48,7 @@ from models.schedules import SCHEDULES, TRAINED, Choice, Schedule, ScheduleError
 from recipes.errors import RecipeError
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+WRITTEN = ("table.md", "table.json", "table.csv", "report.html", "learning_curves.png", "harness.log", FILE)
 _NOT_RUN: Record = {"status": "failed", "error": "not run"}
 
 
@@ -155,6 +157,15 @@ class Comparison:
     def pictures(self, name: str, task: str) -> Path:
         """Returns the folder of the images of a checkpoint's sample pages."""
         return self.out / "cells" / name / f"{task}_pictures"
+
+    def make_folders(self) -> None:
+        """Makes the folders of all cells; raises UsageError where one of their files could not be written."""
+        for name, schedules in self.schedules.items():
+            make_folder("--out", self.out / "cells" / name, ["speed.json"])
+            for task in self.tasks:
+                make_folder("--out", self.pictures(name, task))
+            for label in schedules:
+                make_folder("--out", self.out / "cells" / name / label, [f"{task}.json" for task in self.tasks])
 
     def failures(self) -> list[str]:
         """Returns what failed, and why, a line each."""
@@ -282,13 +293,14 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:
         )
     if args.text_tower is not None:
         comparison.text_tower = TextTower(args.text_tower)
-    make_folder("--out", args.out)
+    make_folder("--out", args.out, (*WRITTEN, *(name for task in args.tasks for name in plots_of(task))))
     harness = Harness(args.out, args.tasks)
     for task in args.tasks:
         if not harness.known(task):
             raise ComparisonError(f"--tasks: got '{task}', expected {', '.join(BENCHMARKS)}, or another of lmms-eval's")
     if ranks.rank() == 0:
         check_settings(settings, args.out)
+        comparison.make_folders()
     return comparison, harness
 
 

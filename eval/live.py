@@ -28,7 +28,7 @@ from eval.comparison.plots import draw_live
 from eval.prompts import PromptEncoder, VqaPrompt
 from models.cost import Cost, live_cost
 from models.schedule_choice import usable_schedules
-from models.schedules import TRAINED, Dense, Schedule
+from models.schedules import SCHEDULES, TRAINED, Dense, Schedule
 
 BATCH = 50
 SIDE = 112  # pixels of one picture of an overlay
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         checkpoint = Checkpoint.find(args.checkpoint)
-        make_folder("--out", args.out)
+        make_folder("--out", args.out, [f"live_{name}.png" for name in (TRAINED, *SCHEDULES)])
         model, processor = checkpoint.load()
         loaded = Loaded(checkpoint, model, checkpoint.prompt_encoder(processor), BATCH)
     except (UsageError, TokenizerError) as error:

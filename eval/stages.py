@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     window = args.window or max(1, round(depth / 8))
     if window > depth:
         raise SamplesError(f"--window: got {window}, expected at most {depth}, because the decoder has {depth} layers")
-    make_folder("--out", args.out)
+    make_folder("--out", args.out, ("stages.json", "stages.md", "stages.png"))
     model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     stages = model.config.stages
     return checkpoint, Analysis(

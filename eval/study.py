@@ -28,7 +28,7 @@ from eval.comparison.cells import run_cell
 from eval.live import Loaded
 from eval.lmms import Harness
 from eval.measure import default_batch, dtype
-from eval.study_results import Record, Results, fingerprint, lacking, record_of, tables, write_report
+from eval.study_results import WRITTEN, Record, Results, fingerprint, lacking, record_of, tables, write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
@@ -259,8 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = load_study(args.study)
         check_names(study)
         args.out = args.out or Path("outputs/studies") / study.name
-        make_folder("--out", args.out)
-        make_folder("results", Path(study.results))
+        make_folder("--out", args.out, ["harness.log"])
+        make_folder("--out", args.out / "runs")
+        make_folder("results", Path(study.results), WRITTEN)
         every = runs_of(study, args.out, list(study.arms), study.seeds)
         results = Results(Path(study.results))
         _check_results(study, results, every)

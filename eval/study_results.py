@@ -17,8 +17,9 @@ import transformers
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
+from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint, run_file_errors
-from eval.comparison.cells import write_json
+from eval.comparison.cells import read_json, write_json
 from eval.comparison.plots import plot, smooth
 from eval.comparison.tables import markdown
 from eval.significance import difference, standard_error
@@ -31,6 +32,8 @@ from recipes.study import Study
 
 Record = dict[str, Any]
 Looks = Mapping[str, tuple[str, Any]]  # by arm: its name and its colour in pictures
+WRITTEN: Final = ("table.md", "accuracy.png", "windows.png", "curves.png")
+_KEYS: Final = {"arm", "seed", "recipe", "limit", "date", "device", "versions", "phases", "curve", "scores"}
 _CURVE: Final = 100  # points of a learning curve at most
 _TRAINING: Final = ("steps", "samples", "tokens", "visual_tokens", "seconds", "precision", "ranks")
 _PER_RUN: Final = ("name", "output", "seed")  # what differs between the runs of an arm
@@ -49,9 +52,14 @@ class Results:
         return self.folder / f"{arm}-seed{seed}.json"
 
     def read(self, arm: str, seed: int) -> Record | None:
-        """Returns a run's record; None: there is none."""
+        """Returns a run's record; None: there is none. Raises UsageError where the file is no record."""
         file = self.file(arm, seed)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.exists():
+            return None
+        record = read_json(file)
+        if record is None or not record.keys() >= _KEYS or (record["arm"], record["seed"]) != (arm, seed):
+            raise UsageError(f"{file}: got no result of {arm}, seed {seed}; expected what a study wrote: move it away")
+        return record
 
     def write(self, record: Record) -> None:
         """Keeps a record."""

@@ -125,13 +125,20 @@ def test_tables_say_the_same_in_every_form(compared, capsys):
         assert line["metrics.yes_no"] == str(row["metrics"]["yes_no"])
 
 
-def test_a_finished_comparison_runs_nothing_again(compared, runs, monkeypatch, capsys):
+def test_a_finished_comparison_runs_nothing_again(compared, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_cell", None)
     monkeypatch.setattr(Checkpoint, "load", None)
     before = (compared / "table.md").read_text()
-    assert main([*runs, "--schedules", "trained,dense,fastv,vtw", "--limit", "40", "--out", str(compared)]) == 0
-    assert (compared / "table.md").read_text() == before
+    shutil.copytree(compared, tmp_path / "kept")
+    gone, damaged, *_ = sorted((tmp_path / "kept/cells/dense/easy_vqa_pictures").iterdir())
+    gone.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    given = ["--schedules", "trained,dense,fastv,vtw", "--limit", "40", "--out", str(tmp_path / "kept")]
+    assert main([*runs, *given]) == 0
+    assert (tmp_path / "kept/table.md").read_text() == before
     assert before in capsys.readouterr().out
+    pages, whole = ((out / "report.html").read_text().count("data:image/png") for out in (tmp_path / "kept", compared))
+    assert pages == whole - 2 * (1 + 3)  # the picture, and the strip of each row of dense
 
 
 def test_other_settings_in_one_folder_are_refused(compared, runs, capsys):
@@ -154,6 +161,42 @@ def test_a_cell_is_kept_for_what_decides_it_alone(tmp_path):
         assert store.read("fastv", "pope") is None
         assert store.read("speed") is None
         assert store.is_outdated("fastv", "pope")
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"status": "do', "[]", "[1]", "{}", '{"decided_by": 1}', "\udcff", "[" * 99_999]
+)
+def test_a_cell_that_cannot_be_read_is_run_again(tmp_path, content):
+    store = Store(tmp_path, "run", "w", "c", {"vtw": "VTW(layer=4)"})
+    for parts in (("vtw", "pope"), ("speed",)):
+        store.write({"status": "done"}, *parts)
+        file = tmp_path.joinpath("cells/run", *parts).with_suffix(".json")
+        file.write_text(content, errors="surrogateescape")
+        assert store.read(*parts) is None
+        assert store.is_outdated(*parts)
+
+
+def test_what_is_in_the_way_of_a_comparison_is_told_before_a_weight_is_loaded(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Checkpoint, "load", None)
+    for number, (name, content) in enumerate(
+        [
+            *((name, None) for name in ("table.md", "report.html", "easy_vqa_score_time.png", "settings.json")),
+            *(("settings.json", content) for content in ("", "[1]", "{")),
+            *(("cells/dense/speed.json", None), ("cells/dense/vtw/easy_vqa.json", None)),
+            *((name, "") for name in ("cells", "cells/dense", "cells/dense/vtw", "cells/dense/easy_vqa_pictures")),
+        ]
+    ):
+        file = tmp_path / str(number) / name
+        file.parent.mkdir(parents=True)
+        if content is None:
+            file.mkdir()
+        else:
+            file.write_text(content)
+        assert main([runs[0], "--schedules", "vtw", "--out", str(tmp_path / str(number))]) == 2, name
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if str(tmp_path) in line]
+        assert line.startswith("--out: ")
+        assert str(file) in line
+        assert "expected " in line
 
 
 def test_comments_docstrings_and_layout_do_not_make_other_code():
@@ -464,7 +507,6 @@ def test_schedules_may_be_named_with_settings():
             "fastv\nvtw",
         ),
         *("fastv(layer=" + "(" * 999, "fastv(layer=" + "-" * 99_999 + "1)", f"fastv(layer={'9' * 5000})"),
-        f"fastv(layers=({'1,' * 200}))",  # no folder can be named so
     ],
 )
 def test_schedules_that_are_none_are_one_line(wrong):
@@ -616,15 +658,19 @@ def test_a_folder_that_cannot_be_made_leaves_with_2_before_a_weight_is_loaded(ru
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(Checkpoint, "load", None)
     monkeypatch.setattr("sys.argv", ["bench"])
-    for out in ("file", "file/below", "x" * 300):
+    for out in ("file", "file/below", "x" * 300, "nul\0"):
         place = str(tmp_path / out)
         assert main([runs[0], "--out", place]) == 2
         assert stages.main([runs[0], "--out", place]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(" (")[0] for line in lines[-2:]] == [f"--out: got {place}"] * 2
-    with pytest.raises(SystemExit) as left:
-        bench.main(["train", "--out", str(tmp_path / "file/below.md")])
-    assert left.value.code == 2
+    for out in ("file/below.md", "x" * 300, "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as left:
+            bench.main(["train", "--out", str(tmp_path / out)])
+        assert left.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"--out: got {tmp_path / out.removesuffix('/below.md')} (")
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -145,6 +145,29 @@ def test_a_result_of_another_recipe_is_refused(study, capsys):
     assert "dense-seed0.json: got a result of another recipe" in told
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"arm": "dense", "se', None, json.dumps(record("dense", 1, "10"))]
+)
+def test_a_result_that_is_none_is_named(study, capsys, content):
+    file = study.parent / "results/dense-seed0.json"
+    file.parent.mkdir()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{file}: got no result of dense, seed 0; expected ")
+
+
+@pytest.mark.parametrize("name", ["results/table.md", "results/curves.png", "out/harness.log"])
+def test_a_folder_in_the_way_of_a_study_is_named(study, capsys, name):
+    (study.parent / name).mkdir(parents=True)
+    assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"got a folder named {study.parent / name}, expected none" in line
+
+
 def test_a_study_of_the_first_questions_asks_those_and_says_so(study, monkeypatch, capsys):
     fields = {**yaml.safe_load(study.read_text()), "limit": 3, "seeds": [0]}
     study.write_text(yaml.safe_dump(fields))

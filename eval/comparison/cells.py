@@ -50,6 +50,15 @@ def write_json(file: Path, record: Record, **layout: Any) -> None:
     partial.rename(file)
 
 
+def read_json(file: Path) -> Record | None:
+    """Returns a record as `write_json` wrote it; None where there is none, or the file was cut or overwritten."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 @dataclass(frozen=True)
 class Store:
     """The files of one checkpoint in a comparison."""
@@ -63,19 +72,20 @@ class Store:
     def read(self, *parts: str) -> Record | None:
         """Returns the record of a cell (schedule, task) or of `speed`; None without one.
 
-        One that was made with other weights, code or settings than these does not count.
+        One that was made with other weights, code or settings than these does not count, nor one that cannot be read.
         """
-        file = self._file(*parts)
-        if not file.is_file():
+        record = read_json(self._file(*parts))
+        if record is None:
             return None
-        record = json.loads(file.read_text(encoding="utf-8"))
         before, now = record.get("decided_by"), self._decided_by(*parts)
-        if before is not None and parts == ("speed",):  # more schedules may have been timed
+        if (
+            isinstance(before, dict) and isinstance(before.get("schedule"), dict) and parts == ("speed",)
+        ):  # more schedules may have been timed
             now["schedule"] = {**before["schedule"], **now["schedule"]}
-        return record if before == now else None
+        return record if before == now and "status" in record else None
 
     def is_outdated(self, *parts: str) -> bool:
-        """Returns whether there is a record that something else decided."""
+        """Returns whether there is a record that something else decided, or that cannot be read."""
         return self._file(*parts).is_file() and self.read(*parts) is None
 
     def write(self, record: Record, *parts: str) -> None:
@@ -231,14 +241,18 @@ def check_settings(settings: dict[str, Any], out: Path) -> None:
     """Notes the settings of a new folder; raises ComparisonError where an old one's cells were made with others."""
     file = out / FILE
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file)
+        if before is None:
+            raise ComparisonError(
+                f"--out: {file}: got no settings of a comparison, expected the file that it wrote, or another folder"
+            )
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise ComparisonError(
                     f"--out: {out} holds cells made with {key} {before.get(key)}, got {settings.get(key)}, "
                     "expected the same, or another folder"
                 )
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(file, settings, indent=1)
 
 
 def named(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:

@@ -49,22 +49,27 @@ def write_report(
     (comparison.out / "report.html").write_text(html, encoding="utf-8")
 
 
+def plots_of(task: str) -> tuple[str, str, str]:
+    """Returns the names of a task's plots: score against FLOPs and time, live tokens."""
+    return f"{task}_score_flops.png", f"{task}_score_time.png", f"{task}_live_tokens.png"
+
+
 def _task(comparison: Comparison, task: str, rows: Sequence[Row], baseline: str | None) -> dict[str, Any]:
     """Returns what the template shows of one task."""
     members = [row for row in rows if row["task"] == task and "pooled_in" not in row]
     done = _done(comparison, members, rows)
     plots = []
     scale, unit = tables.flops_unit(members)
-    for name, title, label, key, factor in (
-        ("flops", "Score against the decoder's FLOPs", f"decoder {unit} of one prompt", "flops", scale),
-        ("time", "Score against measured time", "prefill, milliseconds a prompt", "prefill_seconds", 1e3),
+    by_flops, by_time, live = (comparison.out / name for name in plots_of(task))
+    for name, title, target, label, key, factor in (
+        ("flops", "Score against the decoder's FLOPs", by_flops, f"decoder {unit} of one prompt", "flops", scale),
+        ("time", "Score against measured time", by_time, "prefill, milliseconds a prompt", "prefill_seconds", 1e3),
     ):
-        if file := _score_plot(members, comparison.out / f"{task}_score_{name}.png", label, key, factor):
+        if file := _score_plot(members, target, label, key, factor):
             plots.append({"title": title, "image": embedded(file.read_bytes()), "name": name})
     if done:
-        file = comparison.out / f"{task}_live_tokens.png"
-        draw_live({title: cell["costs"]["live"] for title, (cell, _) in done.items()}, file)
-        plots.append({"title": "Live visual tokens by layer", "image": embedded(file.read_bytes()), "name": "live"})
+        draw_live({title: cell["costs"]["live"] for title, (cell, _) in done.items()}, live)
+        plots.append({"title": "Live visual tokens by layer", "image": embedded(live.read_bytes()), "name": "live"})
     return {
         "name": task,
         "note": tables.note(members, baseline),
@@ -125,24 +130,38 @@ def _samples(done: Done) -> list[dict[str, Any]]:
             for title, (cell, folder) in done.items()
         ]
         page = {"question": shown["question"], "target": answers[next(iter(done))][number]["target"]}
-        picture = embedded((pictures / shown["picture"]).read_bytes()) if shown["picture"] else None
-        pages.append({**page, "picture": picture, "entries": entries})
+        picture = _picture(pictures, shown)
+        pages.append({**page, "picture": picture and embedded(_png(picture)), "entries": entries})
     return pages
 
 
 def _strip(shown: Mapping[str, Any], pictures: Path) -> str | None:
     """Returns the live tokens of one sample page as an embedded picture; None without a grid of visual tokens."""
-    if not shown["picture"] or shown["grid"] is None:
+    picture = _picture(pictures, shown)
+    if picture is None or shown["grid"] is None:
         return None
     rows, columns = shown["grid"]
     live = torch.zeros(shown["runs"][-1]["last"] + 1, rows * columns, dtype=torch.bool)
     for run in shown["runs"]:
         live[run["first"] : run["last"] + 1, run["tokens"]] = True
-    with Image.open(pictures / shown["picture"]) as picture:
-        strip = draw_overlay(picture, live, (rows, columns))
+    return embedded(_png(draw_overlay(picture, live, (rows, columns)).quantize(128)))
+
+
+def _picture(pictures: Path, shown: Mapping[str, Any]) -> Image.Image | None:
+    """Returns the image of one sample page; None where there is none, or it is no longer there."""
+    if not shown["picture"]:
+        return None
+    try:
+        with Image.open(pictures / shown["picture"]) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError):  # SyntaxError: of a damaged PNG
+        return None
+
+
+def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
-    strip.quantize(128).save(stream, format="PNG", optimize=True)
-    return embedded(stream.getvalue())
+    image.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
 
 
 def embedded(png: bytes) -> str:

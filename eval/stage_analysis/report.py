@@ -17,6 +17,7 @@ matplotlib.use("agg")  # before pyplot: there may be no display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from eval.arguments import UsageError, check_file
 from eval.checkpoint import Checkpoint
 from eval.stage_analysis.probes import SINKS, narrowed
 from eval.stage_analysis.search import Analysis, Proposal, Trial, Trials, side_intervals
@@ -475,13 +476,12 @@ def _shade(axes: Any, record: Mapping[str, Any], *, between: bool) -> None:
 
 
 def check_target(target: Path | None) -> None:
-    """Raises RecipeError where the recipe's file exists or its folder does not."""
+    """Raises UsageError where the recipe's file exists or cannot be made."""
     if target is None:
         return
-    if target.exists() or target.is_symlink():
-        raise RecipeError(f"--write: got {target}, expected a file that does not exist yet")
-    if target.suffix not in (".yaml", ".yml") or not target.parent.is_dir():
-        raise RecipeError(f"--write: got {target}, expected a .yaml file in a folder that exists")
+    if target.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--write: got {target}, expected a .yaml file in a folder that exists")
+    check_file("--write", target, is_new=True)
 
 
 def starting_recipe(checkpoint: Checkpoint, given: str) -> Recipe:
