@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint, run_file_errors
 from eval.comparison.cells import read_json, write_json
-from eval.comparison.plots import plot, smooth
+from eval.comparison.plots import plot, set_log_scale, smooth
 from eval.comparison.tables import markdown
 from eval.significance import difference, standard_error
 from eval.tasks.built_in import questions_of
@@ -411,10 +411,11 @@ def draw_windows(
 
 def draw_curves(looks: Looks, records: Sequence[Record], file: Path) -> None:
     """Draws training loss over FLOPs, a curve for each arm in `looks`, of its first seed."""
-    with plot(file, xlabel=_COST, ylabel="loss on answer tokens", yscale="log", xlim=(0, None)) as axes:
+    with plot(file, xlabel=_COST, ylabel="loss on answer tokens", xlim=(0, None)) as axes:
         for number, (arm, (name, colour)) in enumerate(looks.items()):
             flops, losses = zip(*members_of(arm, records)[0]["curve"], strict=True)
             style = "-" if number < _COLOURS.N else "--"
             axes.plot(np.array(flops) / 1e12, smooth(losses), style, color=colour, label=name)
+        set_log_scale(axes)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)

@@ -17,13 +17,14 @@ from eval.arguments import UsageError, schedules_of
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.compare import arguments, main, prepare
 from eval.comparison.cells import ComparisonError, Store, code, meaning, named
-from eval.comparison.plots import Point, pareto_front, smooth
+from eval.comparison.plots import Point, draw_learning_curves, draw_live, draw_scores, pareto_front, smooth
 from eval.comparison.tables import (
     FLOOR,
     cell_row,
     common_name,
     drop_uninformative,
     groups_of,
+    markdown,
     score_error,
     score_table,
     score_text,
@@ -576,6 +577,15 @@ def test_the_front_is_what_nothing_beats():
     points = [Point("r", name, cost, score, None) for name, cost, score in
               [("a", 1, 50), ("b", 2, 40), ("c", 2, 60), ("d", 3, 60), ("e", 4, 61)]]  # fmt: skip
     assert [point.schedule for point in pareto_front(points)] == ["a", "c", "e"]
+
+
+def test_names_are_drawn_and_written_as_they_are(runs, tmp_path):
+    name = "a$\\frac$b|c\nd"  # no formula, no column, no line
+    draw_learning_curves({name: Checkpoint.find(runs[0])}, tmp_path / "curves.png")
+    draw_scores([Point(name, name, 1, 2, None)], tmp_path / "scores.png", cost=name, score=name, floors={name: 1})
+    draw_live({name: {"mean": [1], "low": [1], "high": [1]}}, tmp_path / "live.png")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert markdown([["run", "x"], [name, "1"]]) == "| run | x |\n| --- | --- |\n| a$\\frac$b\\|c d | 1 |\n"
 
 
 def test_smoothing_starts_at_the_first_value():

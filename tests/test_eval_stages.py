@@ -577,7 +577,7 @@ def test_each_kind_of_question_shows_the_layer_that_it_reads_at(tmp_path):
     args = Namespace(command="command", task="task", tolerance=6.0)
     proposal = propose(analysis.trials, 6.0, analysis.measure)
     analysis.measure([analysis.trials.removed_outside(proposal.enter, proposal.exit)])
-    record = record_of(analysis, proposal, args, "model")
+    record = record_of(analysis, proposal, args, r"a$\frac$model")  # which is no formula in the picture
     lost = {
         name: [[layer["loss"] > 0 for layer in found[key]] for key in ("masked_before", "masked_from")]
         for name, found in record["by_family"].items()

@@ -357,10 +357,12 @@ def test_licences_name_what_is_known_and_ask_about_the_rest(released):
     text = (released / "LICENSES.md").read_text()
     assert "| language model | lmsys/vicuna-7b-v1.5 | Llama 2 Community License" in text
     assert "openai/clip-vit-large-patch14-336" in text
-    options = ["model.language_model=/weights/mine", "model.vision_tower=null", "data.files=[/rows/own.json]"]
+    options = ["model.language_model=/weights/mine", "model.vision_tower=null"]
+    options += ["data.files=[/rows/own.json, '/rows/a|b.json']"]
     other = licences(load_recipe(ROOT / "recipes/llava_fused.yaml", [*options, "align=null"]), code=False)
     assert "check the licence of mine |" in other
     assert "check the licence of own.json" in other
+    assert r"| a\|b.json | check the licence of a\|b.json" in other
     assert "/weights" not in other
     assert "*.py" not in other
     assert "MIT" in licences(load_recipe(ROOT / "recipes/quickstart.yaml"), code=True)

@@ -18,6 +18,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from eval.checkpoint import Checkpoint
 
+matplotlib.rcParams["text.parse_math"] = False  # a `$` in the name of a run, a task or a file is a `$`
 _MARKS = "osD^vPX*"  # one for each run
 SMOOTHING = 0.7  # weight of the running mean in a drawn curve; the raw points stay behind it, pale
 
@@ -32,10 +33,17 @@ def plot(file: Path, size: tuple[float, float] = (7.5, 4.5), **settings: Any) ->
     plt.close(figure)
 
 
+def set_log_scale(axes: Any) -> None:
+    """Makes the y axis logarithmic, with plain numbers beside it: matplotlib's own would be formulas."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> None:
     """Draws training loss over seconds of training, one curve a run, and validation loss as dots, to a PNG file."""
     with plot(file, xlabel="seconds of training", ylabel="loss on answer tokens", title="Learning curves") as axes:
-        axes.set_yscale("log")
         for number, (name, checkpoint) in enumerate(checkpoints.items()):
             points = [(line["seconds"], line["loss"]) for line in checkpoint.log if "loss" in line]
             if not points:
@@ -46,9 +54,7 @@ def draw_learning_curves(checkpoints: Mapping[str, Checkpoint], file: Path) -> N
             held_out = [(line["seconds"], line["eval_loss"]) for line in checkpoint.log if "eval_loss" in line]
             if held_out:
                 axes.plot(*zip(*held_out, strict=True), f"C{number}o--", markersize=4, label=f"{name}, validation")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_log_scale(axes)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
 

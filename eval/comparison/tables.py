@@ -406,8 +406,8 @@ def _number(value: float | None, scale: float, digits: int, unit: str = "") -> s
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Returns a table's lines, heading first, as markdown."""
-    heading, *rest = lines
+    """Returns a table's lines, heading first, as markdown; `|` and new lines within a cell do not end it."""
+    heading, *rest = ([" ".join(cell.splitlines()).replace("|", r"\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in (heading, ["---"] * len(heading), *rest))
 
 

@@ -10,15 +10,13 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")  # before pyplot: there may be no display
-
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from eval.arguments import UsageError, check_file
 from eval.checkpoint import Checkpoint
+from eval.comparison.plots import set_log_scale
+from eval.comparison.tables import markdown
 from eval.stage_analysis.probes import SINKS, narrowed
 from eval.stage_analysis.search import Analysis, Proposal, Trial, Trials, side_intervals
 from models.cost import plan_cost
@@ -294,8 +292,7 @@ def _visipruner(record: Record) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([heads, *rows]).rstrip("\n")
 
 
 def _plan_text(stages: Record | None) -> str:
@@ -341,10 +338,8 @@ def draw_stages(record: Mapping[str, Any], file: Path) -> None:
     _draw_curves(lens, shown, {"lens_probability": ""})
     lens.set(title="Logit lens: probability of the answer", ylabel="probability", ylim=(0, 1.02))
     _draw_curves(rank, shown, {"lens_rank": ""})
-    rank.set(title="Logit lens: rank of the answer", ylabel="rank (1 = best)", yscale="log")
-    rank.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    rank.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    rank.yaxis.set_minor_formatter(NullFormatter())
+    rank.set(title="Logit lens: rank of the answer", ylabel="rank (1 = best)")
+    set_log_scale(rank)
     _draw_curves(entropy, shown, {"lens_entropy": ""})
     entropy.set(title="Logit lens: entropy", ylabel="nats")
     entropy.set_ylim(bottom=0)

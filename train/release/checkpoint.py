@@ -35,10 +35,12 @@ _TEMPLATES: Final = Environment(
 
 
 def _shown(value: Any) -> str:
-    """Returns a value as a table of the card shows it."""
+    """Returns a value as a table of markdown shows it."""
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        "-" if value is None else f"{value:,}" if isinstance(value, int) else one_line(str(value)).replace("|", r"\|")
+    )
 
 
 _TEMPLATES.filters["shown"] = _shown
