@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from data.chat import TokenizerError
 from eval.arguments import UsageError, command_line, make_folder, names_of, positive, schedules_of
@@ -48,6 +49,7 @@ from models.schedules import SCHEDULES, TRAINED, Choice, Schedule, ScheduleError
 from recipes.errors import RecipeError
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 WRITTEN = ("table.md", "table.json", "table.csv", "report.html", "learning_curves.png", "harness.log", FILE)
 _NOT_RUN: Record = {"status": "failed", "error": "not run"}
 
@@ -245,7 +247,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--attn-implementation", choices=ATTENTION, default="sdpa", help="of Hugging Face (sdpa)")
-    parser.add_argument("--device-map", help="of Hugging Face (auto: a checkpoint over all GPUs); none: on one device")
+    parser.add_argument(
+        "--device-map", type=_device_map, help="of Hugging Face (auto: a checkpoint over all GPUs); none: on one device"
+    )
     parser.add_argument("--text-tower", metavar="CLIP", help="the vision tower's CLIP checkpoint, for cdpruner")
     parser.add_argument(
         "--chat-format", choices=FORMATS, help="prompt format for all checkpoints (default: as trained)"
@@ -261,6 +265,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.schedules = schedules_of("--schedules", args.schedules, plans)
     except UsageError as error:
         parser.exit(2, f"{error}\n")
+    if args.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available(kernels_fallback_ok=True):
+        message = "--attn-implementation: got flash_attention_2 without a GPU and the package flash-attn"
+        parser.exit(2, f"{message}, expected both, or sdpa\n")
     if args.device_map is not None and ranks.world_size() > 1:
         message = "--device-map: got it under torchrun, expected one process: each rank holds a whole checkpoint"
         parser.exit(2, f"{message}\n")
@@ -268,6 +275,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if missing := missing_judge(name):
             parser.exit(2, f"--tasks: {missing}\n")
     return args
+
+
+def _device_map(text: str) -> str:
+    """Returns Hugging Face's name of a way to spread weights, or a device of this machine, for a command line."""
+    try:
+        is_known = text in DEVICE_MAPS or torch.empty(0, device=text).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):  # no such device; torch without CUDA asserts
+        is_known = False
+    if not is_known:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected {', '.join(DEVICE_MAPS)}, or a device of this machine"
+        )
+    return text
 
 
 def prepare(args: argparse.Namespace) -> tuple[Comparison, Harness]:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from data.chat import TokenizerError
-from eval.arguments import UsageError
+from eval.arguments import UsageError, positive
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint, CheckpointError
 from eval.comparison import ranks
 from eval.prompts import PromptEncoder, VqaPrompt
@@ -80,7 +80,7 @@ class FusedLlava(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> FusedLlava:
-        """Returns the model of lmms-eval's `--model_args`.
+        """Returns the model of lmms-eval's `--model_args` and `--batch_size`.
 
         Accepted are `pretrained` (needed), `schedule`, `chat_format` and `image_aspect`; the batch comes from
         `--batch_size`. Under `accelerate launch` every process takes its own GPU.
@@ -98,6 +98,7 @@ class FusedLlava(lmms):
                 raise CheckpointError(f"--model_args: {name}: got '{value}', expected {', '.join(known[name])}")
         if "pretrained" not in given:
             raise CheckpointError("--model_args: got no pretrained, expected pretrained=FOLDER or a hub name")
+        batch = _batch((additional_config or {}).get("batch_size"))
         schedule = given.get("schedule") or TRAINED
         checkpoint = Checkpoint.find(given["pretrained"], given.get("chat_format"), given.get("image_aspect"))
         try:
@@ -108,7 +109,7 @@ class FusedLlava(lmms):
         if torch.cuda.is_available():
             model = model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
         model.schedule = schedule
-        return cls(model, checkpoint.prompt_encoder(processor), int((additional_config or {}).get("batch_size") or 1))
+        return cls(model, checkpoint.prompt_encoder(processor), batch)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +145,13 @@ class FusedLlava(lmms):
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            tokens = model.generate(**inputs, **options)
+            try:
+                tokens = model.generate(**inputs, **options)
+            except (ValueError, TypeError, ArithmeticError) as error:
+                if isinstance(error, ScheduleError):
+                    raise
+                shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+                raise SettingsError(f"generate({shown}): {' '.join(str(error).split())}") from error
         texts = prompt_encoder.decode(tokens[:, inputs["input_ids"].shape[1] :])
         return [cut(text, ends) for text in texts]
 
@@ -159,6 +166,14 @@ class FusedLlava(lmms):
     def _prompt_of(self, args: tuple[Any, ...]) -> VqaPrompt:
         text, _, doc_to_visual, doc_id, task, split = args
         return VqaPrompt(text, _images(doc_to_visual(self.task_dict[task][split][doc_id]), task))
+
+
+def _batch(given: Any) -> int:
+    """Returns lmms-eval's batch size; its default is 1."""
+    try:
+        return positive(str(1 if given is None else given))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--batch_size: {error}") from None
 
 
 def generation_settings(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:

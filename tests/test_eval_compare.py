@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 
 from eval import bench, compare, measure, stages
 from eval.arguments import UsageError, schedules_of
@@ -729,6 +730,13 @@ def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
         ("--limit", "9" * 20, "expected a whole number above 0 and below 2**31"),
         ("--limit", "9" * 5000, "expected a whole number above 0 and below 2**31"),
         ("--batch", "-1", "expected a whole number above 0"),
+        ("--device-map", "bogus", "got 'bogus', expected auto, balanced, balanced_low_0, sequential, or a device"),
+        ("--device-map", "cuda:99", "or a device of this machine"),
+        ("--device-map", "meta", "or a device of this machine"),
+        pytest.param(
+            *("--attn-implementation", "flash_attention_2", "got flash_attention_2 without a GPU"),
+            marks=pytest.mark.skipif(is_flash_attn_2_available(), reason="is installed"),
+        ),
     ],
 )
 def test_wrong_input_leaves_with_2_and_one_line(runs, tmp_path, capsys, monkeypatch, flag, given, said):

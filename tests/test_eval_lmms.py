@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from data.easy_vqa import questions
+from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
 from eval.prompts import VqaPrompt
@@ -213,6 +214,10 @@ def test_settings_reach_generate(loaded):
     def said(**given):
         return model.answer(question, generation_settings({"max_new_tokens": 12, **given})[0], ())
 
+    for wrong in ({"max_new_tokens": -3}, {"temperature": -1, "do_sample": True}, {"num_beams": 0}):
+        with pytest.raises(SettingsError, match=rf"^generate\(.*{next(iter(wrong))}=.*\): .+") as raised:
+            said(**wrong)
+        assert len(str(raised.value).splitlines()) == 1
     greedy = said()
     assert said(top_k=1, repetition_penalty=1.0, seed=1) == greedy
     first = loaded[1].tokenizer.encode(greedy[0], add_special_tokens=False)[0]
@@ -237,6 +242,9 @@ def test_model_args_name_checkpoint_and_schedule(quickstart_run):
     ):
         with pytest.raises(CheckpointError, match=r"--model_args: .*got .*expected "):
             FusedLlava.create_from_arg_string(wrong)
+    for batch in (0, "abc", "auto", "-1"):
+        with pytest.raises(UsageError, match=f"^--batch_size: got '{batch}', expected a whole number above 0"):
+            FusedLlava.create_from_arg_string(f"pretrained={quickstart_run}", {"batch_size": batch})
 
 
 def test_model_args_name_one_of_the_checkpoints_plans(quickstart_run, tmp_path):
