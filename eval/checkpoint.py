@@ -167,12 +167,22 @@ class Checkpoint:
 
         Raises:
             TokenizerError: the tokenizer does not go with the format.
-            CheckpointError: the processor does not know how many visual tokens an image has.
+            CheckpointError: the processor does not know how many visual tokens an image has, or the config has another
+                image token than the processor.
         """
+        config = self.config
+        positions = getattr(config.text_config, "max_position_embeddings", None)
         try:
-            return PromptEncoder(processor, chat_format=self.chat_format, aspect=self.aspect)
+            encoder = PromptEncoder(processor, chat_format=self.chat_format, aspect=self.aspect, positions=positions)
         except ProcessorError as error:
             raise CheckpointError(f"{self.weights}: {error}") from error
+        if config.image_token_id not in encoder.vision.visual_ids:
+            key = config.attribute_map.get("image_token_id", "image_token_id")  # LLaVA's is image_token_index
+            raise CheckpointError(
+                f"{self.weights}: config.json: {key}: got {config.image_token_id}, expected one of "
+                f"{sorted(encoder.vision.visual_ids)}, the processor's tokens of an image"
+            )
+        return encoder
 
 
 def plans_of(given: str | Path) -> list[str]:

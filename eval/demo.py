@@ -33,7 +33,7 @@ from data.rows import IMAGE_PLACEHOLDER, RowError
 from eval.arguments import UsageError, command_line, free_port
 from eval.checkpoint import Checkpoint
 from eval.live import draw_overlay, live_mask
-from eval.prompts import PromptEncoder, VqaPrompt
+from eval.prompts import LengthError, PromptEncoder, VqaPrompt
 from models.schedule_choice import usable_schedules
 from models.schedules import SCHEDULES, TRAINED
 from models.stage_plan import StagePlan
@@ -115,10 +115,11 @@ def respond(
     chosen = model.resolve(model.config.schedule if schedule == RELEASED else schedule)
     images = [] if image is None else [image.convert("RGB")]
     try:
-        batch = prompt_encoder.batch([VqaPrompt(question, images)])
+        batch = prompt_encoder.batch([VqaPrompt(question, images)], new_tokens=max_new_tokens)
+    except LengthError as error:
+        raise QuestionError(f"{error}. Shorten the question, or ask for fewer new tokens.") from error
     except RowError as error:
         raise QuestionError(str(error)) from error
-    _check_length(model, batch["input_ids"].shape[1], max_new_tokens)
     inputs = {name: part.to(model.device) for name, part in batch.items()}
     clock, prefills = _Clock(), list[Any]()
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
@@ -140,16 +141,6 @@ def respond(
         dense_token_layers=int(visual.sum()) * model.config.text_config.num_hidden_layers,
         overlay=overlay,
     )
-
-
-def _check_length(model: Any, prompt: int, new: int) -> None:
-    """Raises QuestionError where a prompt and its answer need more positions than the decoder has."""
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
-    if positions is not None and prompt + new > positions:
-        raise QuestionError(
-            f"The prompt takes {prompt:,} tokens and the answer up to {new:,}: got {prompt + new:,}, "
-            f"expected at most {positions:,}. Shorten the question, or ask for fewer new tokens."
-        )
 
 
 def schedule_choices(model: Any) -> list[tuple[str, str]]:

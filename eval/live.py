@@ -156,17 +156,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = Checkpoint.find(args.checkpoint)
         make_folder("--out", args.out, [f"live_{name}.png" for name in (TRAINED, *SCHEDULES)])
         model, processor = checkpoint.load()
-        loaded = Loaded(checkpoint, model, checkpoint.prompt_encoder(processor), BATCH)
+        draw(Loaded(checkpoint, model, checkpoint.prompt_encoder(processor), BATCH), args.limit, args.out)
     except (UsageError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
-    prompts = [VqaPrompt(one.text, [Image.open(one.image).convert("RGB")]) for one in questions("test")[: args.limit]]
-    names = usable_schedules(model.config) + ([] if model.config.stages is None else [TRAINED])
-    for name in tqdm(names, unit="schedule"):  # a pruner on a fused checkpoint prunes within its plan
-        live = prompt_costs(loaded, model.resolve(name), prompts)["live"]
-        draw_live({f"{name}: mean and range of {len(prompts)} prompts": live}, args.out / f"live_{name}.png")
     print(f"written: {args.out}/live_*.png")
     return 0
+
+
+def draw(loaded: Loaded, limit: int, out: Path) -> None:
+    """Draws the live visual tokens of the first test questions under each schedule to live_NAME.png in a folder."""
+    prompts = [VqaPrompt(one.text, [Image.open(one.image).convert("RGB")]) for one in questions("test")[:limit]]
+    config = loaded.model.config
+    names = usable_schedules(config) + ([] if config.stages is None else [TRAINED])
+    for name in tqdm(names, unit="schedule"):  # a pruner on a fused checkpoint prunes within its plan
+        live = prompt_costs(loaded, loaded.model.resolve(name), prompts)["live"]
+        draw_live({f"{name}: mean and range of {len(prompts)} prompts": live}, out / f"live_{name}.png")
 
 
 if __name__ == "__main__":

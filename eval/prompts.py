@@ -16,6 +16,7 @@ from data.chat import ChatFormat
 from data.dataset import pad_and_concat
 from data.processor import EncodedImages, VisionProcessor
 from data.rows import IMAGE_PLACEHOLDER, Turn
+from eval.arguments import UsageError
 from eval.text_tower import TextTower, placed
 from models.schedules import Schedule
 
@@ -30,11 +31,15 @@ class VqaPrompt:
     images: Sequence[Image.Image] = ()
 
 
+class LengthError(UsageError):
+    """A prompt does not fit into the decoder's positions; one line."""
+
+
 class PromptEncoder:
     """Makes batches of questions for the checkpoint that `processor` belongs to.
 
-    `chat_format` and `aspect` are as in a recipe's data.format and data.image_aspect. `text_tower` says how relevant
-    visual tokens are, to schedules that read it.
+    `chat_format` and `aspect` are as in a recipe's data.format and data.image_aspect, `positions` as many as the
+    decoder has (None: no limit). `text_tower` says how relevant visual tokens are, to schedules that read it.
 
     Raises:
         TokenizerError: the tokenizer does not go with the format.
@@ -43,19 +48,25 @@ class PromptEncoder:
 
     text_tower: TextTower | None = None
 
-    def __init__(self, processor: Any, *, chat_format: str, aspect: str) -> None:
-        self.processor, self.tokenizer = processor, processor.tokenizer
+    def __init__(self, processor: Any, *, chat_format: str, aspect: str, positions: int | None = None) -> None:
+        self.processor, self.tokenizer, self.positions = processor, processor.tokenizer, positions
         self.vision = VisionProcessor(processor, aspect=aspect)
         self.chat = ChatFormat(chat_format, processor.tokenizer, self.vision.text)
 
-    def batch(self, prompts: Sequence[VqaPrompt], schedule: Schedule | None = None) -> dict[str, Tensor]:
+    def batch(
+        self, prompts: Sequence[VqaPrompt], schedule: Schedule | None = None, *, new_tokens: int = 0
+    ) -> dict[str, Tensor]:
         """Returns what generate() takes: input_ids and attention_mask (B, S), padded on the left, and inputs of images.
 
         Without any image there are none of the latter. With a text tower there is relevance (B, S), unless `schedule`
         does not read it.
+
+        Raises:
+            LengthError: a prompt, with `new_tokens` behind it, needs more positions than the decoder has.
         """
         encoded = [self.vision.encode(prompt.images) if prompt.images else None for prompt in prompts]
         ids = [self.expand(self._ids(prompt), one) for prompt, one in zip(prompts, encoded, strict=True)]
+        self.check_length(max(map(len, ids)), new_tokens)
         inputs = {**self.padded(ids), **image_inputs(encoded)}
         is_read = schedule is None or schedule.reads_relevance
         if self.text_tower is not None and is_read and "pixel_values" in inputs:
@@ -66,6 +77,14 @@ class PromptEncoder:
             ]
             inputs["relevance"] = placed(rows, inputs["input_ids"], self.vision.image_token_id)
         return inputs
+
+    def check_length(self, prompt: int, new: int = 0) -> None:
+        """Raises LengthError where the tokens of a prompt and its answer are more than the decoder's positions."""
+        if self.positions is not None and prompt + new > self.positions:
+            answer = f" and up to {new:,} of its answer" if new else ""
+            raise LengthError(
+                f"prompt: got {prompt:,} tokens{answer}, expected at most {self.positions:,}, the decoder's positions"
+            )
 
     def expand(self, ids: Sequence[int], images: EncodedImages | None) -> list[int]:
         """Returns ids with each image token replaced by what the processor writes for its image."""

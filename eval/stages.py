@@ -72,6 +72,8 @@ def samples_of(args: argparse.Namespace) -> list[Sample]:
     Raises:
         SamplesError: there is no such task, it cannot be read, or it is too small to tell the tolerance.
     """
+    if args.images is not None and args.task in ("easy_vqa", "scenes"):
+        raise SamplesError(f"--images: got {args.images} with --task {args.task}, expected it with a file as --task")
     if args.task == "easy_vqa":
         samples = easy_vqa_samples(args.limit)
     elif args.task == "scenes":
@@ -107,18 +109,19 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
     checkpoint = Checkpoint.find(args.checkpoint, args.chat_format, args.image_aspect)
     if args.write is not None:
         starting_recipe(checkpoint, args.checkpoint)
-    checkpoint.prompt_encoder(checkpoint.processor())
+    prompt_encoder = checkpoint.prompt_encoder(checkpoint.processor())
     samples = samples_of(args)
+    ProbeBatcher(None, prompt_encoder).check_longest(samples)
     depth = checkpoint.num_layers
     window = args.window or max(1, round(depth / 8))
     if window > depth:
         raise SamplesError(f"--window: got {window}, expected at most {depth}, because the decoder has {depth} layers")
     make_folder("--out", args.out, ("stages.json", "stages.md", "stages.png"))
-    model, processor = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    model, _ = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     stages = model.config.stages
     return checkpoint, Analysis(
         model,
-        ProbeBatcher(model, checkpoint.prompt_encoder(processor)),
+        ProbeBatcher(model, prompt_encoder),
         samples,
         args.batch or (8 if torch.cuda.is_available() else 50),
         None if stages is None else StagePlan.from_dict(stages),

@@ -33,6 +33,7 @@ from eval.comparison.tables import (
     shown_schedule,
 )
 from eval.comparison.tables import compared as compared_seeds
+from eval.prompts import VqaPrompt
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
 from tests.browser import open_page
@@ -655,6 +656,27 @@ def test_a_processor_that_cannot_count_visual_tokens_is_refused(runs, tmp_path):
     found = Checkpoint.find(tmp_path)
     with pytest.raises(CheckpointError, match=r"processor_config\.json: got no patch_size"):
         found.prompt_encoder(found.processor())
+
+
+def test_an_image_token_that_is_not_the_processors_is_refused(runs, tmp_path):
+    shutil.copytree(f"{runs[0]}/final", tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "image_token_index": 9999}))
+    found = Checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json: image_token_index: got 9999, expected one of \[1\]"):
+        found.prompt_encoder(found.processor())
+
+
+def test_a_prompt_beyond_the_decoders_positions_is_refused(runs):
+    found = Checkpoint.find(runs[0])
+    prompt_encoder = found.prompt_encoder(found.processor())
+    short = VqaPrompt("what?")
+    size = prompt_encoder.batch([short])["input_ids"].shape[1]
+    prompt_encoder.batch([short], new_tokens=1024 - size)
+    with pytest.raises(UsageError, match=f"^prompt: got {size} tokens and up to 1,024 of its answer, expected at most"):
+        prompt_encoder.batch([short], new_tokens=1024)
+    with pytest.raises(UsageError, match=r"^prompt: got [1-5],\d+ tokens, expected at most 1,024, the decoder's"):
+        prompt_encoder.batch([short, VqaPrompt("what " * 1000)])
 
 
 def test_a_record_that_is_cut_off_is_named(runs, tmp_path):

@@ -290,7 +290,7 @@ def test_every_input_is_checked_on_the_server(attacked):
         (["what?"], "dense", 2, "Type a question first"),
         ("<image> ", "dense", 2, "Type a question first"),
         ("a" * 8001, "dense", 2, "got 8,001 characters, expected at most 8,000"),
-        ("a" * 7000, "dense", 2, "expected at most 1,024. Shorten the question"),  # the decoder's positions
+        ("a" * 7000, "dense", 2, "expected at most 1,024, the decoder's positions. Shorten the question"),
         ("what?", "dense", 1000, "Shorten the question, or ask for fewer new tokens"),
         ("a\ud800b", "dense", 2, "half a character"),
     ):

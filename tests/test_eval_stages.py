@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from data.chat import IGNORE_INDEX
+from data.processor import VisionProcessor
+from data.rows import RowError
 from eval import stages
 from eval.live import live_visual
 from eval.prompts import PromptEncoder, VqaPrompt
@@ -26,7 +28,7 @@ from eval.stage_analysis.probes import (
     narrowed,
 )
 from eval.stage_analysis.report import draw_stages, record_of, report_of
-from eval.stage_analysis.samples import Batch, ProbeBatcher, Sample, spaced
+from eval.stage_analysis.samples import Batch, ProbeBatcher, Sample, SamplesError, spaced
 from eval.stage_analysis.search import Analysis, Prefix, Trials, needs_vision, propose, side_intervals
 from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
@@ -678,6 +680,8 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
     [
         (("--task", "gqa"), "--task: got 'gqa', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--images", "nowhere"), "--images: "),
+        (("--task", "easy_vqa"), "with --task easy_vqa, expected it with a file as --task"),
+        (("--task", "long.json"), "sample 3: prompt: got 2,012 tokens, expected at most 1,024"),
         (("--limit", "30"), "--limit: got 30 samples for a tolerance of 3 points, expected at least 34"),
         (("--window", "7"), "--window: got 7, expected at most 6"),
         (("--write", "taken.yaml"), "expected a file that does not exist yet"),
@@ -693,6 +697,9 @@ def test_what_a_user_got_wrong_is_told_in_one_line(task, more, said, capsys, mon
     checkpoint = save(tiny_model(), task / "model")
     monkeypatch.chdir(task)
     (task / "taken.yaml").write_text("")
+    rows = json.loads((task / "task.json").read_text())
+    rows[3]["conversations"][0]["value"] += " what" * 1000
+    (task / "long.json").write_text(json.dumps(rows))
     try:
         code, _ = run(task, checkpoint, *more)
     except SystemExit as left:
@@ -700,6 +707,19 @@ def test_what_a_user_got_wrong_is_told_in_one_line(task, more, said, capsys, mon
     assert code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (task / "out").exists()
+
+
+def test_an_image_that_the_processor_rejects_is_named(monkeypatch):
+    prompt_encoder = PromptEncoder(tiny_processor(), chat_format="chat_template", aspect="processor")
+
+    def reject(self, images):
+        raise RowError("image of 300 x 1: the processor rejects it")
+
+    monkeypatch.setattr(VisionProcessor, "encode", reject)  # as Qwen's, whose image may be 200 times as long as high
+    batcher = ProbeBatcher(None, prompt_encoder)
+    for ask in (batcher.check_longest, batcher.batch):
+        with pytest.raises(SamplesError, match=r"^sample .*: image of 300 x 1: the processor rejects it$"):
+            ask(pictured_samples())
 
 
 def test_no_checkpoint_is_told_in_one_line(task, capsys):

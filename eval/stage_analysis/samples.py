@@ -19,7 +19,7 @@ from data.processor import EncodedImages
 from data.rows import IMAGE_PLACEHOLDER, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders
 from data.table import read_records
 from eval.arguments import UsageError
-from eval.prompts import PromptEncoder, VqaPrompt, image_inputs, pad_left
+from eval.prompts import LengthError, PromptEncoder, VqaPrompt, image_inputs, pad_left
 from models.decoder import DecoderOutput
 from models.schedules import Schedule
 
@@ -136,7 +136,8 @@ class ProbeBatcher:
         """Returns ids and labels of question and answer, with what the processor writes for each image.
 
         Raises:
-            SamplesError: nothing of the answer is left, or the chat template rewrites the conversation.
+            SamplesError: nothing of the answer is left, the chat template rewrites the conversation, or it is longer
+                than the decoder's positions.
         """
         marks = f"{IMAGE_PLACEHOLDER}\n" * len(sample.prompt.images)
         question = marks + sample.prompt.text.replace(IMAGE_PLACEHOLDER, "").strip()
@@ -150,12 +151,28 @@ class ProbeBatcher:
         for token, label in zip(ids, labels, strict=True):
             is_image = token == self.prompt_encoder.vision.image_token_id
             targets += [IGNORE_INDEX] * len(next(spans)) if is_image else [label]
+        try:
+            self.prompt_encoder.check_length(len(targets))
+        except LengthError as error:
+            raise SamplesError(f"sample {sample.id}: {error}") from None
         return self.prompt_encoder.expand(ids, images), targets
+
+    def check_longest(self, samples: Sequence[Sample]) -> None:
+        """Encodes the sample with the longest text; raises SamplesError where it cannot be asked."""
+        longest = max(samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer))
+        self.encode(longest, self.images(longest))
+
+    def images(self, sample: Sample) -> EncodedImages:
+        """Returns a sample's images as tokens and inputs; raises SamplesError where the processor rejects one."""
+        try:
+            return self.prompt_encoder.vision.encode(sample.prompt.images)
+        except RowError as error:
+            raise SamplesError(f"sample {sample.id}: {error}") from None
 
     @torch.no_grad()
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Returns the samples, each of which has an image, as one batch on the model's device."""
-        images = [self.prompt_encoder.vision.encode(sample.prompt.images) for sample in samples]
+        images = [self.images(sample) for sample in samples]
         encoded = [self.encode(sample, one) for sample, one in zip(samples, images, strict=True)]
         labels = pad_left([labels for _, labels in encoded], IGNORE_INDEX)["input_ids"]
         inputs = {**self.prompt_encoder.padded([ids for ids, _ in encoded]), **image_inputs(images)}
