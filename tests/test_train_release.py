@@ -46,7 +46,7 @@ from train.release import release
 from train.release.card import licences, plan_text, read_comparison, write_card
 from train.release.checkpoint import find_run, is_plain, load
 from train.release.processor import released_processor, save_processor
-from train.release.proof import picture
+from train.release.proof import SUMS, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/configs/quickstart"
@@ -855,6 +855,10 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped/recipe.yaml").write_text("name: x")
     shutil.copytree(tmp_path / "stopped", tmp_path / "saved")
+    shutil.copytree(tmp_path / "stopped", tmp_path / "two words")
+    (tmp_path / "release").mkdir()
+    for name in (SUMS, "recipe.yaml"):
+        (tmp_path / "release" / name).write_text("")
     for step in (5, 10):
         (tmp_path / f"saved/checkpoint-{step}").mkdir()
         mark_complete(tmp_path / f"saved/checkpoint-{step}", Progress(step=step, ranks=8))
@@ -863,6 +867,13 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
     cases = [
         ([tmp_path], "expected a run folder, which holds final/run.json"),
         ([tmp_path / "stopped"], "without final/.*deepspeed train/run.py .*recipe.yaml` finishes it"),
+        ([tmp_path / "two words"], "deepspeed train/run.py '.*/two words/recipe.yaml'` finishes it"),
+        ([llava / "final"], f"got a final/ folder, expected the run folder, {llava}$"),
+        ([tmp_path / "release"], "got a release, expected the run folder that it was made from"),
+        ([tmp_path / "saved/checkpoint-5"], f"got a folder of a run, expected the run folder, {tmp_path}/saved$"),
+        ([tmp_path / "saved/nothing"], "got no run, expected a run folder"),
+        ([tmp_path / ("x" * 300)], "RUN_DIR: got .*x [(]File name too long[)], expected the path of a folder"),
+        ([llava, "--out", tmp_path / ("x" * 300)], "--out: got .*x [(]File name too long[)], expected the path of"),
         ([tmp_path / "saved"], "checkpoint-10, .*train.max_steps=10 at that checkpoint, on 8 ranks as before"),
         ([tmp_path / "cut"], "final: cannot be loaded"),
         ([llava, "--max-shard-size", "big"], "got 'big', expected a size"),
@@ -877,7 +888,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(llava, quickstart, tmp_p
         ([quickstart, "--comparison", llava / "table"], "got runs llava, other, expected one with quickstart"),
     ]
     for arguments, told in cases:
-        assert release.main([*map(str, arguments), "--out", str(tmp_path / "out")]) == 2, arguments
+        assert release.main(["--out", str(tmp_path / "out"), *map(str, arguments)]) == 2, arguments
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert re.search(told, lines[0])

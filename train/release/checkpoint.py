@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.schedules import TRAINED, ScheduleError
 from recipes.schema import Recipe, load_recipe
 from train.checkpoints import FINAL, RECIPE, RUN, read_progress, step_of, whole_checkpoints
 from train.errors import InputError, one_line
+from train.release.proof import SUMS
 from train.weights import check_loading_report, save_model
 
 OLDEST: Final = "5.22"  # transformers that a release runs on
@@ -105,9 +107,16 @@ def _figures(file: Path) -> dict[str, Any]:
 
 def _unfinished(folder: Path) -> str:
     """Returns what is wrong with a folder without a finished run, and what to do about it."""
+    given = folder.resolve()
+    if (folder / SUMS).is_file():
+        return f"got a release, expected the run folder that it was made from, which holds {FINAL}/{RUN}"
+    if (folder / RUN).is_file():
+        return f"got a {FINAL}/ folder, expected the run folder, {given.parent}"
     if not (folder / RECIPE).is_file():
+        if folder.is_dir() and (given.parent / RECIPE).is_file():
+            return f"got a folder of a run, expected the run folder, {given.parent}"
         return f"got no run, expected a run folder, which holds {FINAL}/{RUN}"
-    finish = f"`deepspeed train/run.py {folder / RECIPE}` finishes it"
+    finish = f"`deepspeed train/run.py {shlex.quote(str(folder / RECIPE))}` finishes it"
     found = whole_checkpoints(folder)
     if not found:
         return f"got a run without {FINAL}/, expected a finished one; {finish}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -78,8 +79,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _release(options: argparse.Namespace) -> None:
     """Checks what was asked, writes, proves, moves into place, uploads."""
-    run = find_run(options.run)
     out: Path = options.out
+    for where, path in (("RUN_DIR", options.run), ("--out", out)):
+        try:
+            path.is_dir()
+        except OSError as error:  # such as a name that is too long
+            raise InputError(f"{where}: got {path} ({error.strerror}), expected the path of a folder") from None
+    run = find_run(options.run)
     schedule = parse_schedule(options.schedule, run)
     comparison = read_comparison(options.comparison, run, schedule) if options.comparison else None
     _check_shard_size(options.max_shard_size)
@@ -213,9 +219,8 @@ def push(release: Path, repo: str, *, force: bool) -> str:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # HfHubHTTPError; and the upload's
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (_UNAUTHORIZED, _FORBIDDEN):
             raise _refused(repo, error) from None
-        raise ReleaseError(
-            f"--push: {repo}: {_words(error)}; {release} is whole, `hf upload {repo} {release}` uploads it"
-        ) from None
+        again = f"`hf upload {repo} {shlex.quote(str(release))}` uploads it"
+        raise ReleaseError(f"--push: {repo}: {_words(error)}; {release} is whole, {again}") from None
     return str(address)
 
 
