@@ -104,7 +104,7 @@ def check_once(given: dict[str, Any], where: str) -> None:
     """Raises RowError if a key of an object occurs twice with different values."""
     if DUPLICATE in given:
         raise RowError(
-            f"{where}got key '{shorten(given[DUPLICATE], 30)}' twice with different values, expected it once"
+            f"{where}got key '{shorten(str(given[DUPLICATE]), 30)}' twice with different values, expected it once"
         )
 
 
