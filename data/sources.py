@@ -41,6 +41,7 @@ _NOT_PYTHON: Final = (ArithmeticError, LookupError, ValueError, pa.ArrowExceptio
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _SUFFIXES: Final = (".parquet", ".arrow", *(name + packed for name in _JSON for packed in ("", ".gz", ".zst")))
 _TEXT_SUFFIXES: Final = (".csv", ".tsv", ".txt", ".xlsx", ".yaml", ".yml", ".md")
+_HIDDEN: Final = (".", "__")
 _OTHER_SPLITS: Final = {"test", "val", "valid", "validation", "dev", "eval"}
 _HUB_NAME: Final = re.compile(
     r"hf://(?:datasets/)?(?P<name>(?!datasets/)[^/@:]+/[^/@:]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/:]+|[^/:]+))?"
@@ -82,7 +83,7 @@ def _list_files(path: str, place: Path) -> list[str]:
         return [str(place)]
     if place.is_dir():
         found = (file for folder in _folders(place) for file in folder.iterdir())
-        files = [file for file in found if file.name.lower().endswith(_SUFFIXES) or _is_dangling(file)]
+        files = [file for file in found if file.name.lower().endswith(_SUFFIXES)]
         return _one_split(files, path, place)
     if _has_magic(place) and (files := _glob(place)):
         return _one_split(files, path, Path(*takewhile(lambda part: not _has_magic(part), place.parts)))
@@ -109,6 +110,8 @@ def missing_paths(config: DataConfig) -> list[str]:
 def _is_here(place: Path) -> bool:
     try:
         return place.exists() or bool(_saved_split(place) or _glob(place))
+    except DataError:  # a link to nothing: reading says so
+        return True
     except (OSError, ValueError):  # no permission, a name that is too long, a NUL
         return False
 
@@ -324,9 +327,9 @@ def _one_split(files: Sequence[Path], path: str, root: Path) -> list[str]:
     if not shown:
         raise DataError(f"{path}: got no files that can be read; expected {READABLE}")
     for file in shown:
+        _check_link(file)
         if not file.is_file():
-            found = f"a link to {file.readlink()}, which does not exist" if _is_dangling(file) else "no regular file"
-            raise DataError(f"{path}: {file}: got {found}; expected a file that can be read")
+            raise DataError(f"{path}: {file}: got no regular file; expected a file that can be read")
     others = [name for name in shown.values() if _OTHER_SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
     if others and len(others) < len(shown):
         raise DataError(
@@ -335,8 +338,10 @@ def _one_split(files: Sequence[Path], path: str, root: Path) -> list[str]:
     return list(map(str, shown))
 
 
-def _is_dangling(file: Path) -> bool:
-    return file.is_symlink() and not file.exists()
+def _check_link(place: Path) -> None:
+    """Raises DataError for a link to nothing: the rows behind it would be lost."""
+    if place.is_symlink() and not place.exists():
+        raise DataError(f"{place}: got a link to {place.readlink()}, which does not exist; expected a file or a folder")
 
 
 def _has_magic(path: Path | str) -> bool:
@@ -346,21 +351,24 @@ def _has_magic(path: Path | str) -> bool:
 def _folders(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yields a folder and all below it, also behind links; leaves out hidden ones.
 
-    A link to a folder around it ends there: that folder's files are read anyway. Raises OSError for a folder that
-    cannot be read, which `Path.rglob` and `glob` leave out.
+    A link to a folder around it ends there: that folder's files are read anyway. Raises DataError for a link to nothing
+    and OSError for a folder that cannot be read, which `Path.rglob` and `glob` leave out.
     """
     place = folder.resolve()
     if place in above:
         return
     yield folder
     with os.scandir(folder) as entries:
-        below = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__"))]
-    for name in below:
-        yield from _folders(folder / name, (*above, place))
+        shown = [entry for entry in entries if not entry.name.startswith(_HIDDEN)]
+    for entry in shown:
+        if entry.is_dir():
+            yield from _folders(folder / entry.name, (*above, place))
+        elif entry.is_symlink():
+            _check_link(folder / entry.name)
 
 
 def _glob(pattern: Path) -> list[Path]:
-    """Returns what a pattern matches, `**` any number of folders; raises OSError as `_folders`."""
+    """Returns what a pattern matches, `**` any number of folders; raises as `_folders`."""
     return list(_matches(Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]))
 
 
@@ -376,7 +384,8 @@ def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
             yield from _matches(place, parts[1:])
     elif folder.is_dir():
         for place in folder.iterdir():
-            if fnmatchcase(place.name, parts[0]):
+            if fnmatchcase(place.name, parts[0]) and not place.name.startswith(_HIDDEN):
+                _check_link(place)
                 yield from _matches(place, parts[1:])
 
 

@@ -163,19 +163,29 @@ def test_folders_behind_links_are_read_too_and_a_link_upwards_ends(fold, pattern
     (fold / "up").symlink_to(fold)
     (fold.parent / "other/back").symlink_to(fold)
     (fold / "file.jsonl").symlink_to(fold / "a.jsonl")
+    (fold / ".#a.jsonl").symlink_to("/nowhere")  # an editor's lock
     names = ["a.jsonl", "file.jsonl", "linked/b.jsonl", "linked/deep/c.jsonl"]
     assert find_files(f"{fold}{pattern}") == [str(fold / name) for name in names]
+    assert find_files(f"{fold}/*.jsonl") == [str(fold / name) for name in names[:2]]
     assert find_files(f"{fold}/*/d**p/*.jsonl") == [str(fold / "linked/deep/c.jsonl")]
 
 
-@pytest.mark.parametrize("name", ["b.jsonl", "linked", "linked/b.jsonl"])
-@pytest.mark.parametrize("pattern", ["", "/**/*"])
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        *[(name, pattern) for name in ("b.jsonl", "linked", "linked/b.jsonl") for pattern in ("", "/**/*.jsonl")],
+        ("b.jsonl", "/*.jsonl"),
+        ("linked", "/*/*.jsonl"),
+        ("linked/b.jsonl", "/*/b.jsonl"),
+    ],
+)
 def test_a_link_to_nothing_is_refused(fold, name, pattern):
     (fold / name).parent.mkdir(exist_ok=True)
     (fold / name).symlink_to("/nowhere/b.jsonl")
     with pytest.raises(DataError) as caught:
         find_files(f"{fold}{pattern}")
     assert f"{fold / name}: got a link to /nowhere/b.jsonl, which does not exist; expected a" in str(caught.value)
+    assert missing_paths(DataConfig(files=[f"{fold}{pattern}"], format="plain")) == []
 
 
 def test_what_is_no_file_among_others_is_refused(fold):
