@@ -311,7 +311,6 @@ class _WithinState:
     pruner: Any
     pruned: Selection | None = None
     both: dict[tuple[Selection, Selection], Selection] = field(default_factory=dict)
-    has_seen: bool = False  # a layer ran on visual tokens
 
 
 @dataclass(frozen=True)
@@ -351,8 +350,7 @@ class Within(Schedule):
             return NO_VISUAL
         live = _both(view, trained, state.pruned or view.visual)
         pruned = self.inner.live(replace(view, live=live, state=state.pruner))
-        if pruned is live or (pruned is NO_VISUAL and not state.has_seen):
-            state.has_seen = True
+        if pruned is live:
             return live
         state.pruned = pruned
         return _both(view, trained, pruned)

@@ -12,6 +12,8 @@ from .schedule_base import Schedule, View, is_int, published_setting
 class VTW(Schedule):
     """Visual token withdrawal: all visual tokens are live before layer `layer`, none from it on.
 
+    Inside a plan that lets vision in at `layer` or later, the first layer that sees it still does.
+
     Source: arXiv 2405.05803 (K=16 of 32 for LLaVA-1.5-7B). The paper chooses K on a small calibration set, as the
     first layer after which dropping vision hardly changes the output (KL divergence); here K is given.
     """
@@ -26,6 +28,20 @@ class VTW(Schedule):
         expected = f"at most {num_layers}, because the decoder has {num_layers} layers"
         self.require("layer", self.layer <= num_layers, expected)
 
+    def new_state(self) -> _State:
+        """Returns the state of a new run."""
+        return _State()
+
     def live(self, view: View) -> Selection:
         """Returns all visual tokens, then none."""
-        return view.visual if view.layer < self.layer else NO_VISUAL
+        if view.layer >= self.layer and view.state.has_seen:
+            return NO_VISUAL
+        view.state.has_seen = True
+        return view.visual
+
+
+@dataclass
+class _State:
+    """State of a run: whether a layer ran on visual tokens."""
+
+    has_seen: bool = False
