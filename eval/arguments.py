@@ -49,6 +49,14 @@ def misfit(report: Mapping[str, Any]) -> str | None:
     return None
 
 
+def exists(path: str | Path) -> bool:
+    """Returns whether there is a file or a folder of that name; of one that cannot be a name, False."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, no access, a NUL in it
+        return False
+
+
 def make_folder(option: str, folder: Path, files: Iterable[str] = ()) -> None:
     """Makes a folder for results, and its parents, and tries to write there.
 

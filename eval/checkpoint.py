@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from data.processor import ProcessorError, load_processor
-from eval.arguments import UsageError, misfit
+from eval.arguments import UsageError, exists, misfit
 from eval.measure import device
 from eval.prompts import PromptEncoder
 from models import FusedAutoModel, UnsupportedModelError
@@ -64,16 +64,16 @@ class Checkpoint:
             CheckpointError: no checkpoint was found, or its data.format has no questions.
         """
         folder = Path(given)
-        if not folder.exists() and _HUB_NAME.fullmatch(str(given)):
+        if not exists(folder) and _HUB_NAME.fullmatch(str(given)):
             _check_kind(_fetched(str(given), ["config.json"]))  # before all weights of another kind are fetched
             return cls._described(str(given), _fetched(str(given), _HUB_FILES), [], chat_format, aspect)
-        for weights in (folder / "final", folder):
+        for weights in (folder / "final", folder) if exists(folder) else ():
             if (weights / "config.json").is_file() and any(weights.glob("*.safetensors")):
                 is_final = weights.resolve().name == "final"
                 name = weights.resolve().parent.name if is_final else folder.resolve().name
                 run = weights.parent if is_final else folder
                 return cls._described(name, weights, [run / "align", run], chat_format, aspect)
-        found = "a LoRA adapter" if (folder / "adapter_config.json").is_file() else "no checkpoint"
+        found = "a LoRA adapter" if exists(folder / "adapter_config.json") else "no checkpoint"
         raise CheckpointError(
             f"{given}: got {found}, expected a run folder with final/, a folder with config.json and safetensors, or "
             "a hub name"
@@ -187,7 +187,7 @@ class Checkpoint:
 
 def plans_of(given: str | Path) -> list[str]:
     """Returns the names of the plans of a checkpoint on this machine, where it was trained for several."""
-    for weights in (Path(given) / "final", Path(given)):
+    for weights in (Path(given) / "final", Path(given)) if exists(given) else ():
         if (weights / "config.json").is_file():
             return list(_config(weights).get("plans") or {})
     return []

@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging
 
 from data.chat import TokenizerError
-from eval.arguments import UsageError, make_folder, positive
+from eval.arguments import UsageError, exists, make_folder, positive
 from eval.checkpoint import ASPECTS, FORMATS, Checkpoint
 from eval.stage_analysis.report import (
     check_target,
@@ -78,7 +78,7 @@ def samples_of(args: argparse.Namespace) -> list[Sample]:
         samples = easy_vqa_samples(args.limit)
     elif args.task == "scenes":
         samples = scenes_samples(args.limit)
-    elif Path(args.task).is_file():
+    elif exists(args.task) and Path(args.task).is_file():
         samples = file_samples(Path(args.task), args.images, args.limit)
     else:
         raise SamplesError(

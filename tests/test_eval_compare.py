@@ -598,7 +598,8 @@ def test_smoothing_starts_at_the_first_value():
 def test_what_cannot_be_compared_is_named(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="got no checkpoint"):
         Checkpoint.find(tmp_path)
-    for folder in (tmp_path, QUICKSTART):  # nothing there; a config without weights
+    # nothing there; a config without weights; what can be no folder
+    for folder in (tmp_path, QUICKSTART, "x" * 300, tmp_path / "nul\0"):
         assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
         assert "expected a run folder with final/" in capsys.readouterr().err.splitlines()[-1]
 

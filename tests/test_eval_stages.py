@@ -679,6 +679,7 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
     ("more", "said"),
     [
         (("--task", "gqa"), "--task: got 'gqa', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
+        (("--task", "x" * 300), "expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--images", "nowhere"), "--images: "),
         (("--task", "easy_vqa"), "with --task easy_vqa, expected it with a file as --task"),
         (("--task", "long.json"), "sample 3: prompt: got 2,012 tokens, expected at most 1,024"),
