@@ -29,6 +29,7 @@ from train.checkpoints import (
     set_aside,
     whole_checkpoints,
 )
+from train.extensions import build_lock
 from train.metrics import Clock, TrainMetrics
 from train.parameters import freeze, muon_groups, parameter_groups, part_of, trainable_counts
 from train.samples import ShuffledSampler, WholeBatches, processor_fingerprint
@@ -423,6 +424,12 @@ def test_a_lock_that_a_killed_build_left_is_removed_and_a_held_one_waited_for(tm
         assert held.stdout.readline() == f"waiting for process {os.getpid()}, which compiles in {left.parent}\n"
     left.unlink()
     assert held.communicate(timeout=120)[0] == "built\n"
+
+
+def test_a_folder_for_builds_that_cannot_be_made_is_named(monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    with pytest.raises(RecipeError, match=r"TORCH_EXTENSIONS_DIR: /proc/none: .*, expected a folder"), build_lock("x"):
+        pass
 
 
 @pytest.mark.parametrize(
