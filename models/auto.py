@@ -36,13 +36,13 @@ class FusedAutoModel:
             OSError: config.json cannot be read.
             ValueError: the plan does not fit the decoder.
         """
+        stages = _plan_fields(stages)
+        require_saveable(kwargs.get("schedule"))
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         fields = _read_config(source, hub)
         if is_original(fields):
             return load_original(source, fields, *args, hub=hub, stages=stages, **kwargs)
         family = family_of(fields.get("model_type"), source)
-        stages = stages.to_dict() if isinstance(stages, StagePlan) else stages
-        require_saveable(kwargs.get("schedule"))
         if kwargs.get("config") is not None:
             if isinstance(kwargs["config"], str | Path):
                 kwargs["config"] = family.config_class.from_pretrained(kwargs["config"], **hub)
@@ -60,7 +60,7 @@ class FusedAutoModel:
 
         The rest is as in Hugging Face's from_config (`dtype`, `attn_implementation`); errors as from_pretrained.
         """
-        fused = _fused_config(config, stages.to_dict() if isinstance(stages, StagePlan) else stages)
+        fused = _fused_config(config, _plan_fields(stages))
         return family_of(config.model_type).model_class._from_config(fused, **kwargs)
 
 
@@ -103,6 +103,10 @@ def _read_config(source: Any, hub: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(fields, dict) or not fields:
         raise OSError(f"{source}: got no config.json or nothing in it, expected one that names a model_type")
     return fields
+
+
+def _plan_fields(stages: StagePlan | dict[str, Any] | None) -> dict[str, Any] | None:
+    return stages.to_dict() if isinstance(stages, StagePlan) else stages
 
 
 def _fused_config(config: Any, stages: dict[str, Any] | None) -> Any:

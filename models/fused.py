@@ -322,14 +322,17 @@ class FusedMixin:
         """Raises ValueError for a mask that is not of this call's tokens, or of all tokens so far."""
         tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
         (samples, size), seen, running = tokens.shape[:2], _seen(inputs), self._running()
-        whole = {size, seen + size}
-        prompt = {running.prompt_length} if running else set()
-        known = {"attention_mask": whole, "query_mask": {size}}
-        known |= dict.fromkeys(("visual", "relevance"), whole | prompt | set(range(1, seen + 1)))
-        for name, widths in known.items():
+        prompt = running.prompt_length if running else size
+        for name in ("attention_mask", "query_mask", "visual", "relevance"):
             found = inputs.get(name)
+            if found is None:
+                continue
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            if found is not None and shape not in {(samples, width) for width in widths}:
+            rows, width = found.shape if isinstance(found, Tensor) and found.ndim == 2 else (-1, 0)
+            fits = width == size or (width == seen + size and name != "query_mask")
+            if name in ("visual", "relevance"):  # of the prompt, of which this call may be a part
+                fits = fits or width == prompt or 0 < width <= seen
+            if rows != samples or not fits:
                 raise ValueError(f"{name}: got {shape}, expected a tensor {samples, seen + size}")
 
     def _running(self) -> _Generation | None:

@@ -743,7 +743,7 @@ def test_rows_that_cannot_be_used_are_named(name):
     [
         ('{"image": "a.png", "image": "b.png", "conversations": []}', "image"),
         ('{"conversations": [{"from": "human", "from": "gpt", "value": "x"}]}', "from"),
-        ('{"\\u0000duplicate key": 5, TURNS}', "5"),  # the reader's own mark, from a file
+        ('{"\\u0000duplicate key": 5, TURNS}', "5"),  # the mark that the reader sets, from a file
         ('{"image": {"path": "a.png", "path": "b.png"}, TURNS}', "path"),
         ('{"images": [{"path": "a.png", "path": "b.png"}], TURNS}', "path"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "text": "r"}]}]}', "text"),

@@ -288,9 +288,9 @@ def test_a_record_counts_the_visual_tokens_that_training_saw(monkeypatch, tmp_pa
 def keep_results(file, arms, right="10"):
     """Keeps a result of each arm with each seed, as if it had been trained."""
     loaded = load_study(file)
-    asked = len(questions_of("easy_vqa"))
+    total = len(questions_of("easy_vqa"))
     for run in runs_of(loaded, file.parent / "out", arms, loaded.seeds):
-        found = record(run.arm, run.seed, (right * asked)[:asked])
+        found = record(run.arm, run.seed, (right * total)[:total])
         Results(Path(loaded.results)).write({**copy.deepcopy(found), "recipe": fingerprint(run.recipe)})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from transformers import TrainingArguments
 from recipes.errors import suggestion
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
 from train import distributed
+from train.checkpoints import digest_of
 from train.errors import one_line
 
 _ENDLESS: Final = 10**9  # steps; a run that the clock ends
@@ -38,7 +38,7 @@ _REFUSED: Final = {
     "elasticity": "train.global_batch decides; python -m train.elastic restarts a run",
     "prescale_gradients": "gradients are the mean over the global batch",
     "gradient_predivide_factor": "gradients are the mean over the global batch",
-    "hybrid_engine": "models are trained, not asked, while they train",
+    "hybrid_engine": "no run generates while it trains",
     "checkpoint.load_universal": "a run that goes on decides",
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer names the device",
     "zero_optimization.zenflow": "the optimizer takes every gradient in its step",
@@ -205,7 +205,7 @@ def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def deepspeed_fingerprint(config: Mapping[str, Any]) -> str:
     """Returns a digest of a configuration's content, whatever the layout of its file."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return digest_of(config)
 
 
 def check_deepspeed(train: TrainSection, num_ranks: int) -> None:

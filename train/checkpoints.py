@@ -258,6 +258,11 @@ def files_of(folder: Path, *, but: Sequence[str]) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
 
 
+def digest_of(content: Any) -> str:
+    """Returns the SHA-256 of content that JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def sha256_of(file: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:

@@ -22,6 +22,7 @@ from models.batch_facts import BatchFacts
 from recipes.schema import Phase, RecipeError
 from train import distributed
 from train.arguments import passes_per_step, split_batch
+from train.checkpoints import digest_of
 from train.validation import Validation
 
 Samples = ConversationDataset | ConversationStream
@@ -117,7 +118,7 @@ def processor_fingerprint(processor: Any) -> str:
         "template": processor.chat_template or tokenizer.chat_template,
         "images": {name: value for name, value in images.items() if value is not None},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(parts)
 
 
 class ShuffledSampler(Sampler[int]):

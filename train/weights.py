@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -31,6 +29,7 @@ from models.families import Family, family_of, is_original
 from models.token_scorer import SCORER, is_scorer, needs_scorer
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.arguments import resolve_dtype
+from train.checkpoints import digest_of
 from train.errors import one_line
 
 INITIAL: Final = "init"  # folder below the run folder: the checkpoint is built once, then loaded by every rank
@@ -63,7 +62,7 @@ def config_fingerprint(model: ModelSection) -> str:
     """Returns a digest of the config.json that the recipe's model is built from."""
     fields = config_fields(model.config, model.checkpoint)
     kept = {name: value for name, value in fields.items() if not name.startswith(("_", "transformers_version"))}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(kept)
 
 
 def read_processor(model: ModelSection) -> Any:

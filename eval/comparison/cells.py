@@ -30,7 +30,7 @@ from models.schedules import Dense, Schedule
 
 PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE: Final = "settings.json"
-# what decides an answer: the models, how images are shown and questions asked, the tasks
+# what an answer depends on: the models, how images and prompts are encoded, the tasks
 _DECIDING = (
     "models/*.py",
     *(f"data/{name}.py" for name in ("chat", "dataset", "images", "processor", "rows")),
@@ -78,10 +78,9 @@ class Store:
         if record is None:
             return None
         before, now = record.get("decided_by"), self._decided_by(*parts)
-        if (
-            isinstance(before, dict) and isinstance(before.get("schedule"), dict) and parts == ("speed",)
-        ):  # more schedules may have been timed
-            now["schedule"] = {**before["schedule"], **now["schedule"]}
+        timed = before.get("schedule") if isinstance(before, dict) and parts == ("speed",) else None
+        if isinstance(timed, dict):  # more schedules may have been timed
+            now["schedule"] = {**timed, **now["schedule"]}
         return record if before == now and "status" in record else None
 
     def is_outdated(self, *parts: str) -> bool:
@@ -191,7 +190,7 @@ def settings_of(checkpoints: Sequence[Checkpoint], args: argparse.Namespace) -> 
     """Returns what all rows have in common, by the command line; batch and precision that are None are by the machine.
 
     Raises:
-        ComparisonError: two checkpoints are asked, or shown images, in different ways.
+        ComparisonError: two checkpoints differ in prompt format or image padding.
     """
     first = checkpoints[0]
     for other in checkpoints[1:]:

@@ -34,7 +34,7 @@ def plot(file: Path, size: tuple[float, float] = (7.5, 4.5), **settings: Any) ->
 
 
 def set_log_scale(axes: Any) -> None:
-    """Makes the y axis logarithmic, with plain numbers beside it: matplotlib's own would be formulas."""
+    """Makes the y axis logarithmic with plain numbers: its usual formulas are off (`text.parse_math`)."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

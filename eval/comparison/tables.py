@@ -90,7 +90,7 @@ def _compare(comparison: Comparison, rows: Sequence[Row], members: Members, base
 def cell_row(run: str, label: str, task: str, cell: Record, schedule: Schedule, speed: Record | None) -> Row:
     """Returns the row of one cell; of a failed one its error.
 
-    `label` is the name that the schedule was asked for by, `speed` the record of what was timed on the checkpoint.
+    `label` is the schedule as the command line names it, `speed` the record of what was timed on the checkpoint.
     """
     row: Row = {"run": run, "schedule": label, "settings": settings_text(schedule), "task": task}
     row["status"] = cell["status"]

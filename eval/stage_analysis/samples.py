@@ -158,7 +158,7 @@ class ProbeBatcher:
         return self.prompt_encoder.expand(ids, images), targets
 
     def check_longest(self, samples: Sequence[Sample]) -> None:
-        """Encodes the sample with the longest text; raises SamplesError where it cannot be asked."""
+        """Encodes the sample with the longest text; raises SamplesError where it cannot be encoded."""
         longest = max(samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer))
         self.encode(longest, self.images(longest))
 
