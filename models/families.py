@@ -50,8 +50,7 @@ class StagesConfigMixin:
     def to_diff_dict(self) -> dict[str, Any]:
         """Returns what config.json says: of a dense model the family's, which transformers then loads as it is."""
         fields = super().to_diff_dict()  # type: ignore[misc]  # PreTrainedConfig's
-        has_class = type(self).__bases__[-1].__module__.startswith("transformers.")
-        if has_class and self.stages is None and not self.plans and self.schedule is None:
+        if is_plain(self):
             names = [name.removeprefix("Fused") for name in fields.get("architectures") or ()]
             fields = {name: value for name, value in fields.items() if name not in (*_ADDED, "auto_map")}
             fields |= {"model_type": self.base_model_type} | ({"architectures": names} if names else {})
@@ -72,6 +71,12 @@ class StagesConfigMixin:
                 "FusedAutoModel.from_pretrained loads both"
             )
         return {**fields, "model_type": cls.model_type}, kwargs
+
+
+def is_plain(config: Any) -> bool:
+    """Returns whether Hugging Face's classes of the family compute the same: dense, and transformers has them."""
+    has_classes = type(config).__bases__[-1].__module__.startswith("transformers.")
+    return has_classes and not any((config.stages, config.plans, config.schedule))
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from models import FusedLlavaForConditionalGeneration
-from train.weights import load_checkpoint, save_model
+from recipes.schema import ModelSection
+from train.weights import load_checkpoint, read_config, save_model
 
 # Some of the names in llava-hf/llava-1.5-7b-hf's safetensors files.
 PUBLISHED = (
@@ -86,3 +87,14 @@ def test_weights_that_share_a_storage_are_written_alone(make_model, tmp_path):
     own, found = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "views"))
     assert own.keys() == found.keys()
     assert all(torch.equal(own[name], found[name]) for name in own)
+
+
+@pytest.mark.parametrize("stages", [None, {"enter": 1, "exit": 4}])
+def test_a_base_that_answers_under_a_pruner_is_trained_under_the_recipes_plan(make_model, tmp_path, stages):
+    model = make_model("llama")
+    model.config.schedule = {"name": "fastv", "layer": 2}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["schedule"]["name"] == "fastv"
+    config = read_config(ModelSection(checkpoint=str(tmp_path), stages=stages))
+    assert config.schedule is None
+    assert (config.stages is None) == (stages is None)

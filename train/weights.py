@@ -47,13 +47,15 @@ _WRAPPER: Final = "vision_tower.vision_model."
 def read_config(model: ModelSection) -> Any:
     """Returns the fused config of the recipe's model, with the recipe's stage plan.
 
+    A schedule that the checkpoint answers under, such as a pruner that a release chose, is left out.
+
     Raises:
         RecipeError: config.json does not describe a model of a supported family that the plan fits.
     """
     key = "model.config" if model.checkpoint is None else "model.checkpoint"
     source = model.checkpoint or model.config or ""
     try:
-        return config_of(config_fields(model.config, model.checkpoint), source, **model.plan_fields)
+        return config_of(config_fields(model.config, model.checkpoint), source, **model.plan_fields, schedule=None)
     except CONFIG_FAULTS as error:
         raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
 
@@ -285,22 +287,11 @@ def save_model(
         save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
     else:
         model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
-    config = _saved_config(model)
-    config.dtype = dtype
-    config.save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def _saved_config(model: Any) -> Any:
-    """Returns the config to save: Hugging Face's of the family for a dense model."""
-    config, kind = model.config, type(model)
-    if config.stages is None and not config.plans:
-        dropped = ("stages", "plans", "schedule", "model_type", "architectures", "auto_map")
-        fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
-        config, kind = type(config).__bases__[-1](**fields), kind.__bases__[-1]
-    config.architectures = [kind.__name__]
-    return config
 
 
 def _published(name: str, tower: str) -> str:

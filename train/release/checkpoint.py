@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from data.config import DataConfig
 from models import FusedAutoModel
-from models.families import family_of
+from models.families import family_of, is_plain
 from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import TRAINED, ScheduleError
 from recipes.schema import Recipe, load_recipe
@@ -168,15 +168,9 @@ def load(run: Run, schedule: Mapping[str, Any] | None) -> Any:
     return model.eval()
 
 
-def is_plain(model: Any) -> bool:
-    """Returns whether Hugging Face's class of the family computes the same: dense, and transformers has the class."""
-    has_class = type(model).__bases__[-1].__module__.startswith("transformers.")
-    return has_class and not any((model.config.stages, model.config.plans, model.config.schedule))
-
-
 def write_model(model: Any, folder: Path, *, max_shard_size: str) -> None:
     """Writes weights and config; and the code that runs them, unless transformers has it."""
-    if is_plain(model):
+    if is_plain(model.config):
         save_model(model, folder, max_shard_size=max_shard_size)
         return
     family = family_of(model.config.model_type)

@@ -30,11 +30,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import logging as transformers_logging
 
 from data.chat import TokenizerError
+from models.families import is_plain
 from recipes.schema import RecipeError
 from train.checkpoints import RECIPE
 from train.errors import InputError, ReleaseError, one_line
 from train.release.card import TABLE, Comparison, licence_file, licences, read_comparison, write_card
-from train.release.checkpoint import Run, find_run, is_plain, load, parse_schedule, write_model
+from train.release.checkpoint import Run, find_run, load, parse_schedule, write_model
 from train.release.processor import read_processor, released_processor, save_released
 from train.release.proof import SUMS, Released, expect, picture, prove, write_sums
 
@@ -130,7 +131,7 @@ def write_release(
     licence = licence_file()
     if licence is not None:
         shutil.copyfile(licence, partial / licence.name)
-    plain = is_plain(model)
+    plain = is_plain(model.config)
     (partial / LICENSES).write_text(licences(run.recipe, code=not plain), encoding="utf-8")
     if comparison is not None:
         for name in TABLE:
