@@ -203,7 +203,7 @@ def test_metrics_of_a_resumed_run_report_what_the_uninterrupted_one_reports():
 
 
 def health(**more):
-    return Health(**{"vocabulary": 100, "warmup_steps": 5, "needs_images": False, **more})
+    return Health(**{"vocabulary": 100, "warmup_steps": 5, "total_steps": None, "needs_images": False, **more})
 
 
 def faults(health, steps, **values):
@@ -217,12 +217,18 @@ def test_a_live_model_has_no_fault():
     assert not any(faults(alive, 1))  # a gradient again: the count starts anew
     assert not any(faults(alive, 9, norm=0.0))
     assert not any(faults(health(), 300, loss=4.6))  # ln 100 = 4.605
-    assert not any(faults(health(needs_images=True), 50, norm=0.0))  # text alone, and the projector alone learns
+    mixed = health(needs_images=True)  # the projector alone learns
+    for _ in range(3):
+        assert not any(faults(mixed, 199, norm=0.0))  # from text
+        assert not any(faults(mixed, 1, had_images=True))
+    assert not any(faults(health(), 250))  # text alone, and the language model learns
 
 
 def test_a_dead_model_is_told_by_its_gradient_or_its_loss():
     assert "exactly 0" in faults(health(), 10, norm=0.0)[-1]
     assert "exactly 0" in faults(health(needs_images=True), 10, norm=0.0, had_images=True)[-1]
+    assert "no image in 200 consecutive steps" in faults(health(needs_images=True), 200, norm=0.0)[-1]
+    assert "no image in 30 consecutive steps" in faults(health(needs_images=True, total_steps=30), 30, norm=0.0)[-1]
     assert "above 4.61" in faults(health(), 206, loss=4.7)[-1]
     assert not any(faults(health(), 205, loss=4.7))
     assert "nan or infinite" in faults(health(), 1, norm=float("nan"))[0]

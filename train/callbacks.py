@@ -30,6 +30,7 @@ from train.window_search import PICTURE, PLAN, WindowSearch, apply_plan, draw_ga
 _PLAIN_SECONDS: Final = 10  # between two lines where the output is no terminal
 _ZERO_GRADIENT_STEPS: Final = 10  # with a gradient of exactly 0, although the batch had something to learn from
 _HIGH_LOSS_STEPS: Final = 200  # with a loss above that of guessing every token alike
+_IMAGELESS_STEPS: Final = 200  # where only what encodes images learns
 _ANSWER_SECONDS: Final = 5.0  # that a tracker's server may take
 
 
@@ -43,13 +44,15 @@ class Health:
     Args:
         vocabulary: size of the vocabulary.
         warmup_steps: steps at the start in which the loss may be high.
+        total_steps: of the run; None if its end is not known.
         needs_images: only the vision tower or the projector learn, so a step without images has no gradient.
     """
 
-    def __init__(self, *, vocabulary: int, warmup_steps: int, needs_images: bool) -> None:
+    def __init__(self, *, vocabulary: int, warmup_steps: int, total_steps: int | None, needs_images: bool) -> None:
         self._guess = math.log(vocabulary)
         self._warmup, self._needs_images = warmup_steps, needs_images
-        self._zero_gradient_steps = self._high_loss_steps = 0  # steps in a row
+        self._imageless_limit = min(_IMAGELESS_STEPS, total_steps or _IMAGELESS_STEPS)
+        self._zero_gradient_steps = self._high_loss_steps = self._imageless_steps = 0  # steps in a row
 
     def fault(self, *, step: int, norm: float | None, loss: float, had_images: bool) -> str | None:
         """Returns what is wrong after a step, or None; `norm` is the gradient's, None where it is not known."""
@@ -57,9 +60,15 @@ class Health:
             return "the gradient is nan or infinite"
         if had_images or not self._needs_images:
             self._zero_gradient_steps = self._zero_gradient_steps + 1 if norm == 0.0 else 0
+        self._imageless_steps = self._imageless_steps + 1 if self._needs_images and not had_images else 0
         self._high_loss_steps = self._high_loss_steps + 1 if step > self._warmup and loss > self._guess else 0
         if self._zero_gradient_steps >= _ZERO_GRADIENT_STEPS:
             return f"the gradient was exactly 0 in {_ZERO_GRADIENT_STEPS} consecutive steps; lower the learning rates"
+        if self._imageless_steps >= self._imageless_limit:
+            return (
+                f"got no image in {self._imageless_limit} consecutive steps, expected some: "
+                "train.learning_rate.language_model is null, and what learns sees nothing else"
+            )
         if self._high_loss_steps >= _HIGH_LOSS_STEPS:
             return (
                 f"the loss was above {self._guess:.2f}, the loss of random guessing, in {_HIGH_LOSS_STEPS} consecutive "

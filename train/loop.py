@@ -300,6 +300,7 @@ def _health(phase: Phase, model: Any, total: int | None) -> callbacks.Health:
     return callbacks.Health(
         vocabulary=model.config.text_config.vocab_size,
         warmup_steps=round(phase.train.warmup_ratio * (total or 0)),
+        total_steps=total,
         needs_images=phase.train.learning_rate.language_model is None,
     )
 
