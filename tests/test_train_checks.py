@@ -199,6 +199,18 @@ def test_a_config_that_describes_no_model_is_refused(tmp_path, changes, words):
     assert words in message
 
 
+@pytest.mark.parametrize("part", ["config", "checkpoint", "language_model", "vision_tower"])
+@pytest.mark.parametrize("inner", [None, "text_config"])
+def test_quantized_weights_cannot_be_trained(tmp_path, part, inner):
+    write_config(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if inner is None else config[inner])["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    others = ["model.config=null"] if part == "checkpoint" else []
+    message = refused(f"model.{part}={tmp_path}", *others)
+    assert message.startswith(f"model.{part}: '{tmp_path}': config.json: quantization_config: got awq, expected weights")
+
+
 @pytest.mark.parametrize("text", ["[1]", "null", "[" * 5000])
 def test_a_config_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -60,6 +60,29 @@ def read_config(model: ModelSection) -> Any:
         raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
 
 
+def check_unquantized(model: ModelSection, *, local: bool) -> None:
+    """Raises RecipeError when a config.json that the recipe names is of quantized weights, which cannot be trained.
+
+    `local` looks at folders alone; else the hub is asked too. What cannot be read is left to its loading.
+    """
+    for part in ("config", "checkpoint", "language_model", "vision_tower"):
+        source = getattr(model, part)
+        if source is None or (local and not Path(source).exists()):
+            continue
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(source)
+        except OSError:
+            continue
+        for one in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+            found = one.get("quantization_config")
+            if found:
+                method = found.get("quant_method") if isinstance(found, dict) else found
+                raise RecipeError(
+                    f"model.{part}: '{source}': config.json: quantization_config: got {method}, expected weights that are "
+                    "not quantized; train.lora.bits quantizes them as it loads them"
+                )
+
+
 def config_fingerprint(model: ModelSection) -> str:
     """Returns a digest of the config.json that the recipe's model is built from."""
     fields = config_fields(model.config, model.checkpoint)
@@ -93,6 +116,7 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
     """
     if folder.is_dir():
         return
+    check_unquantized(recipe.model, local=False)
     dtype = resolve_dtype(recipe.phases[0].train)
     processor, config = read_processor(recipe.model), read_config(recipe.model)
     check_tokens(config, processor)
