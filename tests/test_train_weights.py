@@ -98,3 +98,30 @@ def test_a_base_that_answers_under_a_pruner_is_trained_under_the_recipes_plan(ma
     config = read_config(ModelSection(checkpoint=str(tmp_path), stages=stages))
     assert config.schedule is None
     assert (config.stages is None) == (stages is None)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.9, "top_p": 0.6, "do_sample": False},  # vicuna-7b-v1.5
+        {"temperature": 0.9, "top_p": 0.6},
+        {"top_k": 1, "length_penalty": 2.0, "pad_token_id": -1},
+    ],
+)
+@pytest.mark.parametrize("stages", [None, {"enter": 1, "exit": 4}])
+def test_settings_of_generation_without_effect_do_not_stop_a_run(make_model, tmp_path, given, stages):
+    make_model("llama", stages).save_pretrained(tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text(json.dumps({"eos_token_id": 2, **given}))
+    model = load_checkpoint(tmp_path / "base", dtype=torch.float32)
+    save_model(model, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert saved["eos_token_id"] == 2
+    assert not given.keys() & saved.keys() - {"do_sample"}
+
+
+def test_settings_of_generation_with_effect_are_kept(make_model, tmp_path):
+    model = make_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9)
+    save_model(model, tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.7, 0.9)

@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
@@ -40,6 +41,9 @@ _NAMES: Final = (
     (re.compile(r"^model\.vision_tower\."), "vision_tower."),
     (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
 )
+# Settings of generation that are without effect unless it samples, or has several beams.
+_SAMPLING: Final = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
+_BEAMS: Final = ("early_stopping", "length_penalty")
 _WRAPPED_TOWERS: Final = ("clip_vision_model", "siglip_vision_model")  # published with a `vision_model.` in between
 _WRAPPER: Final = "vision_tower.vision_model."
 
@@ -78,8 +82,8 @@ def check_unquantized(model: ModelSection, *, local: bool) -> None:
             if found:
                 method = found.get("quant_method") if isinstance(found, dict) else found
                 raise RecipeError(
-                    f"model.{part}: '{source}': config.json: quantization_config: got {method}, expected weights that are "
-                    "not quantized; train.lora.bits quantizes them as it loads them"
+                    f"model.{part}: '{source}': config.json: quantization_config: got {method}, expected weights that "
+                    "are not quantized; train.lora.bits quantizes them as it loads them"
                 )
 
 
@@ -296,7 +300,12 @@ def save_model(
     stage plan keeps its model type.
 
     `weights` are by their names in the model; None takes the model's.
+
+    Raises:
+        RecipeError: transformers does not save the model's generation config.
     """
+    if model.can_generate():
+        _make_saveable(model.generation_config)
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(model.state_dict() if weights is None else weights)
     for name, weight in weights.items():  # ZeRO-3 gathers several into one storage, which no file may hold twice
@@ -316,6 +325,22 @@ def save_model(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def _make_saveable(config: GenerationConfig) -> None:
+    """Unsets what transformers loads and refuses to save: settings without effect, as many Vicuna checkpoints have."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        without_effect = [*(() if config.do_sample else _SAMPLING), *(() if (config.num_beams or 1) > 1 else _BEAMS)]
+        if config.pad_token_id is not None and config.pad_token_id < 0:
+            without_effect.append("pad_token_id")
+        for name in without_effect:
+            setattr(config, name, None)
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise RecipeError(f"model: generation_config.json: got what cannot be saved: {one_line(error)}") from error
 
 
 def _published(name: str, tower: str) -> str:
