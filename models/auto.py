@@ -74,7 +74,7 @@ def config_fields(config: str | None, checkpoint: str | None) -> Any:
     """
     if checkpoint is not None:
         try:
-            fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+            fields = _read_config(checkpoint, {})
         except OSError:
             if config is None:
                 raise

@@ -211,6 +211,14 @@ def test_quantized_weights_cannot_be_trained(tmp_path, part, inner):
     assert message.startswith(f"model.{part}: '{tmp_path}': config.json: quantization_config: got awq, expected ")
 
 
+def test_a_run_folder_is_no_checkpoint_and_its_final_is_named(tmp_path):
+    base = ["model.config=null", f"model.checkpoint={tmp_path}"]
+    assert "got no config.json or nothing in it" in refused(*base)
+    (tmp_path / "final").mkdir()
+    write_config(tmp_path / "final")
+    assert refused(*base).endswith(f"; the model of this run is '{tmp_path}/final'")
+
+
 @pytest.mark.parametrize("text", ["[1]", "null", "[" * 5000])
 def test_a_config_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -30,7 +30,7 @@ from models.families import Family, family_of, is_original
 from models.token_scorer import SCORER, is_scorer, needs_scorer
 from recipes.schema import ModelSection, Recipe, RecipeError
 from train.arguments import resolve_dtype
-from train.checkpoints import digest_of
+from train.checkpoints import FINAL, digest_of
 from train.errors import one_line
 
 INITIAL: Final = "init"  # folder below the run folder: the checkpoint is built once, then loaded by every rank
@@ -61,7 +61,10 @@ def read_config(model: ModelSection) -> Any:
     try:
         return config_of(config_fields(model.config, model.checkpoint), source, **model.plan_fields, schedule=None)
     except CONFIG_FAULTS as error:
-        raise RecipeError(f"{key}: '{source}': config.json describes no model to train: {one_line(error)}") from error
+        is_run = (Path(source) / FINAL / "config.json").is_file()
+        more = f"; the model of this run is '{source}/{FINAL}'" if is_run else ""
+        found = f"config.json describes no model to train: {one_line(error)}{more}"
+        raise RecipeError(f"{key}: '{source}': {found}") from error
 
 
 def check_unquantized(model: ModelSection, *, local: bool) -> None:
