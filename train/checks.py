@@ -29,7 +29,8 @@ from train.arguments import check_deepspeed, passes_per_step
 from train.checkpoints import check_same_run
 from train.errors import one_line
 from train.parameters import adapted_layers, tower_depth
-from train.weights import check_tokens, check_unquantized, read_config, read_processor
+from train.pretrained_parts import check_parts
+from train.weights import check_tokens, read_config, read_processor
 from train.window_search import check_search
 
 _WORKERS_A_CORE = 16
@@ -62,7 +63,7 @@ def check_run(recipe: Recipe, num_ranks: int) -> Any:
             expected = "expected a name that is no schedule's; dense is for plan: null"
             raise RecipeError(f"model.stages: got a plan named '{name}', {expected}")
     config = read_config(recipe.model)
-    check_unquantized(recipe.model, local=True)
+    check_parts(recipe.model, config, local=True)
     if recipe.model.learn is not None:
         depth = config.text_config.num_hidden_layers
         check_search(recipe.model.learn, num_layers=depth, steps=recipe.train.max_steps)

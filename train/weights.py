@@ -32,6 +32,7 @@ from recipes.schema import ModelSection, Recipe, RecipeError
 from train.arguments import resolve_dtype
 from train.checkpoints import FINAL, digest_of
 from train.errors import one_line
+from train.pretrained_parts import check_parts
 
 INITIAL: Final = "init"  # folder below the run folder: the checkpoint is built once, then loaded by every rank
 # Names in memory -> names in llava-hf's checkpoints, which transformers, vLLM and others read.
@@ -67,29 +68,6 @@ def read_config(model: ModelSection) -> Any:
         raise RecipeError(f"{key}: '{source}': {found}") from error
 
 
-def check_unquantized(model: ModelSection, *, local: bool) -> None:
-    """Raises RecipeError when a config.json that the recipe names is of quantized weights, which cannot be trained.
-
-    `local` looks at folders alone; else the hub is asked too. What cannot be read is left to its loading.
-    """
-    for part in ("config", "checkpoint", "language_model", "vision_tower"):
-        source = getattr(model, part)
-        if source is None or (local and not Path(source).exists()):
-            continue
-        try:
-            fields, _ = PreTrainedConfig.get_config_dict(source)
-        except OSError:
-            continue
-        for one in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-            found = one.get("quantization_config")
-            if found:
-                method = found.get("quant_method") if isinstance(found, dict) else found
-                raise RecipeError(
-                    f"model.{part}: '{source}': config.json: quantization_config: got {method}, expected weights that "
-                    "are not quantized; train.lora.bits quantizes them as it loads them"
-                )
-
-
 def config_fingerprint(model: ModelSection) -> str:
     """Returns a digest of the config.json that the recipe's model is built from."""
     fields = config_fields(model.config, model.checkpoint)
@@ -123,10 +101,10 @@ def build_initial(recipe: Recipe, folder: Path) -> None:
     """
     if folder.is_dir():
         return
-    check_unquantized(recipe.model, local=False)
     dtype = resolve_dtype(recipe.phases[0].train)
     processor, config = read_processor(recipe.model), read_config(recipe.model)
     check_tokens(config, processor)
+    check_parts(recipe.model, config, local=False)
     set_seed(recipe.seed)
     if recipe.model.checkpoint is not None:
         model = load_checkpoint(recipe.model.checkpoint, config=config, dtype=dtype, may_add_scorer=True)
@@ -253,7 +231,6 @@ def _assemble(config: Any, parts: ModelSection, dtype: torch.dtype) -> Any:
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = decoder.config.tie_word_embeddings
     with torch.device("meta"):
         model = FusedLlavaForConditionalGeneration(config)
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     projector.apply(model._init_weights)
     if needs_scorer(config):
@@ -261,23 +238,13 @@ def _assemble(config: Any, parts: ModelSection, dtype: torch.dtype) -> Any:
         decoder.model.add_module(SCORER, scorer.apply(model._init_weights))
     model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
     model.model.vision_tower = _tower(model.model.vision_tower, config, parts.vision_tower, dtype)
-    found = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise RecipeError(
-                f"model: weight {name}: got shape {found.get(name, 'none')}, expected {expected.get(name, 'none')}, "
-                "the config's"
-            )
     return model
 
 
 def _decoder(config: Any, source: str | None, dtype: torch.dtype) -> nn.Module:
     if source is None:
         return AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
-    try:
-        decoder = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model.language_model: '{source}' cannot be read: {error}") from error
+    decoder = _pretrained("language_model", AutoModelForCausalLM, source, dtype=dtype)
     # New rows (<image>, <pad>, and padding to a round number) are drawn around the mean of the old ones.
     decoder.resize_token_embeddings(config.text_config.vocab_size)
     return decoder
@@ -286,12 +253,19 @@ def _decoder(config: Any, source: str | None, dtype: torch.dtype) -> nn.Module:
 def _tower(shape: PreTrainedModel, config: Any, source: str | None, dtype: torch.dtype) -> nn.Module:
     if source is None:
         return AutoModel.from_config(config.vision_config, dtype=dtype)
+    # SigLIP's pooling head, which no projector reads, is left out where the config says so
+    head = {} if getattr(config.vision_config, "vision_use_head", True) else {"vision_use_head": False}
+    return _pretrained("vision_tower", type(shape), source, dtype=dtype, **head)
+
+
+def _pretrained(part: str, kind: Any, source: str, **options: Any) -> Any:
+    """Returns a part with all its weights; what else the checkpoint holds, as CLIP's text tower, is left out."""
     try:
-        # SigLIP's pooling head, which no projector reads, is left out where the config says so
-        head = {} if getattr(config.vision_config, "vision_use_head", True) else {"vision_use_head": False}
-        return type(shape).from_pretrained(source, dtype=dtype, **head)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model.vision_tower: '{source}' cannot be read: {error}") from error
+        model, report = kind.from_pretrained(source, **options, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RecipeError(f"model.{part}: '{source}' cannot be read: {one_line(error)}") from error
+    check_loading_report(source, {**report, "unexpected_keys": ()})
+    return model
 
 
 def save_model(
