@@ -35,6 +35,7 @@ from data.images import open_image, prepare_image
 from data.processor import VisionProcessor
 from data.rows import Turn
 from models import FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
+from models.families import is_plain
 from models.schedules import SCHEDULES
 from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
@@ -44,7 +45,7 @@ from train.errors import InputError, ReleaseError
 from train.release import proof as release_proof
 from train.release import release
 from train.release.card import licences, plan_text, read_comparison, write_card
-from train.release.checkpoint import find_run, is_plain, load
+from train.release.checkpoint import find_run, load
 from train.release.processor import released_processor, save_processor
 from train.release.proof import SUMS, picture
 
@@ -634,7 +635,7 @@ def test_what_is_released_as_a_plain_checkpoint(llava, tmp_path, stages, schedul
     shutil.copytree(llava, tmp_path / "run")
     file = tmp_path / "run/final/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"stages": stages}))
-    assert is_plain(load(find_run(tmp_path / "run"), schedule)) == plain
+    assert is_plain(load(find_run(tmp_path / "run"), schedule).config) == plain
 
 
 SCHEDULED = """
