@@ -96,10 +96,8 @@ def test_tied_embeddings_are_those_of_the_decoder_whatever_the_configs_flags_say
     torch.manual_seed(1)
     shape = LlamaConfig(**NARROW, num_hidden_layers=2, vocab_size=WORDS, tie_word_embeddings=is_tied)
     LlamaForCausalLM(shape).save_pretrained(parts / "decoder")
-    config = json.loads((parts / "config/config.json").read_text())
-    config["tie_word_embeddings"] = top
-    config["text_config"]["tie_word_embeddings"] = text
-    (parts / "config/config.json").write_text(json.dumps(config))
+    change_json(parts / "config/config.json", {"tie_word_embeddings": top})
+    change_json(parts / "config/config.json", {"tie_word_embeddings": text}, "text_config")
     recipe = make_recipe(language_model=str(parts / "decoder"), stages=None)
     decoder = LlamaForCausalLM.from_pretrained(parts / "decoder").eval()
     build_initial(recipe, parts / "init")
@@ -282,9 +280,7 @@ def test_a_checkpoint_with_a_weight_too_few_or_too_many_is_refused_by_name(parts
 
 
 def test_an_image_token_of_another_number_is_refused(parts, make_recipe):
-    config = json.loads((parts / "config/config.json").read_text())
-    config["image_token_index"] = 3
-    (parts / "config/config.json").write_text(json.dumps(config))
+    change_json(parts / "config/config.json", {"image_token_index": 3})
     with pytest.raises(RecipeError, match=r"image_token_index: got 3, expected one of"):
         build_initial(make_recipe(language_model=str(parts / "decoder")), parts / "init")
 

@@ -30,7 +30,7 @@ from train.window_search import PICTURE, PLAN, WindowSearch, apply_plan, draw_ga
 _PLAIN_SECONDS: Final = 10  # between two lines where the output is no terminal
 _ZERO_GRADIENT_STEPS: Final = 10  # with a gradient of exactly 0, although the batch had something to learn from
 _HIGH_LOSS_STEPS: Final = 200  # with a loss above that of guessing every token alike
-_IMAGELESS_STEPS: Final = 200  # where only what encodes images learns
+_IMAGELESS_STEPS: Final = 200  # without an image, while only the vision tower or the projector learns
 _ANSWER_SECONDS: Final = 5.0  # that a tracker's server may take
 
 
@@ -58,16 +58,17 @@ class Health:
         """Returns what is wrong after a step, or None; `norm` is the gradient's, None where it is not known."""
         if norm is not None and not math.isfinite(norm):
             return "the gradient is nan or infinite"
-        if had_images or not self._needs_images:
+        lacks_images = self._needs_images and not had_images
+        if not lacks_images:
             self._zero_gradient_steps = self._zero_gradient_steps + 1 if norm == 0.0 else 0
-        self._imageless_steps = self._imageless_steps + 1 if self._needs_images and not had_images else 0
+        self._imageless_steps = self._imageless_steps + 1 if lacks_images else 0
         self._high_loss_steps = self._high_loss_steps + 1 if step > self._warmup and loss > self._guess else 0
         if self._zero_gradient_steps >= _ZERO_GRADIENT_STEPS:
             return f"the gradient was exactly 0 in {_ZERO_GRADIENT_STEPS} consecutive steps; lower the learning rates"
         if self._imageless_steps >= self._imageless_limit:
             return (
                 f"got no image in {self._imageless_limit} consecutive steps, expected some: "
-                "train.learning_rate.language_model is null, and what learns sees nothing else"
+                "train.learning_rate.language_model is null, and the other parts learn from images only"
             )
         if self._high_loss_steps >= _HIGH_LOSS_STEPS:
             return (

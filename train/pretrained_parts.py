@@ -1,4 +1,4 @@
-"""What the config.json of a pretrained part says, against the recipe's: it must compute as the assembled model does."""
+"""Checks that pretrained parts are not quantized, and compute as model.config describes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from recipes.schema import ModelSection, RecipeError
 
-# Fields in which a part may differ from the model.config that it is put into: no weight and no output depends on them.
+# Fields in which a part may differ from model.config: no weight and no output depends on them.
 _WITHOUT_EFFECT: Final = {
     "vocab_size",  # rows are added for <image> and <pad>
     "tie_word_embeddings",  # the part's is taken
@@ -27,15 +27,15 @@ _WITHOUT_EFFECT: Final = {
 
 
 def check_parts(model: ModelSection, config: Any, *, local: bool) -> None:
-    """Checks the config.json of every checkpoint that the recipe names. What cannot be read is left to its loading.
+    """Checks the config.json of every checkpoint that the recipe names; loading it reports one that cannot be read.
 
     Args:
         model: the recipe's section.
-        config: the fused config that the weights are put into.
-        local: look at folders alone; else the hub is asked too.
+        config: the fused config of the recipe's model.
+        local: check local folders only; otherwise also checkpoints on the hub.
 
     Raises:
-        RecipeError: weights are quantized, which cannot be trained, or a part computes otherwise than `config` says.
+        RecipeError: weights are quantized, which cannot be trained, or a part does not compute as `config` says.
     """
     for part, source in _sources(model, local=local):
         try:
@@ -66,7 +66,7 @@ def _check_quantization(where: str, fields: dict[str, Any]) -> None:
 
 
 def _check_fields(part: str, source: str, config: Any) -> None:
-    """Compares how a part computes with what the saved model's config.json will say of it, field by field."""
+    """Compares a part's config with its section of the fused config, which is the one that is saved."""
     section = "text_config" if part == "language_model" else "vision_config"
     try:
         whole = AutoConfig.from_pretrained(source)

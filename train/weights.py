@@ -42,7 +42,7 @@ _NAMES: Final = (
     (re.compile(r"^model\.vision_tower\."), "vision_tower."),
     (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
 )
-# Settings of generation that are without effect unless it samples, or has several beams.
+# Generation settings that have no effect without sampling, or with one beam.
 _SAMPLING: Final = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 _BEAMS: Final = ("early_stopping", "length_penalty")
 _WRAPPED_TOWERS: Final = ("clip_vision_model", "siglip_vision_model")  # published with a `vision_model.` in between
@@ -52,7 +52,7 @@ _WRAPPER: Final = "vision_tower.vision_model."
 def read_config(model: ModelSection) -> Any:
     """Returns the fused config of the recipe's model, with the recipe's stage plan.
 
-    A schedule that the checkpoint answers under, such as a pruner that a release chose, is left out.
+    The checkpoint's own schedule, such as a pruner that a release starts with, is dropped.
 
     Raises:
         RecipeError: config.json does not describe a model of a supported family that the plan fits.
@@ -259,7 +259,7 @@ def _tower(shape: PreTrainedModel, config: Any, source: str | None, dtype: torch
 
 
 def _pretrained(part: str, kind: Any, source: str, **options: Any) -> Any:
-    """Returns a part with all its weights; what else the checkpoint holds, as CLIP's text tower, is left out."""
+    """Loads a part with all its weights; others in the checkpoint, such as CLIP's text tower, are ignored."""
     try:
         model, report = kind.from_pretrained(source, **options, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -305,7 +305,7 @@ def save_model(
 
 
 def _make_saveable(config: GenerationConfig) -> None:
-    """Unsets what transformers loads and refuses to save: settings without effect, as many Vicuna checkpoints have."""
+    """Unsets settings without effect that transformers loads but refuses to save, as Vicuna has them."""
     try:
         config.validate(strict=True)
     except ValueError:
