@@ -63,6 +63,7 @@ def make_recipe(parts):
         raw = yaml.safe_load((QUICKSTART.parents[1] / "quickstart.yaml").read_text())
         raw["model"] = {"config": str(parts / "config"), "stages": {"enter": 0, "exit": 1}} | model
         raw["train"]["precision"], raw["align"] = "fp32", None  # the first phase decides the type of the weights
+        raw["output"] = str(parts / "run")  # whatever this checkout has trained
         return Recipe.model_validate(raw)
 
     return make
