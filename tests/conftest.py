@@ -132,6 +132,14 @@ def tiny_recipe(tmp_path_factory):
 
 
 @pytest.fixture
+def untrained(tmp_path_factory, monkeypatch):
+    """Works where this checkout's recipes are, and none of the runs that its user has trained."""
+    folder = tmp_path_factory.mktemp("untrained")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
 def train_here(monkeypatch):
     """Returns a function that trains a recipe (a dict) in this process, on one rank; returns its run folder.
 

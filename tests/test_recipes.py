@@ -18,9 +18,7 @@ DOUBLED = "".join(f"c{n}: &c{n} [{f'*c{n - 1}' if n else '*b'}, {f'*c{n - 1}' if
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("untrained")
 
 
 def fault(*overrides, recipe="recipes/quickstart.yaml"):

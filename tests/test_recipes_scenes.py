@@ -16,9 +16,7 @@ PLANS = {"scenes": ("fused",), "smollm2": ("fused", "kv", "pyramid", "fast")}  #
 NAMES = [f"{kind}_{way}" for kind, plans in PLANS.items() for way in ("dense", *plans)]
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("untrained")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -33,9 +33,7 @@ WINDOW, KV = {"enter": 2, "exit": 4}, {"layers": [0, 3], "update": "kv"}
 ADAPTERS = Lora(r=8, alpha=16.0, dropout=0.05)
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
+pytestmark = pytest.mark.usefixtures("untrained")
 
 
 def small(stages):

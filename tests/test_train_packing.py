@@ -8,7 +8,7 @@ import torch
 
 from data.token_batches import TokenBatches
 from recipes.schema import load_recipe
-from tests.test_train_checks import ROOT, refused
+from tests.test_train_checks import refused
 from train.preview import preview
 from train.samples import ShuffledSampler
 
@@ -104,8 +104,7 @@ def test_what_a_token_budget_does_not_fit_is_refused():
     )
 
 
-def test_check_says_how_many_steps_of_how_many_tokens(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_check_says_how_many_steps_of_how_many_tokens(untrained):
     overrides = ["align=null", "train.tokens_per_step=131072", "data.group_by_length=false"]
     text = "\n".join(preview(load_recipe("recipes/llava_fused.yaml", overrides)))
     rows, length = 665_298, 576 + 256

@@ -15,9 +15,7 @@ from train.weights import read_config
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("untrained")
 
 
 def check(name, *overrides):

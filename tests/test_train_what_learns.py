@@ -10,10 +10,7 @@ from safetensors.torch import load_file
 from recipes.schema import Recipe, RecipeError
 from train.checks import check_run
 
-
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
+pytestmark = pytest.mark.usefixtures("untrained")
 
 
 @pytest.fixture
