@@ -1,10 +1,10 @@
 """`python -m eval.study STUDY.yaml`: trains every arm of a study with every seed, scores it, and writes the tables.
 
 A study is a recipe, the changes to it that are compared (its arms), and seeds. Each run is trained by train/run.py in
-OUT/runs/ARM-seedN and answers the study's tasks; its result is one small file in the study's `results` folder. A run
-whose result is there is not trained again; one whose result lacks a task or a schedule that the study asks for now
-is asked again. The same command goes on where it was stopped, within a run too. Writes table.md and pictures beside the
-results. Exit code 1: a run failed.
+OUT/runs/ARM-seedN and answers the study's tasks; its result is one small file in the study's `results` folder, or in
+another (--results), to repeat a study whose results are kept. A run whose result is there is not trained again; one
+whose result lacks a task or a schedule that the study asks for now is asked again. The same command goes on where it
+was stopped, within a run too. Writes table.md and pictures beside the results. Exit code 1: a run failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eval.comparison.cells import run_cell
 from eval.live import Loaded
 from eval.lmms import Harness
 from eval.measure import default_batch, dtype
-from eval.study_results import WRITTEN, Record, Results, fingerprint, lacking, record_of, tables, write_report
+from eval.study_results import WRITTEN, Record, Results, fingerprint, lacking, record_of, start_of, tables, write_report
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
@@ -184,6 +184,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("eval.study", __doc__)
     parser.add_argument("study", help="YAML file, e.g. recipes/studies/easy_vqa.yaml")
     parser.add_argument("--out", type=Path, help="folder for the runs (outputs/studies/NAME)")
+    parser.add_argument("--results", help="folder for the results, to repeat a study whose own are kept (the study's)")
     parser.add_argument("--arms", help="comma-separated: only these")
     parser.add_argument("--seeds", help="comma-separated: only these")
     parser.add_argument("--batch", type=positive, help="questions of one forward pass (16 on a GPU, 256 on a CPU)")
@@ -257,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
         study = load_study(args.study)
+        study = study.model_copy(update={"results": args.results or study.results})
         check_names(study)
         args.out = args.out or Path("outputs/studies") / study.name
         make_folder("--out", args.out, ["harness.log"])
@@ -264,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_folder("results", Path(study.results), WRITTEN)
         every = runs_of(study, args.out, list(study.arms), study.seeds)
         results = Results(Path(study.results))
-        _check_results(study, results, every)
+        _check_results(study, results, every, starts=not (args.report or args.reference))
         arms, seeds = chosen(study, args)
     except (RecipeError, UsageError) as error:
         print(error, file=sys.stderr)
@@ -307,20 +309,25 @@ def _has_one_plan(recipe: Recipe) -> bool:
     return len(recipe.model.plans) == 1 and recipe.train.sparse_attention is None
 
 
-def _check_results(study: Study, results: Results, runs: Sequence[Run]) -> None:
-    """Raises UsageError where a result is of another recipe than its arm's, or of other questions."""
+def _check_results(study: Study, results: Results, runs: Sequence[Run], *, starts: bool) -> None:
+    """Raises UsageError where a result is of another recipe than its arm's, or of other questions.
+
+    With `starts`, also where its training started from other weights than those that its recipe names now.
+    """
     for run in runs:
         record = results.read(run.arm, run.seed)
         if record is None:
             continue
+        start = start_of(run.recipe.model) if starts else None  # None: the training says what is missing
         for what, found, expected in (
             ("recipe", record["recipe"], fingerprint(run.recipe)),
             ("limit", record["limit"], study.limit),
+            ("start model", record.get("start"), start or record.get("start")),
         ):
             if found != expected:
                 raise UsageError(
                     f"{results.file(run.arm, run.seed)}: got a result of another {what}, expected one of the study's; "
-                    "move it away, or take another results folder"
+                    "move it away, or name another folder by --results"
                 )
 
 

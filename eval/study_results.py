@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from eval.tasks.built_in import questions_of
 from models.cost import plan_cost, search_cost, spread_flops, training_flops
 from models.schedules import TRAINED
 from models.stage_plan import StagePlan
-from recipes.schema import Phase, Recipe
+from recipes.schema import ModelSection, Phase, Recipe
 from recipes.study import Study
 
 Record = dict[str, Any]
@@ -36,6 +37,7 @@ WRITTEN: Final = ("table.md", "accuracy.png", "windows.png", "curves.png")
 _KEYS: Final = {"arm", "seed", "recipe", "limit", "date", "device", "versions", "phases", "curve", "scores"}
 _CURVE: Final = 100  # points of a learning curve at most
 _TRAINING: Final = ("steps", "samples", "tokens", "visual_tokens", "seconds", "precision", "ranks")
+_WEIGHTS: Final = ("model*.safetensors", "pytorch_model*.bin")
 _PER_RUN: Final = ("name", "output", "seed")  # what differs between the runs of an arm
 _COLOURS: Final = colormaps["tab10"]
 _COST: Final = "decoder TFLOP of the training"  # the axis of every picture
@@ -73,6 +75,21 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def start_of(model: ModelSection) -> str | None:
+    """Returns a hash of the weights in the folders that a recipe starts from; None: it names no folder that is here."""
+    named = (model.checkpoint, model.language_model, model.vision_tower)
+    folders = [Path(name) for name in named if name is not None]
+    files = [file for folder in folders for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    digests = [_digest(file, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if files else None
+
+
+@cache
+def _digest(file: Path, _changed: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def lacking(record: Record, tasks: Sequence[str], schedules: Sequence[str]) -> list[str]:
     """Returns which of the tasks, and `TASK under SCHEDULE`, a record has no answers to."""
     missing, scores = [], record["scores"]
@@ -106,6 +123,7 @@ def record_of(
         "arm": arm,
         "seed": seed,
         "recipe": fingerprint(recipe),
+        "start": start_of(recipe.model),
         "limit": limit,
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.study import check_names, finish, main, runs_of, train
-from eval.study_results import Results, apart, cells_of, fingerprint, record_of, score_table
+from eval.study_results import Results, apart, cells_of, fingerprint, record_of, score_table, start_of
 from eval.tasks.built_in import questions_of
 from models import StagePlan
 from models.cost import plan_cost
@@ -143,6 +144,27 @@ def test_a_result_of_another_recipe_is_refused(study, capsys):
     assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
     told = capsys.readouterr().err
     assert "dense-seed0.json: got a result of another recipe" in told
+
+
+def test_a_result_of_another_start_model_is_refused(study, capsys):
+    start = study.parent / "start"
+    shutil.copytree(ROOT / "recipes/configs/quickstart", start)
+    fields = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump({**fields, "seeds": [0], "set": [f"model.checkpoint={start}", "align=null"]}))
+    command = [str(study), "--out", str(study.parent / "out")]
+    keep_results(study, ["dense", "window"])
+    assert main(command) == 0  # it is not here: whatever it was
+    (start / "model.safetensors").write_bytes(b"one")
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "dense-seed0.json: got a result of another start model" in told
+    assert main([*command, "--report"]) == 0  # of the results alone
+    keep_results(study, ["dense", "window"])
+    assert main(command) == 0
+    (start / "model.safetensors").write_bytes(b"another")
+    assert main(command) == 2
+    assert main([*command, "--results", str(study.parent / "mine"), "--report"]) == 0
+    assert not list((study.parent / "mine").iterdir())  # it has no results yet
 
 
 @pytest.mark.parametrize(
@@ -291,7 +313,9 @@ def keep_results(file, arms, right="10"):
     total = len(questions_of("easy_vqa"))
     for run in runs_of(loaded, file.parent / "out", arms, loaded.seeds):
         found = record(run.arm, run.seed, (right * total)[:total])
-        Results(Path(loaded.results)).write({**copy.deepcopy(found), "recipe": fingerprint(run.recipe)})
+        Results(Path(loaded.results)).write(
+            {**copy.deepcopy(found), "recipe": fingerprint(run.recipe), "start": start_of(run.recipe.model)}
+        )
 
 
 def test_several_windows_are_drawn_over_the_layers(study):
