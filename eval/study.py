@@ -2,9 +2,9 @@
 
 A study is a recipe, the changes to it that are compared (its arms), and seeds. Each run is trained by train/run.py in
 OUT/runs/ARM-seedN and answers the study's tasks; its result is one small file in the study's `results` folder, or in
-another (--results), to repeat a study whose results are kept. A run whose result is there is not trained again; one
-whose result lacks a task or a schedule that the study asks for now is asked again. The same command goes on where it
-was stopped, within a run too. Writes table.md and pictures beside the results. Exit code 1: a run failed.
+the folder of --results, which repeats a study whose results are kept. A run with a result is not trained again; tasks
+and schedules that were added to the study since are only evaluated. The same command resumes, within a run too.
+Writes table.md and pictures beside the results. Exit code 1: a run failed.
 """
 
 from __future__ import annotations
@@ -266,13 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_folder("results", Path(study.results), WRITTEN)
         every = runs_of(study, args.out, list(study.arms), study.seeds)
         results = Results(Path(study.results))
-        _check_results(study, results, every, starts=not (args.report or args.reference))
+        trains = not (args.report or args.reference)
+        _check_results(study, results, every, starts=trains)
         arms, seeds = chosen(study, args)
     except (RecipeError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
     logging.disable_progress_bar()
-    runs = [run for run in every if run.arm in arms and run.seed in seeds and not (args.report or args.reference)]
+    runs = [run for run in every if run.arm in arms and run.seed in seeds and trains]
     try:
         code = run_all(study, runs, results, args) if runs else 0
     except KeyboardInterrupt:

@@ -52,7 +52,7 @@ _WRAPPER: Final = "vision_tower.vision_model."
 def read_config(model: ModelSection) -> Any:
     """Returns the fused config of the recipe's model, with the recipe's stage plan.
 
-    The checkpoint's own schedule, such as a pruner that a release starts with, is dropped.
+    Ignores the checkpoint's own schedule, such as a pruner that a release starts with.
 
     Raises:
         RecipeError: config.json does not describe a model of a supported family that the plan fits.
