@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, Final
 
 from jinja2.exceptions import TemplateError
@@ -146,15 +146,11 @@ class ChatFormat:
         return list(dict.fromkeys([end, self.tokenizer.eos_token_id]))
 
     def _tokenise(self, rendered: Rendered) -> tuple[list[int], list[int]]:
-        encoding = self.tokenizer(
-            rendered.text,
-            add_special_tokens=self._template is None,  # a template writes them itself
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        cuts = set[int]()
+        ids, offsets = self._tokens(rendered.text)
+        while more := self._cuts(rendered, ids, offsets):  # what is cut may merge anew with what is behind it
+            cuts |= more
+            ids, offsets = self._tokens(rendered.text, sorted(cuts))
         starts, ends = zip(*offsets, strict=True) if offsets else ((), ())  # both ascending
         labels = [IGNORE_INDEX] * len(ids)
         for first, last in rendered.answers:
@@ -168,6 +164,37 @@ class ChatFormat:
                 ids[place : place + 1] = text
         begin = [] if rendered.text.startswith(self._begin[0]) else self._begin[1]
         return begin + ids, [IGNORE_INDEX] * len(begin) + labels
+
+    def _cuts(self, rendered: Rendered, ids: Sequence[int], offsets: Sequence[Span]) -> set[int]:
+        """Returns the edges of answers that lie within a token, such as one of several newlines.
+
+        Generation begins behind a prompt, so it cannot produce a token that reaches from there into an answer. At an
+        answer's end, a special token that takes in the space behind it stays whole, as in generation.
+        """
+        return {
+            edge
+            for span in rendered.answers
+            for edge in span
+            if (place := bisect_right(offsets, edge, key=lambda token: token[1])) < len(ids)
+            and offsets[place][0] < edge
+            and (edge == span[0] or ids[place] not in self._special)
+        }
+
+    def _tokens(self, text: str, cuts: Sequence[int] = ()) -> tuple[list[int], list[Span]]:
+        """Returns ids, and the characters of each; no token reaches over a cut."""
+        ids, offsets = list[int](), list[Span]()
+        for start, end in pairwise([0, *cuts, len(text)]):
+            encoding = self.tokenizer(
+                text[start:end],
+                add_special_tokens=self._template is None and start == 0,  # a template writes them itself
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            ids += encoding["input_ids"]
+            offsets += [(first + start, last + start) for first, last in encoding["offset_mapping"]]
+        return ids, offsets
 
     def _as_text(self, name: str) -> list[int]:
         """Returns the ids of a special token's name as ordinary text, for questions and answers."""

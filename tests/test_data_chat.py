@@ -32,6 +32,8 @@ NASTY = [
     "e\u0301 \u1100\u1161\u11a8 \u0000 \u2028",
     "line one\n\nline two\n",
     "\n leading",
+    "\n\nyes",
+    "\n\n\n",
     "user",
     "assistant",
 ]
@@ -51,7 +53,8 @@ def byte_level(*more):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(["A chat between a curious user and an assistant. USER: yes no question answer"], trainer)
+    text = "A chat between a curious user and an assistant. USER: yes no question answer"
+    core.train_from_iterator([text, *["\n\n\n\n"] * 9], trainer)  # newlines merge, as in Qwen's
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.add_special_tokens({"additional_special_tokens": [*SPECIAL[3:], *more]})
@@ -161,6 +164,20 @@ def test_special_tokens_that_swallow_space_are_found_too():
     assert mask not in ids
     (run,) = runs(ids, labels)
     assert text_of(chat.tokenizer, run) == " <mask></s>"
+
+
+def test_a_special_token_that_swallows_space_leaves_the_answer_its_own():
+    """As Phi-3's, whose tokens of the roles take in all space behind them."""
+    tokenizer = byte_level(AddedToken("<|assistant|>", rstrip=True, special=True))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    chat = ChatFormat("chat_template", tokenizer)
+    ids, labels = chat.encode(turns("what?", "\n  yes", "and?", " no"))
+    assert [text_of(tokenizer, run) for run in runs(ids, labels)] == ["\n  yes<|im_end|>", " no<|im_end|>"]
+    prompt = chat.prompt(turns("what?"))
+    assert ids[: len(prompt)] == prompt
 
 
 def test_a_text_token_stands_between_image_and_caption(tokenizer):
