@@ -16,7 +16,7 @@ IMAGES: Final = ("image", "images")
 PART_IMAGES: Final = ("image", "image_url", "url", "path", "base64", "source")
 _TURN_SWITCHES: Final = frozenset(
     {"weight", "loss", "loss_weight", "loss_mask", "loss_scale", "output_with_loss"}
-    | {"train", "trainable", "training", "train_on_turn"}
+    | {"train", "trainable", "training", "train_on", "train_on_turn", "trainable_turn"}
 )
 _ROW_SWITCHES: Final = _TURN_SWITCHES | {"sample_weight"}
 # Keys that other tools support and this one does not.
@@ -28,9 +28,9 @@ _OTHER_IMAGES: Final = frozenset(
 _TOOLS: Final = frozenset({"tools", "functions", "tool_calls", "function_call", "tool_call_id"})
 _CHOICES: Final = frozenset({"chosen", "rejected", "rejected_response"})
 _VERDICTS: Final = ("label", "kto_tag")  # of preference tuning, where they are true or false
-_REFUSED: Final = _MEDIA | _OTHER_IMAGES | _TOOLS | _CHOICES | {"mask", "labels"}
+_REFUSED: Final = _MEDIA | _OTHER_IMAGES | _TOOLS | _CHOICES | {"mask", "masked", "labels", "no_loss"}
 _ROW_REFUSED: Final = _REFUSED | {"history"}
-_TURN_REFUSED: Final = _REFUSED | {"image", "images", "refusal"} | {
+_TURN_REFUSED: Final = _REFUSED | {"image", "images", "refusal", "train_detail", *SYSTEM} | {
     "reasoning", "reasoning_content", "reasoning_details", "thinking", "thought"
 }  # fmt: skip
 _ROW_KEYS: Final = _ROW_REFUSED | _ROW_SWITCHES | {*CONVERSATIONS, *SYSTEM, *IMAGES}
@@ -41,8 +41,9 @@ _NEVER_MEDIA: Final = frozenset({"id", "source", "url", "license", "dataset", "o
     *CONVERSATIONS, *SYSTEM, "value", "content", "user", "assistant", "text", "type", DUPLICATE
 }  # fmt: skip
 _MEDIA_SUFFIXES: Final = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
-    *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a"),
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl"),
+    *(".svg", ".pdf", ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".mpg", ".mpeg", ".webm"),
+    *(".wav", ".mp3", ".flac", ".ogg", ".opus", ".aac", ".m4a"),
 )
 _MEDIA_TEXTS: Final = ("data:image/", "data:video/", "data:audio/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # base64
 _MEDIA_BYTES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")
@@ -117,7 +118,9 @@ def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset
         if is_empty(value):
             continue
         if key in refused and value != 0:
-            hint = "image or images" if key in _OTHER_IMAGES else "rows without it"
+            hint = (
+                "image or images" if key in _OTHER_IMAGES else "it in the row" if key in SYSTEM else "rows without it"
+            )
             raise RowError(f"{where}got key '{key}', which is not supported, expected {hint}")
         if key not in refused:
             if meant := _known_key(key, known):
@@ -148,13 +151,19 @@ def check_unnamed_media(given: dict[str, Any], where: str = "") -> None:
 
 
 def _is_media(value: Any) -> bool:
-    while isinstance(value, list) and value:
-        value = value[0]
+    while isinstance(value, list | tuple):
+        value = next((each for each in value if not is_empty(each)), None)
     if isinstance(value, str):
-        return value[-5:].lower().endswith(_MEDIA_SUFFIXES) or value.startswith(_MEDIA_TEXTS)
+        text = value.strip()
+        name = re.split("[?#]", text, maxsplit=1)[0] if text.startswith(("http://", "https://")) else text
+        return name[-5:].lower().endswith(_MEDIA_SUFFIXES) or text.startswith(_MEDIA_TEXTS)
     if isinstance(value, bytes):
         return value.startswith(_MEDIA_BYTES)
-    return isinstance(value, dict) and value.keys() - {DUPLICATE} <= _MEDIA_FIELDS and not is_empty(value)
+    if not isinstance(value, dict) or is_empty(value):
+        return False
+    return value.keys() - {DUPLICATE} <= _MEDIA_FIELDS or any(
+        _is_media(each) for key, each in value.items() if key not in _NEVER_MEDIA
+    )
 
 
 def is_trained(given: dict[str, Any], role: str, where: str) -> bool:

@@ -194,16 +194,23 @@ class _Message:
     ignored: Sequence[str] = ()
 
     def turn(self, *, marks_are_text: bool) -> Turn:
-        """Returns the turn; with `marks_are_text` (no images, or images as parts) `<image>` is literal text."""
-        texts = []
-        for part in self.parts:
-            if isinstance(part, _Slot):
-                texts.append(IMAGE_PLACEHOLDER)
+        """Returns the turn; with `marks_are_text` (no images, or images as parts) `<image>` is literal text.
+
+        Texts follow each other as they are, as in the families' templates; a newline parts an image from what is
+        beside it, as in LLaVA's rows.
+        """
+        text, was_image = "", False
+        for place, part in enumerate(self.parts):
+            is_image = isinstance(part, _Slot)
+            text += "\n" if place and (is_image or was_image) else ""
+            if is_image:
+                text += IMAGE_PLACEHOLDER
             elif marks_are_text and self.role == "user" and IMAGE_PLACEHOLDER in part:
-                texts.append(_MARK.sub(lambda _: "\\" + IMAGE_PLACEHOLDER, part))
+                text += _MARK.sub(lambda _: "\\" + IMAGE_PLACEHOLDER, part)
             else:
-                texts.append(part)
-        return Turn(self.role, "\n".join(texts), self.is_trained)
+                text += part
+            was_image = is_image
+        return Turn(self.role, text, self.is_trained)
 
 
 @dataclass(frozen=True)
@@ -404,7 +411,7 @@ def _system(row: dict[str, Any], messages: list[_Message]) -> tuple[str | None, 
                 raise RowError(f"{key}: got {type_name(row[key])}, expected text")
             prompts.append(unicode_text(row[key], key))
     while messages and messages[0].role == "system":
-        prompts.append("\n".join(messages[0].parts))
+        prompts.append("".join(messages[0].parts))
         messages = messages[1:]
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if len(set(prompts)) > 1:

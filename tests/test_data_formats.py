@@ -490,7 +490,14 @@ MEANT = {
         ["q", "a"],
     ),
     "pairs as messages": ({"messages": [{"user": "q", "assistant": "a"}]}, ["q", "a"]),
-    "text parts": (messages([{"type": "text", "text": "q"}, {"type": "text", "text": "r"}], "a"), ["q\nr", "a"]),
+    "text parts": (
+        messages([{"type": "text", "text": "q"}, {"type": "text", "text": " r"}], ["it is", " a dog."]),
+        ["q r", "it is a dog."],
+    ),
+    "text parts around images": (
+        messages(["one", {"type": "image", "image": "x"}, {"type": "image", "image": "y"}, "two", " ?"], "a"),
+        ["one\n<image>\n<image>\ntwo ?", "a"],
+    ),
     "parts that are text": (messages(["q"], ["a"]), ["q", "a"]),
     "input parts": (
         messages([{"type": "input_text", "text": "q"}], [{"type": "output_text", "text": "a"}]),
@@ -599,6 +606,11 @@ NAMED = {
         "got key 'jpg', which names or holds a file",
     ),
     "a list of files under any key": (talk("q", "a", frames=["1.jpg", "2.jpg"]), "got key 'frames', which names"),
+    "a file behind an empty element": (talk("q", "a", f=[None, "a.png"]), "got key 'f', which names"),
+    "a file in a struct": (talk("q", "a", media={"type": "image", "path": " a.HEIC "}), "got key 'media', which names"),
+    "bytes in a struct": (talk("q", "a", f={"bytes": b"\x89PNG", "width": 3}), "got key 'f', which names"),
+    "a file of a list of structs": (talk("q", "a", files=[{"name": "a.jfif"}]), "got key 'files', which names"),
+    "a query of an address": (talk("q", "a", f="https://x.org/y.jpg?w=1#z"), "got key 'f', which names"),
     "a clip under any key": (talk("q", "a", clip="v/a.MP4"), "got key 'clip', which names or holds a file"),
     "a sound under any key": (talk("q", "a", speech="a.wav"), "got key 'speech', which names or holds a file"),
     "base64 under any key": (talk("q", "a", image_base64_str="iVBORw0KGgoAAAA"), "got key 'image_base64_str', which"),
@@ -694,6 +706,20 @@ NAMED = {
     "images of a part": (messages([part(images=["x.png"])], "a"), "got key 'images', which is"),
     "a file of a part": (messages([part(file="x.png")], "a"), r"\[0\]: got key 'file', which names or holds a file"),
     "a file of a turn": (turn(frame="x.png"), r"messages\[1\]: got key 'frame', which names or holds a file"),
+    "a system prompt of a turn": (
+        turn(system="Be brief."),
+        r"messages\[1\]: got key 'system', .* expected it in the row",
+    ),
+    "a system prompt of a pair": (
+        {"texts": [{"user": "q", "assistant": "a", "system_prompt": "x"}]},
+        r"texts\[0\]: got key 'system_prompt', .* expected it in the row",
+    ),
+    "spans that are trained": (
+        turn(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}]),
+        "got key 'train_detail', which is not supported",
+    ),
+    "a masked answer": (turn(masked=True), "got key 'masked', which is not supported"),
+    "a turn without loss": (turn(no_loss=1), "got key 'no_loss', which is not supported"),
     "a misspelt key of a part": (messages([part(imageURL="x")], "a"), "got key 'imageURL', expected 'image_url'"),
     "loss of a part": (messages("q", [part(loss=0)]), r"messages\[1\]\[0\]: got key 'loss' with 0, expected 1 or none"),
     "train of a part": (messages("q", [part(train=False)]), "got key 'train' with False, expected 1 or none"),
