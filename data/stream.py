@@ -109,30 +109,33 @@ class ConversationStream(IterableDataset[dict[str, Any]]):
         return [item for samples in passes for item in samples]
 
     def _mixed(self, shard: int, shards: int, faults: list[Fault], order: random.Random) -> Iterator[_Item | None]:
-        """Yields good items of all sources, epoch after epoch; without weights, None at the end of each."""
+        """Yields good items of all sources, epoch after epoch; without weights, None at the end of each.
+
+        Raises:
+            DataError: the shard's part has no good row, or with weights that of one source has none.
+        """
         weights = [source.weight for source in self.config.sources]
-        numbers = list(range(len(weights)))
-        streams = {number: self._items(number, shard, shards, faults) for number in numbers}
-        last_good, passes = 0, 0
+        streams, has_good = dict[int, Iterator[_Item]](), False
         while True:
+            if not streams:
+                streams = {number: self._items(number, shard, shards, faults) for number in range(len(weights))}
             number = order.choices(list(streams), [weights[one] or 1.0 for one in streams])[0]
-            item = next(streams[number], None)
+            item, before = next(streams[number], None), 0
+            if item is None and weights[number] is not None:  # begins again in the same draw: its share is its weight
+                before, streams[number] = len(faults), self._items(number, shard, shards, faults)
+                item = next(streams[number], None)
             if item is not None:
-                last_good = passes
+                has_good = True
                 yield item
-                continue
-            passes += 1
-            if passes > last_good + 2 * len(numbers):
-                first = f": {faults[0]}" if faults else ""
-                raise DataError(f"data.files: got no row without a fault in part {shard} of {shards}{first}")
-            if weights[0] is None:
-                del streams[number]
-                if streams:
-                    continue
-                yield None
-                streams = {one: self._items(one, shard, shards, faults) for one in numbers}
+            elif weights[number] is not None or (len(streams) == 1 and not has_good):
+                name = "data.files" if weights[number] is None else self.config.sources[number].path
+                first = "".join(f": {fault}" for fault in faults[before:][:1])
+                raise DataError(f"{name}: got no row without a fault in part {shard} of {shards}{first}")
             else:
-                streams[number] = self._items(number, shard, shards, faults)
+                del streams[number]
+                if not streams:
+                    has_good = False
+                    yield None
 
     def _items(self, number: int, shard: int, shards: int, faults: list[Fault]) -> Iterator[_Item]:
         """Yields the shard's part of a source once; appends its faults to `faults`."""
@@ -249,18 +252,13 @@ def _shard_rows(source: Source, shard: int, shards: int) -> Iterator[tuple[str, 
 
 
 def _numbered(file: str, rows: Iterator[Any], *, is_part: bool = False) -> Iterator[tuple[str, int, Any]]:
-    """Yields file, row number and raw row; one RowError for all rows that a broken file loses.
+    """Yields file, row number and raw row.
 
     Raises:
-        DataError: no row of the file can be read, or it has none and is no part of one.
+        DataError: the file loses rows because it is broken, or it has none and is no part of one.
     """
     row = -1
-    try:
-        for row, raw in enumerate(rows):
-            yield file, row, raw
-    except DataError as error:
-        if row < 0:
-            raise
-        yield file, row + 1, RowError(str(error).removeprefix(f"{file}:{row + 1}: "))
+    for row, raw in enumerate(rows):
+        yield file, row, raw
     if row < 0 and not is_part:
         raise DataError(f"{file}: {NO_ROWS}")

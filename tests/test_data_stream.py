@@ -108,6 +108,25 @@ def test_weights_decide_how_often_a_source_is_drawn(folder, processor):
     assert 0.2 < Counter(sample["source"] for sample in samples)[1] / 512 < 0.3
 
 
+def test_a_small_source_keeps_its_weight_where_a_part_has_few_of_its_rows(folder, processor, tmp_path):
+    (tmp_path / "few.jsonl").write_text("\n".join(row(number) for number in range(ROWS, ROWS + 2)))
+    files = [{"path": str(path), "weight": 1} for path in (folder / "a.jsonl", tmp_path / "few.jsonl")]
+    drawn = Counter()
+    for rank in range(2):  # one row of the small source each
+        samples = islice(ConversationStream(config(folder, *files), processor, rank=rank, ranks=2), 512)
+        drawn.update(sample["source"] for sample in samples)
+    assert 0.45 < drawn[1] / 1024 < 0.55
+
+
+def test_a_source_with_a_weight_and_no_good_row_in_a_part_ends_the_stream(folder, processor, tmp_path):
+    (tmp_path / "half.jsonl").write_text(f"{row(0)}\n{row(1, 'none.png')}")
+    files = [{"path": str(path), "weight": 1} for path in (folder / "a.jsonl", tmp_path / "half.jsonl")]
+    stream = ConversationStream(config(folder, *files), processor, rank=1, ranks=2)
+    with pytest.raises(DataError, match=r"half.jsonl: got no row without a fault in part 1 of 2: .*half.jsonl:1: "):
+        list(islice(stream, 512))
+    assert list(islice(ConversationStream(config(folder, *files), processor, rank=0, ranks=2), 4))
+
+
 def test_a_limit_is_of_the_source_whatever_the_shards(folder, processor):
     file = {"path": str(folder / "a.jsonl"), "limit": 4}
     seen = set()
@@ -135,13 +154,16 @@ def test_faults_come_with_the_next_sample_and_an_unopened_image_is_one(folder, p
     assert all(fault.file == str(tmp_path / "data.jsonl") for fault in found)
 
 
-def test_an_array_that_breaks_in_the_middle_is_a_fault_and_the_stream_goes_on(folder, processor, tmp_path):
-    (tmp_path / "data.json").write_text(f"[{row(0)}, {row(1)}, {{broken]")
-    stream = ConversationStream(config(folder, tmp_path / "data.json"), processor)
-    samples = list(islice(stream, 6))
-    assert Counter(map(number_of, samples)) == {0: 3, 1: 3}
-    faults = {fault for sample in samples for fault in sample.get("faults", [])}
-    assert {(fault.row, fault.reason.partition(":")[0]) for fault in faults} == {(2, "broken JSON")}
+def test_an_array_that_breaks_in_the_middle_ends_a_stream_whatever_faults_are_allowed(
+    folder, processor, tmp_path, capsys
+):
+    (tmp_path / "data.json").write_text(f"[{row(0)}, {row(1)}, {{broken, {row(2)}]")
+    given = config(folder, tmp_path / "data.json", max_bad_rows=9)
+    with pytest.raises(DataError, match=r"data.json:2: broken JSON: .*; the rows after it cannot be read"):
+        list(islice(ConversationStream(given, processor), 3))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"data": given.model_dump(exclude_none=True)}))
+    assert main([str(tmp_path / "recipe.yaml")]) == 2
+    assert "data.json:2: broken JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04", b"<html>404</html>"])
