@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -90,6 +91,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         rows, unusable = _without_faults(check_rows(config), config)
         rows, self.skipped = _without_faults(_tokenise_rows(rows, self.encoder, config), config, unusable)
         self._set_rows(rows)
+        self._check_weights()
 
     def _set_rows(self, rows: datasets.Dataset) -> None:
         self.rows = rows
@@ -99,6 +101,20 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.source: list[int] = rows["source"][:]
         self.source_rows = [self.source.count(number) for number in range(len(self.config.sources))]
         self.num_cut: int = sum(rows["is_cut"][:]) + sum(rows["is_answer_cut"][:])
+
+    def _check_weights(self) -> None:
+        """Raises DataError if a source with a weight has no row, or a share of less than one sample of an epoch."""
+        weights = [source.weight or 0.0 for source in self.config.sources]
+        for source, weight, rows in zip(self.config.sources, weights, self.source_rows, strict=True):
+            if weight and not rows:
+                raise DataError(
+                    f"{source.path}: got weight {weight:g} and no row without a fault, expected one or more"
+                )
+            if weight and weight * len(self) < sum(weights) * (1 - 1e-9):
+                raise DataError(
+                    f"{source.path}: got weight {weight:g} of {sum(weights):g}, less than one of the {len(self):,} "
+                    "samples of an epoch, expected a greater weight, or no such source"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,24 +142,30 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def split(self, ratio: float, *, seed: int) -> tuple[ConversationDataset, ConversationDataset]:
         """Splits off about `ratio` of the samples at random; returns the rest and these, without a common image.
 
-        Rows that share an image, directly or through other rows, stay together.
+        Rows that share an image, directly or through other rows, stay together. A source with a weight keeps a row.
 
         Raises:
             DataError: one of them would be empty.
         """
         members = connected_rows(self.rows, self.config)
         wanted, taken = max(1, round(ratio * len(self))), set[int]()
+        left = list(self.source_rows)
         for place in torch.randperm(len(members), generator=Generator().manual_seed(seed)).tolist():
-            if len(taken) < wanted:
+            moved = Counter(self.source[row] for row in members[place])
+            keeps_all = all(count < left[number] for number, count in moved.items())
+            if len(taken) < wanted and (keeps_all or self.config.sources[0].weight is None):
                 taken.update(members[place])
+                for number, count in moved.items():
+                    left[number] -= count
         parts = [[n for n in range(len(self)) if (n in taken) == is_taken] for is_taken in (False, True)]
-        if not parts[0]:
+        if not all(parts):
             raise DataError(
                 f"got {len(members)} groups of samples without a common image to hold {ratio:g} of the samples out, "
                 "expected more"
             )
         rest, held_out = copy.copy(self), copy.copy(self)
         rest._set_rows(self.rows.select(parts[0]))
+        rest._check_weights()
         held_out._set_rows(self.rows.select(parts[1]))
         return rest, held_out
 
@@ -154,7 +176,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
         folder = folder_of(self.config.sources[row["source"]], row["file"])
         images = open_images(images_of(row), folder, self.config)
-        return {**self.encoder.expand(row["ids"], row["labels"], images), "source": row["source"]}
+        sample = self.encoder.expand(row["ids"], row["labels"], images)
+        if (found := len(sample["input_ids"])) != row["length"]:
+            raise RowError(f"got {found} tokens, expected {row['length']}: an image has changed since it was checked")
+        return {**sample, "source": row["source"]}
 
 
 def open_images(images: Sequence[str | EmbeddedImage], folder: Any, config: DataConfig) -> list[Image.Image]:
@@ -465,7 +490,7 @@ class LengthModalitySampler(Sampler[int]):
 
 
 def _tokenise_rows(rows: datasets.Dataset, encoder: Encoder, config: DataConfig) -> datasets.Dataset:
-    tokenizer = encoder.chats[0].tokenizer
+    tokenizer, sizes = encoder.chats[0].tokenizer, rows["sizes"][:]
     with usable_cache():
         return rows.map(
             _tokenise,
@@ -480,7 +505,7 @@ def _tokenise_rows(rows: datasets.Dataset, encoder: Encoder, config: DataConfig)
                 rows._fingerprint,  # of the rows without a fault
                 [source.format for source in config.sources],
                 encoder.max_length,
-                encoder.vision.settings() if any(map(len, rows["sizes"][:])) else "",
+                *((encoder.vision.settings(), sizes) if any(map(len, sizes)) else ()),
                 encoder.vision.text,
                 encoder.cuts_answers,
                 tokenizer.chat_template,

@@ -89,8 +89,11 @@ class VisionProcessor:
             raise ProcessorError(f"tokenizer: got none with the token {token}, expected it in the vocabulary")
         if isinstance(processor, LlavaProcessor) and not processor.patch_size:
             raise ProcessorError("processor_config.json: got no patch_size, expected the vision tower's")
-        if aspect == "pad" and not getattr(processor.image_processor, "image_mean", None):
+        mean = getattr(processor.image_processor, "image_mean", None)
+        if aspect == "pad" and not mean:
             raise ProcessorError("data.image_aspect: got pad, expected processor, because it has no mean colour")
+        if aspect == "pad" and not isinstance(mean, list | tuple):
+            raise ProcessorError(f"processor: image_mean: got {mean}, expected three numbers under image_aspect pad")
         self._separator: str = self.tokenizer.eos_token or self.tokenizer.bos_token
         if not self._separator:
             raise ProcessorError("tokenizer: got no eos_token, expected one that ends an answer")
@@ -157,10 +160,12 @@ class VisionProcessor:
     def _probe(self) -> tuple[list[int], dict[str, set[int]]]:
         """Returns the ids of one image, and the ids that each token type input marks as image."""
         try:
-            [span], _, types = self._run_processor([_PROBE])
+            [span], inputs, types = self._run_processor([_PROBE])
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
             kind = type(self.processor).__name__
             raise ProcessorError(f"processor: {kind} cannot encode an image: {shorten(str(error), 160)}") from None
+        if not all(one.isfinite().all() for one in inputs.values()):
+            raise ProcessorError("processor: got pixels that are not finite, expected an image_std above 0")
         return span, types
 
     def _begin(self) -> str:

@@ -90,7 +90,7 @@ class Checkpoint:
                 data = saved_data(recipe)
             except RecipeError as error:
                 raise CheckpointError(str(error)) from error
-            trained = data.format, data.image_aspect
+            trained = data.prompt_format, data.image_aspect
         chat_format = chat_format or trained[0]
         if chat_format not in FORMATS:
             raise CheckpointError(

@@ -16,6 +16,8 @@ from data.chat import TokenizerError
 from data.config import DataConfig
 from data.dataset import Collator, ConversationDataset, LengthModalitySampler
 from data.rows import DataError
+from data.table import check_rows
+from tests.tiny_processors import PROCESSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -263,6 +265,23 @@ def test_weights_are_shares_of_an_epoch(folder, processor, weights, sizes, expec
         assert set(first) != set(second)  # other rows in another epoch
 
 
+def test_a_source_with_a_weight_never_goes_missing(folder, processor):
+    """Not by faults, nor by a share below a sample, nor because its last rows were held out."""
+    given = sources(folder, (1, 1), (10, 3)).model_copy(update={"max_bad_rows": 3})
+    broken = [talk("<image>\nwhich ?", "red", image="none.png")] * 3
+    (folder / "1.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError, match=r"1.json: got weight 1 and no row without a fault"):
+        ConversationDataset(given.model_copy(update={"images": str(folder)}), processor)
+    with pytest.raises(DataError, match=r"0.json: got weight 1 of 101, less than one of the 12 samples of an epoch"):
+        ConversationDataset(sources(folder, (1, 100), (10, 2)), processor)
+    data = ConversationDataset(sources(folder, (1, 1), (50, 2)), processor)
+    for seed in range(20):
+        rest, held_out = data.split(0.3, seed=seed)
+        assert rest.source_rows[1] > 0
+        assert len(held_out) == 16
+        assert len(rest) == 36
+
+
 def test_the_sampler_draws_by_weights(folder, processor):
     data = ConversationDataset(sources(folder, (1, 1), (10, 30)), processor)
     sampler = LengthModalitySampler(data.lengths, data.has_image, batch_size=4, seed=0, data=data)
@@ -282,6 +301,42 @@ def test_each_source_has_its_format_and_says_which_it_is(folder, processor):
     files = ["a/image.json", "text.jsonl", "image", "image_1.json"]
     assert given.model_copy(update={"files": files}).names == ["image_1", "text_1", "image_2", "image_1_1"]
     assert data.encoder.stop_ids == [processor.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("section", "sources", "expected"),
+    [
+        ("vicuna_v1", [None, "plain"], "vicuna_v1"),
+        ("chat_template", ["vicuna_v1", "vicuna_v1"], "vicuna_v1"),
+        ("plain", ["chat_template", "plain"], "chat_template"),
+        ("vicuna_v1", ["chat_template", None], "vicuna_v1"),
+        ("plain", [None, None], "plain"),
+        ("chat_template", ["plain"], "plain"),
+    ],
+)
+def test_a_checkpoint_is_asked_in_a_format_that_a_source_has(section, sources, expected):
+    given = [{"path": "x.json"} | ({} if one is None else {"format": one}) for one in sources]
+    assert DataConfig(files=given, format=section).prompt_format == expected
+
+
+def test_two_formats_of_questions_need_one_to_be_asked_in():
+    given = [{"path": "x.json", "format": one} for one in ("chat_template", "vicuna_v1")]
+    with pytest.raises(ValueError, match="format: got plain, but the sources have chat_template and vicuna_v1, expec"):
+        DataConfig(files=given, format="plain")
+
+
+def test_an_image_of_another_size_is_a_fault_until_the_rows_are_checked_again(folder):
+    """A replaced image changes how many tokens its sample has: its length, and where it is cut."""
+    llava_next = PROCESSORS["llava_next"]()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    given = config(folder, [GOOD[0], GOOD[1]], max_bad_rows=1)
+    before = ConversationDataset(given, llava_next)
+    Image.new("RGB", (8, 64)).save(folder / "a.png")
+    sample = before[0]
+    assert "an image has changed since it was checked" in str(sample["faults"][0])
+    check_rows(given, recheck=True)
+    after = ConversationDataset(given, llava_next)
+    assert after.lengths[0] == len(after[0]["input_ids"]) != before.lengths[0]
 
 
 def test_a_system_prompt_and_untrained_answers_reach_the_sample(folder, processor):

@@ -738,6 +738,9 @@ def test_an_aligned_checkpoint_asks_no_questions(runs, tmp_path):
     (tmp_path / "aligned/final/recipe.yaml").write_text("data: {files: [a.json], format: plain}\n")
     with pytest.raises(CheckpointError, match=r"data\.format plain, which has no questions"):
         Checkpoint.find(tmp_path / "aligned")
+    sources = "[{path: a.json, format: vicuna_v1}, {path: b.json, format: plain}]"
+    (tmp_path / "aligned/final/recipe.yaml").write_text(f"data: {{files: {sources}, format: plain}}\n")
+    assert Checkpoint.find(tmp_path / "aligned").chat_format == "vicuna_v1"
 
 
 @pytest.mark.parametrize(

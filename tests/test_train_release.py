@@ -407,7 +407,8 @@ def test_a_card_lists_all_plans_and_how_to_choose_one(llava, tmp_path):
 def test_it_asks_as_training_asked(llava, quickstart, chat_format):
     """Ids of the released processor against ids of ChatFormat, which made the training's labels."""
     final = (quickstart if chat_format == "chat_template" else llava) / "final"
-    data = DataConfig(files=["x.json"], format=chat_format, image_aspect="pad")
+    sources = [{"path": "x.json", "format": chat_format}, {"path": "y.json", "format": "plain"}]
+    data = DataConfig(files=sources, format="plain", image_aspect="pad")
     processor, tokenizer = released_processor(final, data), AutoProcessor.from_pretrained(final).tokenizer
     trained, image = ChatFormat(chat_format, tokenizer), Image.new("RGB", (64, 64))
     conversations = [

@@ -201,7 +201,7 @@ def _values(run: Run, config: Any, comparison: Comparison | None, *, place: str,
         "models": model_sources(run.recipe),
         "data": data_sources(run.recipe),
         "skipped": sum(len(figures.get("skipped") or []) for figures in run.figures),
-        "captions": run.data.format == "plain",
+        "captions": run.data.prompt_format == "plain",
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
     }

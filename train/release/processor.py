@@ -48,8 +48,9 @@ def read_processor(final: Path) -> Any:
 def released_processor(final: Path, data: DataConfig) -> Any:
     """Returns the processor of a run's checkpoint with a chat template and an image processor that fit its training.
 
-    The chat template renders what `data.format` trained with, from texts or from parts. With `data.image_aspect: pad`
-    the image processor is LLaVA's, which pads to a square by itself. Prompts are padded on the left, for generation.
+    The chat template renders what `data.prompt_format` trained with, from texts or from parts. Under
+    `data.image_aspect: pad` the image processor is LLaVA's, which pads to a square by itself. Prompts are padded on the
+    left, for generation.
 
     Raises:
         ReleaseError: no template makes the tokens that the model was trained with.
@@ -58,7 +59,7 @@ def released_processor(final: Path, data: DataConfig) -> Any:
     processor = read_processor(final)
     if not take_parts(processor, data):
         raise ReleaseError(
-            f"{final}: no chat template makes the tokens that data.format {data.format} was trained with; the "
+            f"{final}: no chat template makes the tokens that data.format {data.prompt_format} was trained with; the "
             "tokenizer writes special tokens that the format does not have, or the other way round"
         )
     processor.tokenizer.padding_side = "left"
@@ -92,7 +93,7 @@ def save_released(processor: Any, folder: Path) -> None:
 
 
 def take_parts(processor: Any, data: DataConfig) -> bool:
-    """Gives a processor the chat template that renders what `data.format` trains with, from texts or from parts.
+    """Gives a processor the chat template that renders what `data.prompt_format` trains with, from texts or from parts.
 
     Returns:
         Whether one makes the very tokens; otherwise the processor keeps its template.
@@ -103,9 +104,9 @@ def take_parts(processor: Any, data: DataConfig) -> bool:
     before = processor.chat_template, processor.tokenizer.chat_template
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     text, wanted = VisionProcessor(processor).text, trained_ids(processor, data)
-    if data.format == "chat_template" and text.has_parts and released_ids(processor) == wanted:
+    if data.prompt_format == "chat_template" and text.has_parts and released_ids(processor) == wanted:
         return True  # the family's, which takes parts
-    for template in _templates(data.format, processor.tokenizer, text):
+    for template in _templates(data.prompt_format, processor.tokenizer, text):
         processor.chat_template = processor.tokenizer.chat_template = template
         if released_ids(processor) == wanted:
             return True
@@ -116,7 +117,7 @@ def take_parts(processor: Any, data: DataConfig) -> bool:
 def trained_ids(processor: Any, data: DataConfig) -> list[int]:
     """Returns the ids of CONVERSATION as training makes them, with one image token for its image."""
     vision = VisionProcessor(processor)
-    return ChatFormat(data.format, processor.tokenizer, vision.text).prompt(_TURNS)
+    return ChatFormat(data.prompt_format, processor.tokenizer, vision.text).prompt(_TURNS)
 
 
 def released_ids(processor: Any) -> list[int]:
