@@ -77,4 +77,4 @@ def test_the_stage_analysis_can_ask_the_set(small):
     samples = scenes_samples(6)
     asked = scenes.questions("test")
     assert [sample.answer for sample in samples] == [asked[number].answer for number in range(0, 60, 10)]
-    assert all(sample.prompt.images[0].size == (96, 96) for sample in samples)
+    assert all(sample.images[0].size == (96, 96) for sample in samples)

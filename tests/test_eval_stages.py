@@ -5,17 +5,21 @@ from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from data.chat import IGNORE_INDEX
+from data.config import DataConfig
+from data.dataset import ConversationDataset
 from data.processor import VisionProcessor
 from data.rows import RowError
 from eval import stages
 from eval.live import live_visual
-from eval.prompts import PromptEncoder, VqaPrompt
+from eval.prompts import PromptEncoder
 from eval.significance import RESAMPLES
 from eval.stage_analysis.probes import (
     Firing,
@@ -28,7 +32,15 @@ from eval.stage_analysis.probes import (
     narrowed,
 )
 from eval.stage_analysis.report import draw_stages, record_of, report_of
-from eval.stage_analysis.samples import Batch, ProbeBatcher, Sample, SamplesError, spaced
+from eval.stage_analysis.samples import (
+    Batch,
+    ProbeBatcher,
+    Sample,
+    SamplesError,
+    file_samples,
+    question_and_answer,
+    spaced,
+)
 from eval.stage_analysis.search import Analysis, Prefix, Trials, needs_vision, propose, side_intervals
 from models import FusedAutoModel, FusedLlavaConfig, FusedLlavaForConditionalGeneration, StagePlan
 from models.schedules import Dense, Fused, Within, plan_schedule, published
@@ -444,7 +456,8 @@ def pictured_samples():
         for shape in range(3):
             for question, answer in zip(QUESTIONS, (COLOURS[colour], SHAPES[shape]), strict=True):
                 name = f"{colour}{shape}"
-                found.append(Sample(name + question, VqaPrompt(question, [picture(colour, shape)]), answer, name))
+                turns = question_and_answer(question, answer)
+                found.append(Sample(name + question, [picture(colour, shape)], turns, name))
     return found
 
 
@@ -452,9 +465,8 @@ def write_task(folder, repeats=4):
     """Writes the samples as a LLaVA-format file; returns its path."""
     rows = []
     for sample in pictured_samples() * repeats:
-        sample.prompt.images[0].save(folder / f"{sample.group}.png")
-        turns = [("human", f"<image>\n{sample.prompt.text}"), ("gpt", sample.answer)]
-        turns = [{"from": who, "value": text} for who, text in turns]
+        sample.images[0].save(folder / f"{sample.group}.png")
+        turns = [{"from": turn.role, "value": turn.text} for turn in sample.turns]
         rows.append({"id": sample.id, "image": f"{sample.group}.png", "conversations": turns})
     rows.append({"id": "words", "conversations": [{"from": who, "value": "hm"} for who in ("human", "gpt")]})
     (folder / "task.json").write_text(json.dumps(rows))
@@ -480,8 +492,7 @@ def by_construction(reads, plan=None):
             part.weight.zero_()
     batcher, samples = ProbeBatcher(model, prompt_encoder), pictured_samples()
     kinds = [
-        set(batcher.encode(samples[kind], prompt_encoder.vision.encode(samples[kind].prompt.images))[0])
-        for kind in (0, 1)
+        set(batcher.encode(samples[kind], prompt_encoder.vision.encode(samples[kind].images))[0]) for kind in (0, 1)
     ]
     answers = {words(word) for word in (*COLOURS, *SHAPES)}
     for kind, other in ((0, 1), (1, 0)):
@@ -625,12 +636,12 @@ def trained(plan):
     model, processor = tiny_model(plan), tiny_processor()
     batcher = ProbeBatcher(model, PromptEncoder(processor, chat_format="chat_template", aspect="processor"))
     samples = pictured_samples()
-    images = [batcher.prompt_encoder.vision.encode(sample.prompt.images) for sample in samples]
+    images = [batcher.prompt_encoder.vision.encode(sample.images) for sample in samples]
     batch, encoded = batcher.batch(samples), [batcher.encode(*pair) for pair in zip(samples, images, strict=True)]
     labels = torch.full_like(batch.ids, IGNORE_INDEX)
     for row, (_, own) in zip(labels, encoded, strict=True):
         row[-len(own) :] = torch.tensor(own)
-    pixels = torch.cat([pixels_of(batcher.prompt_encoder, sample.prompt.images[0]) for sample in samples])
+    pixels = torch.cat([pixels_of(batcher.prompt_encoder, sample.images[0]) for sample in samples])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     with torch.enable_grad():
         for _ in range(150):
@@ -663,6 +674,47 @@ def test_a_trained_window_comes_back_or_the_narrowest_part_of_it_that_is_enough(
     assert record["masked_from"][2]["loss"] > 3
 
 
+@pytest.mark.parametrize("chat_format", ["vicuna_v1", "chat_template"])
+def test_a_file_s_questions_are_asked_as_they_are_trained(tmp_path, chat_format):
+    """System prompt, places of several images and escaped marks; a row whose answer is not trained is left out."""
+    for number in range(2):
+        picture(number, 0).save(tmp_path / f"{number}.png")
+    turns = [
+        ("human", r"what is <image> , not <image> or \<image> ?"), ("gpt", "red"), ("human", "and ?"), ("gpt", "blue")
+    ]  # fmt: skip
+    row = {
+        "image": ["0.png", "1.png"],
+        "system": "in one word",
+        "conversations": [{"from": who, "value": text} for who, text in turns],
+    }
+    untrained = json.loads(json.dumps(row))
+    untrained["conversations"][1]["loss"] = 0
+    (tmp_path / "rows.json").write_text(json.dumps([untrained, row]))
+    (sample,) = file_samples(tmp_path / "rows.json", tmp_path, 9)
+    encoder = PromptEncoder(tiny_processor(), chat_format=chat_format, aspect="processor")
+    ids, labels = ProbeBatcher(None, encoder).encode(sample, encoder.vision.encode(sample.images))
+    row["conversations"] = row["conversations"][:2]
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    section = {"format": chat_format, "image_aspect": "processor", "images": str(tmp_path), "workers": 0}
+    trained = ConversationDataset(DataConfig(files=[str(tmp_path / "rows.json")], **section), tiny_processor())[0]
+    assert ids == trained["input_ids"].tolist()
+    assert labels == trained["labels"].tolist()
+
+
+def test_images_inside_a_file_are_told_apart_by_what_they_show(tmp_path):
+    def shown(colour):
+        picture(colour, 0).save(tmp_path / "x.png")
+        return {"bytes": (tmp_path / "x.png").read_bytes(), "path": None}
+
+    turns = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]
+    images = [[shown(0)], [shown(0)], [shown(1)], [shown(0), shown(1)]]
+    talks = [[{**turns[0], "value": "<image>" * len(one) + "what?"}, turns[1]] for one in images]
+    parquet.write_table(pa.table({"images": images, "conversations": talks}), tmp_path / "rows.parquet")
+    groups = [sample.group for sample in file_samples(tmp_path / "rows.parquet", None, 9)]
+    assert groups[0] == groups[1]
+    assert len(set(groups)) == 3
+
+
 def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
     checkpoint = save(by_construction({"colour": [2], "shape": [3]}), task / "model")
     own = QUICKSTART.parents[1] / "quickstart.yaml"
@@ -681,6 +733,7 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
         (("--task", "gqa"), "--task: got 'gqa', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--task", "x" * 300), "expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--images", "nowhere"), "--images: "),
+        (("--task", "untrained.json"), "got no row whose first question has an image and an answer that is trained on"),
         (("--task", "easy_vqa"), "with --task easy_vqa, expected it with a file as --task"),
         (("--task", "long.json"), "sample 3: prompt: got 2,012 tokens, expected at most 1,024"),
         (("--limit", "30"), "--limit: got 30 samples for a tolerance of 3 points, expected at least 34"),
@@ -701,6 +754,9 @@ def test_what_a_user_got_wrong_is_told_in_one_line(task, more, said, capsys, mon
     rows = json.loads((task / "task.json").read_text())
     rows[3]["conversations"][0]["value"] += " what" * 1000
     (task / "long.json").write_text(json.dumps(rows))
+    talk = [{"from": "human", "value": "<image>"}, *[{"from": who, "value": "x"} for who in ("gpt", "human", "gpt")]]
+    talk[1]["weight"] = 0
+    (task / "untrained.json").write_text(json.dumps([{"image": rows[0]["image"], "conversations": talk}]))
     try:
         code, _ = run(task, checkpoint, *more)
     except SystemExit as left:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from data.processor import EncodedImages
 from data.rows import IMAGE_PLACEHOLDER, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders
 from data.table import read_records
 from eval.arguments import UsageError
-from eval.prompts import LengthError, PromptEncoder, VqaPrompt, image_inputs, pad_left
+from eval.prompts import LengthError, PromptEncoder, image_inputs, pad_left
 from models.decoder import DecoderOutput
 from models.schedules import Schedule
 
@@ -34,17 +35,24 @@ class Sample:
 
     Attributes:
         id: names it in stages.json.
-        prompt: the question.
-        answer: as the model was trained to write it.
+        images: RGB, in the order of the question's placeholders.
+        turns: the question and its answer, as a training row has them.
         group: what it is about: samples of one group (questions about one image) are not independent.
         family: kind of question, where the task has kinds.
+        system: the system prompt; None means the format's default.
     """
 
     id: str
-    prompt: VqaPrompt
-    answer: str
+    images: Sequence[Image.Image]
+    turns: tuple[Turn, Turn]
     group: str
     family: str = ""
+    system: str | None = None
+
+    @property
+    def answer(self) -> str:
+        """The answer, as the model was trained to write it."""
+        return self.turns[1].text
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +147,8 @@ class ProbeBatcher:
             SamplesError: nothing of the answer is left, the chat template rewrites the conversation, or it is longer
                 than the decoder's positions.
         """
-        marks = f"{IMAGE_PLACEHOLDER}\n" * len(sample.prompt.images)
-        question = marks + sample.prompt.text.replace(IMAGE_PLACEHOLDER, "").strip()
         try:
-            ids, labels = self.prompt_encoder.chat.encode([Turn("user", question), Turn("assistant", sample.answer)])
+            ids, labels = self.prompt_encoder.chat.encode(sample.turns, sample.system)
         except RowError as error:
             raise SamplesError(f"sample {sample.id}: {error}") from None
         if all(label == IGNORE_INDEX for label in labels):
@@ -159,13 +165,13 @@ class ProbeBatcher:
 
     def check_longest(self, samples: Sequence[Sample]) -> None:
         """Encodes the sample with the longest text; raises SamplesError where it cannot be encoded."""
-        longest = max(samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer))
+        longest = max(samples, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
         self.encode(longest, self.images(longest))
 
     def images(self, sample: Sample) -> EncodedImages:
         """Returns a sample's images as tokens and inputs; raises SamplesError where the processor rejects one."""
         try:
-            return self.prompt_encoder.vision.encode(sample.prompt.images)
+            return self.prompt_encoder.vision.encode(sample.images)
         except RowError as error:
             raise SamplesError(f"sample {sample.id}: {error}") from None
 
@@ -204,16 +210,23 @@ def scenes_samples(limit: int) -> list[Sample]:
 def _question_samples(questions: Sequence[Any], limit: int) -> list[Sample]:
     chosen = [(number, questions[number]) for number in spaced(len(questions), limit)]
     return [
-        Sample(str(number), VqaPrompt(one.text, [_rgb(one.image)]), one.answer, one.image.stem, one.kind)
+        Sample(str(number), [_rgb(one.image)], question_and_answer(one.text, one.answer), one.image.stem, one.kind)
         for number, one in chosen
     ]
 
 
+def question_and_answer(question: str, answer: str) -> tuple[Turn, Turn]:
+    """Returns the turns of a question about one image."""
+    return Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}"), Turn("assistant", answer)
+
+
 def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
-    """Returns first questions and their answers of a LLaVA-format file, evenly spaced over its rows with an image.
+    """Returns first questions and their answers as training has them, evenly spaced over the rows of a file.
+
+    Rows whose first question has no image are left out, and those that exclude its answer from training.
 
     Args:
-        file: JSON or JSONL.
+        file: of any format that `data.files` takes.
         images: folder that its image paths are relative to.
         limit: at most so many.
 
@@ -225,26 +238,31 @@ def file_samples(file: Path, images: Path | None, limit: int) -> list[Sample]:
         for name, number, record in read_records(str(file)):
             if isinstance(record, RowError):
                 raise SamplesError(f"--task: {Fault(name, number, str(record))}")
-            if count_placeholders(record.turns[0].text):
+            if count_placeholders(record.turns[0].text) and record.turns[1].is_trained:
                 records.append((number, record))
     except DataError as error:
         raise SamplesError(f"--task: {error}") from None
     if not records:
-        raise SamplesError(f"--task: {file}: got no row whose first question has an image, expected some that do")
+        raise SamplesError(
+            f"--task: {file}: got no row whose first question has an image and an answer that is trained on, expected "
+            "some that do"
+        )
     chosen = [records[place] for place in spaced(len(records), limit)]
     return [_file_sample(str(file), number, record, images) for number, record in chosen]
 
 
 def _file_sample(file: str, number: int, record: Record, images: Path | None) -> Sample:
-    first, answer = record.turns[:2]
-    names = record.images[: count_placeholders(first.text)]
+    question, answer = record.turns[:2]
+    shown = record.images[: count_placeholders(question.text)]
+    is_inside = all(isinstance(image, EmbeddedImage) or image.startswith("data:") for image in shown)
+    if images is None and not is_inside:
+        raise SamplesError(f"--images: {Fault(file, number, 'names an image')}: got no folder, expected its images'")
     try:
-        pictures = [open_image(images, name) for name in names]
+        pictures = [open_image(images, image) for image in shown]
     except RowError as error:
         raise SamplesError(f"--images: {Fault(file, number, str(error))}") from None
-    text = first.text.replace(IMAGE_PLACEHOLDER, "").strip()
-    shown = [image.name if isinstance(image, EmbeddedImage) else image for image in names]
-    return Sample(str(number), VqaPrompt(text, pictures), answer.text, ",".join(shown))
+    names = [sha256(image.data).hexdigest() if isinstance(image, EmbeddedImage) else image for image in shown]
+    return Sample(str(number), pictures, (question, answer), ",".join(names), system=record.system)
 
 
 def _rgb(file: Path) -> Image.Image:
