@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from data.chat import TokenizerError
 from eval.arguments import UsageError, command_line, free_port, make_folder, names_of, positive
-from eval.checkpoint import Checkpoint
+from eval.checkpoint import FORMATS, Checkpoint
 from eval.comparison.cells import run_cell
 from eval.live import Loaded
 from eval.lmms import Harness
@@ -59,7 +59,13 @@ def check_names(study: Study) -> None:
         if task not in TASKS:
             raise UsageError(f"tasks: got '{task}', expected {', '.join(TASKS)}")
     for arm, settings in study.arms.items():
-        model = load_recipe(study.recipe, (*study.set, *settings.set)).model
+        recipe = load_recipe(study.recipe, (*study.set, *settings.set))
+        if recipe.data.prompt_format not in FORMATS:
+            raise UsageError(
+                f"arms.{arm}: data.format: got {recipe.data.prompt_format}, which has no questions, expected "
+                f"{' or '.join(FORMATS)}"
+            )
+        model = recipe.model
         known = list(dict.fromkeys((TRAINED, *model.plans, *SCHEDULES)))
         config = _config_of(arm, model)
         for name in settings.schedules:
@@ -261,12 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = study.model_copy(update={"results": args.results or study.results})
         check_names(study)
         args.out = args.out or Path("outputs/studies") / study.name
-        make_folder("--out", args.out, ["harness.log"])
-        make_folder("--out", args.out / "runs")
-        make_folder("results", Path(study.results), WRITTEN)
+        trains = not (args.report or args.reference)
+        _check_folders(study, args.out, trains=trains)
         every = runs_of(study, args.out, list(study.arms), study.seeds)
         results = Results(Path(study.results))
-        trains = not (args.report or args.reference)
         _check_results(study, results, every, starts=trains)
         arms, seeds = chosen(study, args)
     except (RecipeError, UsageError) as error:
@@ -287,6 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             plans = {run.arm: run.recipe.plan for run in every if _has_one_plan(run.recipe)}
             write_report(study, plans, text, records)
             print(f"written: {study.results}/table.md and pictures")
+    elif not trains:
+        print(f"{study.results}: got no result of the study's runs, expected some", file=sys.stderr)
+        return 2
     return code
 
 
@@ -308,6 +315,16 @@ def _whole(study: Study, runs: Sequence[Run], results: Results) -> list[Record]:
 
 def _has_one_plan(recipe: Recipe) -> bool:
     return len(recipe.model.plans) == 1 and recipe.train.sparse_attention is None
+
+
+def _check_folders(study: Study, out: Path, *, trains: bool) -> None:
+    """Makes the folders that a study writes; without training, that of its results has to be there."""
+    if trains:
+        make_folder("--out", out, ["harness.log"])
+        make_folder("--out", out / "runs")
+    elif not Path(study.results).is_dir():
+        raise UsageError(f"results: got {study.results}, expected the folder of a study's results")
+    make_folder("results", Path(study.results), WRITTEN)
 
 
 def _check_results(study: Study, results: Results, runs: Sequence[Run], *, starts: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,22 @@ def _each_once(values: list[Any]) -> list[Any]:
     return values
 
 
+def _changes(overrides: list[str]) -> list[str]:
+    for override in overrides:
+        if override.partition("=")[0].strip() in _OF_THE_STUDY:
+            raise ValueError(f"got '{override}', which the study sets for each run, expected other keys")
+    return overrides
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"got {name!r}, expected letters, digits, '_', '-' and '.': files are named by it")
+    return name
+
+
+_OF_THE_STUDY = ("name", "seed", "output")
+_Overrides = Annotated[list[str], AfterValidator(_changes)]
+_FileName = Annotated[str, AfterValidator(_file_name)]
 _Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
 
 
@@ -34,7 +51,7 @@ class Arm(_Section):
         label: what pictures call it; None: its name.
     """
 
-    set: list[str] = []
+    set: _Overrides = []
     label: str | None = None
     schedules: _Names = ["trained"]
 
@@ -43,7 +60,7 @@ class Study(_Section):
     """A comparison of training variants over seeds.
 
     Attributes:
-        name: heading of its tables.
+        name: heading of its tables, and name of the folder of its runs.
         recipe: the recipe common to all arms.
         set: overrides for all arms.
         seeds: seeds of random weights and data order; every arm is trained with each.
@@ -55,14 +72,14 @@ class Study(_Section):
         results: folder of the results.
     """
 
-    name: str
+    name: _FileName
     recipe: str
-    set: list[str] = []
+    set: _Overrides = []
     seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_each_once)]
     tasks: _Names
     limit: int | None = Field(default=None, ge=1)
     reference: str
-    arms: dict[str, Arm] = Field(min_length=1)
+    arms: dict[_FileName, Arm] = Field(min_length=1)
     picture: _Names | None = None
     results: str
 

@@ -110,6 +110,18 @@ def test_the_studies_of_the_repository_are_valid(monkeypatch):
             {"arms": {"dense": {"set": ["model.config=recipes/configs/qwen2.5-vl-3b"], "schedules": ["visionzip"]}}},
             "arms.dense.schedules: 'visionzip': schedule VisionZip: got ",
         ),
+        ({"arms": {"dense": {}, "x/y": {}}}, "arms.x/y: got 'x/y', expected letters, digits"),
+        ({"arms": {"dense": {}, "..": {}}}, "got '..', expected letters, digits"),
+        ({"name": "a/b"}, "name: got 'a/b', expected letters, digits"),
+        ({"set": ["seed=3"]}, "set: got 'seed=3', which the study sets for each run, expected other keys"),
+        (
+            {"arms": {"dense": {"set": ["output = x"]}}},
+            "arms.dense.set: got 'output = x', which the study sets for each run",
+        ),
+        (
+            {"arms": {"dense": {"set": ["data.format=plain"]}}},
+            "arms.dense: data.format: got plain, which has no questions, expected vicuna_v1 or chat_template",
+        ),
         (
             {"arms": {"dense": {"set": ["model.stages=[{name: a, plan: null}, {name: vtw, plan: null}]"]}}},
             "arms.dense: model: plans: got the name 'vtw'",
@@ -122,6 +134,20 @@ def test_a_wrong_study_is_one_line(study, change, words, capsys):
     told = capsys.readouterr().err.strip()
     assert told.count("\n") == 0
     assert words in told
+
+
+@pytest.mark.parametrize("option", [("--report",), ("--reference", "dense")])
+def test_tables_of_no_results_are_refused(study, capsys, option):
+    assert main([str(study), *option]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"results: got {study.parent}/results, expected the folder of a study's results"
+    )
+    assert not (study.parent / "results").exists()
+    (study.parent / "results").mkdir()
+    assert main([str(study), *option]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"{study.parent}/results: got no result of the study's runs, expected some"
+    )
 
 
 def test_a_wrong_arm_is_found_before_anything_is_trained(study, capsys):
@@ -163,8 +189,10 @@ def test_a_result_of_another_start_model_is_refused(study, capsys):
     assert main(command) == 0
     (start / "model.safetensors").write_bytes(b"another")
     assert main(command) == 2
-    assert main([*command, "--results", str(study.parent / "mine"), "--report"]) == 0
-    assert not list((study.parent / "mine").iterdir())  # it has no results yet
+    capsys.readouterr()
+    (study.parent / "mine").mkdir()
+    assert main([*command, "--results", str(study.parent / "mine"), "--report"]) == 2
+    assert "mine: got no result of the study's runs" in capsys.readouterr().err  # and none of another start
 
 
 @pytest.mark.parametrize(
@@ -185,7 +213,7 @@ def test_a_result_that_is_none_is_named(study, capsys, content):
 @pytest.mark.parametrize("name", ["results/table.md", "results/curves.png", "out/harness.log"])
 def test_a_folder_in_the_way_of_a_study_is_named(study, capsys, name):
     (study.parent / name).mkdir(parents=True)
-    assert main([str(study), "--out", str(study.parent / "out"), "--report"]) == 2
+    assert main([str(study), "--out", str(study.parent / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"got a folder named {study.parent / name}, expected none" in line
 
