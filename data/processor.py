@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -160,12 +161,13 @@ class VisionProcessor:
     def _probe(self) -> tuple[list[int], dict[str, set[int]]]:
         """Returns the ids of one image, and the ids that each token type input marks as image."""
         try:
-            [span], inputs, types = self._run_processor([_PROBE])
+            with np.errstate(all="ignore"):  # a division by zero is refused below
+                [span], inputs, types = self._run_processor([_PROBE])
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
             kind = type(self.processor).__name__
             raise ProcessorError(f"processor: {kind} cannot encode an image: {shorten(str(error), 160)}") from None
         if not all(one.isfinite().all() for one in inputs.values()):
-            raise ProcessorError("processor: got pixels that are not finite, expected an image_std above 0")
+            raise ProcessorError("data.processor: got pixels that are no numbers, expected finite ones")
         return span, types
 
     def _begin(self) -> str:

@@ -218,11 +218,11 @@ def test_images_of_one_shape_are_counted_by_one_look():
 @pytest.mark.parametrize(
     ("settings", "aspect", "said"),
     [
-        ({"image_mean": 0.5, "image_std": 0.5}, "pad", "image_mean: got 0.5, expected three numbers under image_aspect"),
-        ({"image_std": [0.0, 0.0, 0.0]}, "processor", "got pixels that are not finite, expected an image_std above 0"),
+        ({"image_mean": 0.5, "image_std": 0.5}, "pad", "image_mean: got 0.5, expected three numbers under"),
+        ({"image_std": [0.0, 0.0, 0.0]}, "processor", "data.processor: got pixels that are no numbers, expected"),
     ],
 )
 def test_settings_that_make_no_pixels_are_refused(settings, aspect, said):
     data = DataConfig(files=["x.json"], format="plain", processor=settings)
-    with np.errstate(all="ignore"), pytest.raises(ProcessorError, match=said):
+    with pytest.raises(ProcessorError, match=said):
         VisionProcessor(apply_settings(llava(), data), aspect=aspect)

@@ -22,6 +22,7 @@ from train.checkpoints import (
     RunLock,
     check_same_content,
     check_same_run,
+    check_sources,
     find_fault,
     keep_newest,
     mark_complete,
@@ -324,6 +325,28 @@ def test_a_run_folder_belongs_to_one_recipe(run_folder):
     for path in whole_checkpoints(run_folder):
         (path / MARKER).unlink()
     check_same_run(changed, run_folder)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "init", "align/checkpoint-7", "align/final"])
+def test_a_folder_that_another_program_wrote_is_no_run_folder(tmp_path, name):
+    (tmp_path / name).mkdir(parents=True)
+    recipe = load_recipe("recipes/quickstart.yaml")
+    with pytest.raises(
+        RecipeError, match=rf"output: got .* with {name} and no recipe.yaml, which no run here has writ"
+    ):
+        check_same_run(recipe, tmp_path)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    check_same_run(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "init", "incomplete-checkpoint-3/x"])
+def test_a_run_does_not_start_from_what_it_deletes(tmp_path, name):
+    start = [f"model.checkpoint={tmp_path / name}", "model.config=null"]
+    with pytest.raises(
+        RecipeError, match=rf"model.checkpoint: got .*{name}, inside output, where the run deletes check"
+    ):
+        check_sources(load_recipe("recipes/quickstart.yaml", start), tmp_path)
+    check_sources(load_recipe("recipes/quickstart.yaml", start), tmp_path / "other")
 
 
 def test_a_checkpoint_belongs_to_its_data_and_its_deepspeed_configuration(tmp_path):

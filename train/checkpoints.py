@@ -30,6 +30,7 @@ from train.errors import TrainingError
 MARKER: Final = "complete.json"
 RECIPE: Final = "recipe.yaml"
 FINAL: Final = "final"  # folder with the result of a phase
+INITIAL: Final = "init"  # folder with the model that a run starts from: built once, then loaded by every rank
 RUN: Final = "run.json"  # its figures
 _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _LEFT_OVER: Final = re.compile(r"(incomplete|broken|deleted|resharded)-checkpoint-\d+")
@@ -191,21 +192,41 @@ def keep_newest(folder: Path, limit: int, *, best: int | None = None) -> None:
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> None:
-    """Refuses a run folder with checkpoints or a final model of another recipe.
+    """Refuses a run folder with checkpoints or models of another recipe, or of another program.
 
     Raises:
-        RecipeError: naming the first key that differs, and both values.
+        RecipeError: naming what is there, or the first key that differs, and both values.
     """
-    saved = folder / RECIPE
-    if not any(whole_checkpoints(part) or (part / FINAL).is_dir() for part in (folder, folder / "align")):
+    saved, parts = folder / RECIPE, (folder, folder / "align")
+    if not saved.is_file():  # a run of ours writes it before anything else
+        names = (INITIAL, FINAL, f"{FINAL}.partial")
+        found = [path for part in parts for path in (*_entries(part, _NAME), *(part / name for name in names))]
+        for path in found:
+            if path.exists():
+                raise RecipeError(
+                    f"output: got {folder} with {path.relative_to(folder)} and no {RECIPE}, which no run here has "
+                    "written, expected another output, or an empty folder"
+                )
+    if not any(whole_checkpoints(part) or (part / FINAL).is_dir() for part in parts):
         return
-    if not saved.is_file():
-        raise RecipeError(f"output: {folder} holds a run without {RECIPE}, expected another output, or an empty folder")
     for key, before, now in changes(recipe, saved):
         if key.removeprefix("align.") not in _MAY_CHANGE:
             raise RecipeError(
                 f"output: {folder} holds a run with {key} {before!r}, got {now!r}; "
                 "expected the same recipe, another output, or an empty folder"
+            )
+
+
+def check_sources(recipe: Recipe, folder: Path) -> None:
+    """Raises RecipeError for a source of the model among what a run in this folder renames and deletes."""
+    for part in ("config", "checkpoint", "language_model", "vision_tower"):
+        place = getattr(recipe.model, part)
+        if place is None or not Path(place).resolve().is_relative_to(folder.resolve()):
+            continue
+        inside = Path(place).resolve().relative_to(folder.resolve()).parts[:1]
+        if any(name == INITIAL or _NAME.fullmatch(name) or _LEFT_OVER.fullmatch(name) for name in inside):
+            raise RecipeError(
+                f"model.{part}: got {place}, inside output, where the run deletes checkpoints, expected another output"
             )
 
 

@@ -28,7 +28,7 @@ from train.arguments import (
     total_steps,
     training_arguments,
 )
-from train.checkpoints import FINAL, RECIPE, Progress
+from train.checkpoints import FINAL, INITIAL, RECIPE, Progress
 from train.checks import check_profile, check_run
 from train.errors import TrainingError, one_line
 from train.estimate import Estimate, peak_here
@@ -47,7 +47,7 @@ from train.samples import (
 )
 from train.stop import StopRequest
 from train.trainer import FusedTrainer
-from train.weights import INITIAL, build_initial, config_fingerprint, load_checkpoint, read_config, read_processor
+from train.weights import build_initial, config_fingerprint, load_checkpoint, read_config, read_processor
 from train.window_search import WindowSearch, check_search
 
 
@@ -143,7 +143,7 @@ def _train(recipe: Recipe, phase: Phase, *, initial: Path, dataset: Samples, sto
     dataset, validation = hold_out(phase, dataset, seed=recipe.seed)
     resumed = next(reversed(checkpoints.whole_checkpoints(phase.folder)), None)
     progress = checkpoints.read_progress(resumed) if resumed else Progress(ranks=distributed.world_size())
-    order = sample_order(phase, dataset, seed=recipe.seed)
+    order = sample_order(phase, dataset, seed=recipe.seed, ranks=distributed.world_size())
     total = total_steps(phase.train, 0 if order is None else order.steps)  # a recipe says how long a stream is
     _check_samples(phase, dataset, total)
     fingerprints = {

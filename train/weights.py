@@ -34,7 +34,6 @@ from train.checkpoints import FINAL, digest_of
 from train.errors import one_line
 from train.pretrained_parts import check_parts
 
-INITIAL: Final = "init"  # folder below the run folder: the checkpoint is built once, then loaded by every rank
 # Names in memory -> names in llava-hf's checkpoints, which transformers, vLLM and others read.
 _NAMES: Final = (
     (re.compile(r"^model\.language_model\."), "language_model.model."),
