@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_adapters_on_every_part_and_its_last_tower_layer(train_here, tiny_recipe
     assert not any("embeddings" in name for name in names if "vision_tower" in name)
 
 
+def test_what_the_recipe_decides_may_be_left_out_of_the_deepspeed_file(train_here, tiny_recipe, tmp_path):
+    """Clipping and accumulation are the recipe's then too."""
+    config = json.loads(Path("recipes/deepspeed/zero2.json").read_text())
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        config.pop(key, None)
+    del config["gradient_clipping"]
+    (tmp_path / "short.json").write_text(json.dumps(config))
+    given = {"optimizer": "sgd", "max_grad_norm": 0.001, "per_device_batch": 1, "max_steps": 3}
+    given["learning_rate"] = {"projector": 1.0, "vision_tower": None, "language_model": 1.0}
+    whole = train_here(tiny_recipe("whole", **given))
+    short = train_here(tiny_recipe("short", deepspeed=str(tmp_path / "short.json"), **given))
+    assert losses(short) == losses(whole)
+    assert moved(short)
+
+
 def test_a_tracker_by_name(train_here, tiny_recipe):
     event_file_loader = pytest.importorskip(
         "tensorboard.backend.event_processing.event_file_loader", reason="TensorBoard is no dependency"
@@ -99,11 +115,21 @@ def test_a_tracker_that_is_not_installed_is_refused(tracker, others, tiny_recipe
             "reduce_scatter: got true, expected false",
         ),
         ({"optimizer": "sgd", "deepspeed": "recipes/deepspeed/zero3_offload.json"}, "offload_optimizer: got one with"),
+        (
+            {"optimizer": "muon", "max_grad_norm": None, "deepspeed": "params.json"},
+            "offload_param: got one with train.op",
+        ),
         ({"precision": "fp16"}, "train.precision: got fp16, expected"),
     ],
 )
-def test_what_cannot_learn_here_is_refused(tiny_recipe, monkeypatch, train, message):
+def test_what_cannot_learn_here_is_refused(tiny_recipe, monkeypatch, tmp_path, train, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if train.get("deepspeed") == "params.json":  # which makes the optimizer DeepSpeed's, as that of the states does
+        config = json.loads(Path("recipes/deepspeed/zero3_offload.json").read_text())
+        del config["zero_optimization"]["offload_optimizer"]
+        config["zero_optimization"]["reduce_scatter"] = False
+        (tmp_path / "params.json").write_text(json.dumps(config))
+        train = {**train, "deepspeed": str(tmp_path / "params.json")}
     with pytest.raises(RecipeError, match=message):
         check_run(Recipe.model_validate(tiny_recipe("refused", **train)), 1)
 
@@ -115,6 +141,10 @@ def test_what_cannot_learn_here_is_refused(tiny_recipe, monkeypatch, train, mess
         ({"layers": [0, 2], "lora": {"r": 4}}, "got layers with adapters there: lora.layers, expected layers null"),
         ({"lora": {"bits": 4, "parts": ["projector"]}}, "bits: got 4 without adapters on the language model"),
         ({"lora": {"layers": []}}, "layers: got an empty list"),
+        (
+            {"lora": {"layers": "window", "parts": ["vision_tower"]}},
+            "layers: got window without adapters on the langua",
+        ),
         ({"optimizer": "adafactor"}, "optimizer"),
         ({"profile": {"steps": [3, 2]}}, r"steps: got \[3, 2\], expected \[first, last\] with 1 <= first"),
         ({"optimizer": "muon"}, "got max_grad_norm 1 with muon, expected null"),

@@ -42,6 +42,8 @@ _REFUSED: Final = {
     "checkpoint.load_universal": "a run that goes on decides",
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer names the device",
     "zero_optimization.zenflow": "the optimizer takes every gradient in its step",
+    "zero_optimization.load_from_fp32_weights": "a run that goes on needs the float32 weights",
+    "checkpoint.writer": "a checkpoint is whole once its files are written",
     **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "train.tracker decides"),
 }
 _KNOWN: Final = (
@@ -69,6 +71,7 @@ _KNOWN: Final = (
 )
 _GATHER: Final = "stage3_gather_16bit_weights_on_model_save"
 _MICRO_BATCH: Final = "train_micro_batch_size_per_gpu"
+_DERIVED: Final = (_MICRO_BATCH, "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
 
 
 def split_batch(train: TrainSection, num_ranks: int) -> tuple[int, int]:
@@ -172,7 +175,7 @@ def training_arguments(recipe: Recipe, phase: Phase, *, is_resharded: bool) -> T
 
 
 def read_deepspeed(train: TrainSection) -> dict[str, Any]:
-    """Returns the DeepSpeed configuration that a phase names.
+    """Returns the DeepSpeed configuration that a phase names; what follows from the recipe and is left out is "auto".
 
     Raises:
         RecipeError: the file is no JSON object.
@@ -187,7 +190,7 @@ def read_deepspeed(train: TrainSection) -> dict[str, Any]:
     if not isinstance(config, dict):
         found = type(config).__name__
         raise RecipeError(f"train.deepspeed: {train.deepspeed}: got {found}, expected an object with zero_optimization")
-    return config
+    return dict.fromkeys(_DERIVED, "auto") | config  # Trainer fills in only what is there
 
 
 def _refuse_constant(name: str) -> None:
@@ -214,12 +217,8 @@ def check_deepspeed(train: TrainSection, num_ranks: int) -> None:
     And when the global batch cannot be split evenly over the ranks.
     """
     micro_batch, accumulation = split_batch(train, num_ranks)
-    derived = {
-        _MICRO_BATCH: micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": train.global_batch,
-        "gradient_clipping": train.max_grad_norm or 0.0,
-    }
+    values = micro_batch, accumulation, train.global_batch, train.max_grad_norm or 0.0
+    derived = dict(zip(_DERIVED, values, strict=True))
     fault = next(_deepspeed_faults(train, read_deepspeed(train), derived), None)
     if fault is not None:
         raise RecipeError(f"train.deepspeed: {train.deepspeed}: {fault}")
@@ -237,10 +236,8 @@ def _deepspeed_faults(train: TrainSection, config: Mapping[str, Any], derived: M
         yield f"checkpoint: got {type(config['checkpoint']).__name__}, expected an object"
     yield from _zero_faults(train, config.get("zero_optimization"))
     yield from _precision_faults(train, config)
-    if _MICRO_BATCH not in config:
-        yield f'{_MICRO_BATCH}: got nothing, expected "auto"'
     for key, value in derived.items():
-        found = config.get(key, "auto")
+        found = config[key]
         if found not in ("auto", value) or isinstance(found, bool):
             yield f'{key}: got {found!r}, expected "auto" or {value}, the recipe\'s'
     yield from _schema_faults(config, derived)
@@ -258,11 +255,16 @@ def _zero_faults(train: TrainSection, zero: Any) -> Iterator[str]:
         yield f"zero_optimization.{_GATHER}: got {gather!r}, expected {expected}"
     if stage == 3 and train.optimizer == "muon" and zero.get("reduce_scatter", True) is not False:
         yield "zero_optimization.reduce_scatter: got true, expected false: Muon needs whole gradients"
-    if zero.get("offload_optimizer") and not train.optimizer.startswith("adamw_torch"):
-        yield (f"zero_optimization.offload_optimizer: got one with train.optimizer {train.optimizer}, expected none")
     for part in ("offload_optimizer", "offload_param"):
-        section = zero.get(part)
-        if isinstance(section, dict) and section.get("device") == "nvme" and not section.get("nvme_path"):
+        section: Any = zero.get(part)
+        device = section.get("device") if isinstance(section, dict) else None
+        if device not in ("cpu", "nvme"):
+            continue
+        if not train.optimizer.startswith("adamw_torch"):  # either makes DeepSpeed's AdamW for the CPU the optimizer
+            yield f"zero_optimization.{part}: got one with train.optimizer {train.optimizer}, expected none"
+        if part == "offload_param" and stage != 3:
+            yield f"zero_optimization.{part}: got one under stage {stage}, expected stage 3 or none"
+        if device == "nvme" and not section.get("nvme_path"):
             yield f"zero_optimization.{part}.nvme_path: got nothing, expected a folder on the NVMe"
 
 
