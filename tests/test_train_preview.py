@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ import pytest
 from models import StagePlan
 from models.cost import plan_cost
 from recipes.errors import RecipeError
-from recipes.schema import load_recipe
+from recipes.schema import Recipe, load_recipe
 from train.estimate import parse_card
 from train.preview import preview
-from train.weights import read_config
+from train.samples import read_samples, sample_order
+from train.weights import read_config, read_processor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,6 +97,32 @@ def test_it_says_whether_a_run_fits_and_how_long_it_takes():
     small = "\n".join(preview(recipe, card=parse_card("8x16", count=1)))
     assert "16 GB: does not fit: lower train.per_device_batch" in small
     assert "time: unknown" in small
+
+
+@pytest.mark.parametrize("tokens", [None, 256])
+def test_rows_without_an_image_count_as_what_they_are(tiny_recipe, tokens):
+    """Tokens and steps of a run are the data's own: half of the rows have no image."""
+    more = {"max_steps": None, "epochs": 2} | ({} if tokens is None else {"tokens_per_step": tokens})
+    given = tiny_recipe("rows", **more)
+    given["data"]["max_length"] = 128
+    recipe = Recipe.model_validate(given)
+    (phase,) = recipe.phases
+    samples = read_samples(phase, read_processor(recipe.model))
+    steps, total = 2 * sample_order(phase, samples, seed=0, ranks=1).steps, 2 * sum(samples.lengths)
+    text = "\n".join(preview(recipe))
+    assert f"steps: {steps:,} of" in text
+    found = int(re.search(r"the run: ([\d,]+) tokens", text)[1].replace(",", ""))
+    assert found == pytest.approx(total, rel=0.15 if tokens else 0.02)
+    assert f"a sample with an image: {samples.visual_tokens // 12} visual" in text  # of those with an image
+
+
+def test_adapters_on_the_tower_leave_the_decoder_s_flops_as_they_are(tiny_recipe):
+    def flops(**train):
+        text = "\n".join(preview(Recipe.model_validate(tiny_recipe("flops", **train))))
+        return re.search(r"decoder ([\d.e+]+) FLOPs \(dense", text)[1]
+
+    assert flops(lora={"r": 4, "parts": ["vision_tower"]}) == flops()
+    assert float(flops(lora={"r": 4})) < float(flops())
 
 
 def test_held_out_rows_are_no_steps():

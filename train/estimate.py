@@ -196,7 +196,13 @@ class Estimate:
     @property
     def passes(self) -> int:
         """The FLOPs of forward and backward, in forward passes; backward makes no gradients of frozen weights."""
-        return 3 if self._learns["language_model"] and self.train.lora is None else 2
+        return 3 if self._learns_weights else 2
+
+    @property
+    def _learns_weights(self) -> bool:
+        """Whether the decoder's own weights learn, not adapters on them."""
+        lora = self.train.lora
+        return self._learns["language_model"] and (lora is None or "language_model" not in lora.parts)
 
     def costs(self, *, visual: int, text: int) -> dict[str, Cost]:
         """Returns the cost of a sample's forward pass under each stage plan, measures for a penalty included."""
@@ -268,7 +274,7 @@ class Estimate:
         counts = [batch.visual] * depth if plan is None else plan.visual_counts(batch.visual, depth)
         is_kv = plan is not None and plan.update == "kv"
         samples, found = batch.samples, []
-        has_graph = self._learns["language_model"] and self.train.lora is None and self.train.layers is None
+        has_graph = self._learns_weights and self.train.layers is None
         for number, visual in enumerate(counts):
             learns = any(one.requires_grad for one in self._model.model.get_decoder().layers[number].parameters())
             has_graph = has_graph or visual > 0 or learns

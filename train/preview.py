@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Generator
 from transformers import LlavaConfig
 
 from data.processor import ProcessorError, VisionProcessor, apply_settings
@@ -14,10 +17,10 @@ from data.sources import missing_paths
 from data.stream import ConversationStream
 from models.cost import plan_cost
 from recipes.schema import Phase, Recipe, RecipeError, TrainSection
-from train.arguments import is_timed, passes_per_step, read_deepspeed, split_batch
+from train.arguments import is_timed, passes_per_step, read_deepspeed, split_batch, total_steps
 from train.checks import check_run, processor_is_here
 from train.estimate import Batch, Card, Estimate
-from train.samples import hold_out, read_samples
+from train.samples import hold_out, read_samples, sample_order
 from train.weights import read_processor
 from train.window_search import check_search
 
@@ -45,17 +48,38 @@ def preview(recipe: Recipe, num_ranks: int = 1, *, card: Card | None = None, mfu
         if place is not None and not Path(place).exists():
             yield f"note: model.{part}: {place} is not a local folder; the run needs it, as a folder or from the hub"
     for phase in recipe.phases:
-        rows, batch, note = _measure(recipe, phase, config)
-        steps = _steps(phase.train, rows, batch)
+        data = _measure(recipe, phase, config, num_ranks)
+        steps, batch = _steps(phase.train, data.steps), data.batch
         if phase.learn is not None:
             check_search(phase.learn, num_layers=config.text_config.num_hidden_layers, steps=steps)
         estimate = Estimate(config, phase.train, phase.plans, phase.learn, steps)
         yield f"{phase.name}:"
-        yield from _size(phase, estimate, steps, note)
+        yield from _size(phase, estimate, steps, data.note)
         if batch is not None:
+            samples = None if steps is None else round(steps * data.step_samples)
             yield from _costs(phase, estimate, batch, steps)
+            yield from _whole_run(estimate, data.mean or batch, samples)
             yield from _memory(phase, estimate, batch, num_ranks=num_ranks, card=card)
-            yield from _hours(estimate, batch, steps=steps, card=card, mfu=mfu)
+            yield from _hours(estimate, data.mean or batch, samples=samples, card=card, mfu=mfu)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is known of a phase's data; None where it is not.
+
+    Attributes:
+        batch: the mean sample with an image.
+        step_samples: samples of an optimizer step, on average.
+        steps: optimizer steps of an epoch.
+        mean: the mean sample, those without an image included.
+        note: for people.
+    """
+
+    batch: Batch | None
+    step_samples: float
+    steps: int | None
+    mean: Batch | None = None
+    note: str = ""
 
 
 def _size(phase: Phase, estimate: Estimate, steps: int | None, note: str) -> Iterator[str]:
@@ -84,7 +108,7 @@ def _costs(phase: Phase, estimate: Estimate, batch: Batch, steps: int | None) ->
         depth = text_config.num_hidden_layers
         width = phase.learn.width(depth)
         yield f"  stages: the first {phase.learn.steps:,} steps find the window, {width} of {depth} layers"
-    yield f"  a sample: {visual} visual + {text} text tokens"
+    yield f"  a sample with an image: {visual} visual + {text} text tokens"
     for name, cost in costs.items():
         is_known = len(costs) > 1 and (phase.learn is None or steps is not None)
         of_steps = f", {estimate.ratios[name]:.0%} of the steps" if is_known else ""
@@ -93,13 +117,20 @@ def _costs(phase: Phase, estimate: Estimate, batch: Batch, steps: int | None) ->
             f"{dense.visual_token_layers:,}); decoder forward {cost.flops:.3g} FLOPs "
             f"({cost.flops / dense.flops:.0%} of dense)"
         )
-    if steps is not None:
-        samples = steps * batch.samples
-        flops, without = samples * estimate.decoder_flops(costs), samples * estimate.passes * dense.flops
-        yield (
-            f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
-            f"FLOPs (dense {without:.3g}, {without / flops:.2f} times as many)"
-        )
+
+
+def _whole_run(estimate: Estimate, mean: Batch, samples: int | None) -> Iterator[str]:
+    """Yields the tokens and the decoder's FLOPs of so many samples."""
+    if samples is None:
+        return
+    visual, text = mean.visual, mean.text
+    dense = plan_cost(estimate.config.text_config, None, visual=visual, text=text)
+    flops = samples * estimate.decoder_flops(estimate.costs(visual=visual, text=text))
+    without = samples * estimate.passes * dense.flops
+    yield (
+        f"  the run: {samples * (visual + text):,} tokens, {samples * text:,} of them text; decoder {flops:.3g} "
+        f"FLOPs (dense {without:.3g}, {without / flops:.2f} times as many)"
+    )
 
 
 def _memory(phase: Phase, estimate: Estimate, batch: Batch, *, num_ranks: int, card: Card | None) -> Iterator[str]:
@@ -132,14 +163,14 @@ def _memory(phase: Phase, estimate: Estimate, batch: Batch, *, num_ranks: int, c
         yield f"    {card.gigabytes:g} GB: {words} ({_KEPT_BACK:.0%} are kept for CUDA and fragmentation)"
 
 
-def _hours(estimate: Estimate, batch: Batch, *, steps: int | None, card: Card | None, mfu: float) -> Iterator[str]:
-    """Yields how long the steps of a global batch take at a share of the cards' peak."""
-    if card is None or steps is None:
+def _hours(estimate: Estimate, mean: Batch, *, samples: int | None, card: Card | None, mfu: float) -> Iterator[str]:
+    """Yields how long so many samples take at a share of the cards' peak."""
+    if card is None or samples is None:
         return
     if card.peak is None:
         yield "  time: unknown; give --gpu the name of a card, such as A100"
         return
-    flops = steps * estimate.step_flops(batch)
+    flops = samples * estimate.step_flops(mean)
     hours = flops / (card.count * card.peak * mfu) / 3600
     at = f"{mfu:.0%} of {card.count} x {card.peak / 1e12:g} TFLOP/s"
     yield f"  time: {hours:.1f} hours at {at} (MFU; {flops:.3g} model FLOPs)"
@@ -149,33 +180,41 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
-def _measure(recipe: Recipe, phase: Phase, config: Any) -> tuple[int | None, Batch | None, str]:
-    """Returns the rows, a step's batch of mean samples with an image, each None if not known, and a note on both."""
+def _measure(recipe: Recipe, phase: Phase, config: Any, num_ranks: int) -> _Data:
+    """Returns what the data holds; where it is not here, what the recipe says of it."""
     rows = phase.data.expected_rows
     if rows is not None and phase.eval is not None and phase.eval.files is None:
         rows -= round(rows * (phase.eval.share or 0.0))
-    expected = rows, _batch(phase.train, _typical_visual(recipe, phase, config), phase.data.expected_text_tokens)
+    visual, text = _typical_visual(recipe, phase, config), phase.data.expected_text_tokens
+    batch = None if visual is None or text is None else Batch(1, visual, text)
+    step_samples = _step_samples(phase.train, batch)
+    steps = None if rows is None or step_samples is None else math.ceil(rows / step_samples)
+    expected = partial(_Data, batch, step_samples or 0.0, steps)
     missing = missing_paths(phase.data)
     if missing:
-        return *expected, f"data: {missing[0]} is not here; rows and text tokens are the recipe's"
+        return expected(note=f"data: {missing[0]} is not here; rows and text tokens are the recipe's")
     if not processor_is_here(recipe.model):
         brings = recipe.model.language_model or recipe.model.config or recipe.model.checkpoint or ""
-        return *expected, f"data: not read, its tokenizer ({brings}) is not here"
+        return expected(note=f"data: not read, its tokenizer ({brings}) is not here")
     dataset, _ = hold_out(phase, read_samples(phase, read_processor(recipe.model)), seed=recipe.seed)
-    if isinstance(dataset, ConversationStream):
-        return *expected, "data: streamed, so not read; rows and text tokens are the recipe's"
-    visual = round(dataset.visual_tokens / max(1, sum(dataset.has_image)))
-    text = round((sum(dataset.lengths) - dataset.visual_tokens) / len(dataset))
-    return len(dataset), _batch(phase.train, visual, text), ""
+    order = sample_order(phase, dataset, seed=recipe.seed, ranks=num_ranks)
+    if isinstance(dataset, ConversationStream) or order is None:
+        return expected(note="data: streamed, so not read; rows and text tokens are the recipe's")
+    drawn = dataset.epoch(Generator().manual_seed(recipe.seed))  # by the weights of its sources
+    counts = dataset.rows["visual"][:]
+    visual, images = sum(counts[row] for row in drawn), sum(dataset.has_image[row] for row in drawn)
+    text = round((sum(dataset.lengths[row] for row in drawn) - visual) / len(drawn))
+    with_image, mean = (Batch(1, round(visual / number), text) for number in (max(1, images), len(drawn)))
+    by_tokens = phase.train.tokens_per_step is not None
+    step_samples = len(drawn) / order.steps if by_tokens else phase.train.global_batch
+    return _Data(with_image, step_samples, order.steps, mean)
 
 
-def _batch(train: TrainSection, visual: int | None, text: int | None) -> Batch | None:
-    """Returns the samples of an optimizer step, where each has so many tokens."""
-    if visual is None or text is None:
-        return None
-    tokens = train.tokens_per_step
-    samples = train.global_batch if tokens is None else max(1, round(tokens / (visual + text)))
-    return Batch(samples, visual, text)
+def _step_samples(train: TrainSection, sample: Batch | None) -> float | None:
+    """Returns the samples of an optimizer step, where each has so many tokens; None where that is not known."""
+    if train.tokens_per_step is None:
+        return train.global_batch
+    return None if sample is None else train.tokens_per_step / (sample.visual + sample.text)
 
 
 def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
@@ -191,14 +230,8 @@ def _typical_visual(recipe: Recipe, phase: Phase, config: Any) -> int | None:
         raise RecipeError(f"{phase.name}: {error}") from error
 
 
-def _steps(train: TrainSection, rows: int | None, batch: Batch | None) -> int | None:
-    """Returns the optimizer steps over so many rows; None where they are not known."""
-    if train.max_steps is not None:
-        return train.max_steps
-    tokens = train.tokens_per_step
-    if rows is None or is_timed(train) or (tokens is not None and batch is None):
+def _steps(train: TrainSection, steps_an_epoch: int | None) -> int | None:
+    """Returns the optimizer steps of a phase; None where they are not known."""
+    if train.max_steps is None and steps_an_epoch is None:
         return None
-    each = rows / train.global_batch
-    if tokens is not None and batch is not None:
-        each = rows * (batch.visual + batch.text) / tokens
-    return math.ceil(train.epochs * math.ceil(each))
+    return total_steps(train, steps_an_epoch or 0)

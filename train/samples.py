@@ -162,7 +162,7 @@ class WholeBatches(Sampler[int]):
         return iter([samples[index % len(samples)] for index in range(len(self))])
 
 
-def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches | TokenBatches | None:
+def sample_order(phase: Phase, samples: Samples, *, seed: int, ranks: int) -> WholeBatches | TokenBatches | None:
     """Returns the order of the samples: by modality and length where the recipe says so, else shuffled.
 
     With `train.tokens_per_step` it gives the samples of each forward pass. None for a stream, which has an order.
@@ -172,7 +172,7 @@ def sample_order(phase: Phase, samples: Samples, *, seed: int) -> WholeBatches |
     shuffled = ShuffledSampler(len(samples), seed=seed, data=samples)
     batch, tokens = phase.train.global_batch, phase.train.tokens_per_step
     if tokens is not None:
-        passes = passes_per_step(phase.train, distributed.world_size())
+        passes = passes_per_step(phase.train, ranks)
         return TokenBatches(shuffled, samples.lengths, tokens_per_step=tokens, passes=passes)
     if not phase.data.group_by_length:
         return WholeBatches(shuffled, global_batch=batch)
