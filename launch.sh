@@ -136,6 +136,7 @@ train() {
       ;;
     esac
   done
+  [[ -z ${HOSTFILE:-} || -f $HOSTFILE ]] || die "HOSTFILE: got '$HOSTFILE', expected a file that names machines"
   local hostfile=${HOSTFILE:-hostfile}
   if [[ ${SLURM_NTASKS:-1} -gt 1 && -n ${SLURM_PROCID:-} ]]; then
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

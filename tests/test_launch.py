@@ -139,6 +139,12 @@ def test_a_hostfile_is_handed_on(sandbox):
     (sandbox / "hostfile").write_text("a slots=8\nb slots=8\n")
     launch(sandbox, "train", "x")
     assert calls(sandbox)[-1].startswith("deepspeed --log_level warning --hostfile hostfile train/run.py x")
+    (sandbox / "hostfile").rename(sandbox / "hosts")
+    launch(sandbox, "train", "x", HOSTFILE="hosts")
+    assert calls(sandbox)[-1].startswith("deepspeed --log_level warning --hostfile hosts train/run.py x")
+    code, _, told = launch(sandbox, "train", "x", HOSTFILE="host")
+    assert code == 2
+    assert told.strip() == "launch.sh: HOSTFILE: got 'host', expected a file that names machines"
 
 
 def test_a_slurm_task_is_a_rank(sandbox):
