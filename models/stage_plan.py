@@ -134,8 +134,8 @@ class StagePlan:
                 f"stages.gradient: got {self.gradient!r} with select: diversity, which has nothing to learn; expected "
                 "null, or select: attention or learned"
             )
-        if self.is_differentiable and not self.keep:
-            found = "select: learned" if self.select == "learned" else f"gradient: {self.gradient}"
+        if (self.select != "attention" or self.gradient is not None) and not self.keep:
+            found = f"gradient: {self.gradient}" if self.gradient is not None else f"select: {self.select}"
             raise ValueError(f"stages.keep: got none with {found}, expected how many tokens stay from which layer on")
 
     def _check_layers(self) -> None:
@@ -154,8 +154,8 @@ class StagePlan:
 
 
 def kept_count(amount: float, visual: int) -> int:
-    """Returns the number of tokens that a count or a ratio of `visual` tokens stands for."""
-    return min(amount, visual) if isinstance(amount, int) else int(visual * amount)
+    """Returns how many of `visual` tokens a count or a ratio stands for; a ratio keeps at least one."""
+    return min(visual, amount if isinstance(amount, int) else max(1, int(visual * amount)))
 
 
 def _checked_keep(keep: Mapping[Any, Any]) -> dict[int, int | float]:

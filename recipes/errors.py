@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -96,15 +97,18 @@ def _shortened(value: Any) -> str:
 
 
 def _float_hint(found: Any) -> str:
-    """Returns a hint for a number that YAML reads as text: `2e-5` is text, `2.0e-5` a number."""
+    """Returns a hint for a number that YAML reads as text: `2e-5` and `2.0e5` are text, `2.0e-5` and `2.0e+5` not."""
     if not isinstance(found, str):
         return ""
     try:
         value = float(found)
     except ValueError:
         return ""
-    mantissa, mark, exponent = found.lower().partition("e")
-    return f"; write {mantissa}.0e{exponent}" if mark and "." not in mantissa else f"; write {value}"
+    mantissa, mark, exponent = (found if "e" in found.lower() else repr(value)).lower().partition("e")
+    if not mark or not math.isfinite(value):
+        return f"; write {value}" if math.isfinite(value) else ""
+    point, sign = "" if "." in mantissa else ".0", "" if exponent[:1] in "+-" else "+"
+    return f"; write {mantissa}{point}e{sign}{exponent}"
 
 
 def _fields(schema: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -238,6 +238,8 @@ class Lora(_Section):
             raise ValueError("layers: got an empty list, expected numbers of layers, window or all")
         if self.bits is not None and "language_model" not in self.parts:
             raise ValueError(f"bits: got {self.bits} without adapters on the language model, expected null")
+        if self.layers != "all" and "language_model" not in self.parts:
+            raise ValueError(f"layers: got {self.layers} without adapters on the language model, expected all")
         return self
 
 

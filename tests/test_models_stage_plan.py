@@ -55,6 +55,7 @@ def test_a_tenth_of_the_tokens_may_enter(select):
         ),
         ({"enter": 1, "exit": 4, "gradient": "straight_through"}, "stages.keep: got none with gradient: straight_thr"),
         ({"enter": 1, "exit": 4, "select": "learned"}, "stages.keep: got none with select: learned"),
+        ({"enter": 1, "exit": 4, "select": "diversity"}, "stages.keep: got none with select: diversity"),
         (
             {"enter": 1, "exit": 4, "keep": {1: 3}, "select": "diversity", "gradient": "straight_through"},
             "stages.gradient: got 'straight_through' with select: diversity",
