@@ -512,7 +512,7 @@ def test_training_starts_again_by_itself_after_a_lost_rank(folder, recipe, whole
     ],
 )
 def test_what_no_restart_would_mend_is_told_at_once(recipe, options, said):
-    command = [sys.executable, "-m", "train.elastic", "--restarts", "2", *options, str(recipe)]
+    command = [sys.executable, "-m", "train.elastic", "--restarts", "2", str(recipe), *options]
     refused = subprocess.run(
         command, cwd=ROOT, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=180
     )
