@@ -148,7 +148,7 @@ class ChatFormat:
     def _tokenise(self, rendered: Rendered) -> tuple[list[int], list[int]]:
         cuts = set[int]()
         ids, offsets = self._tokens(rendered.text)
-        while more := self._cuts(rendered, ids, offsets):  # what is cut may merge anew with what is behind it
+        while more := self._cuts(rendered, ids, offsets) - cuts:  # what is cut may merge anew with what is behind it
             cuts |= more
             ids, offsets = self._tokens(rendered.text, sorted(cuts))
         starts, ends = zip(*offsets, strict=True) if offsets else ((), ())  # both ascending

@@ -149,14 +149,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         members = connected_rows(self.rows, self.config)
         wanted, taken = max(1, round(ratio * len(self))), set[int]()
-        left = list(self.source_rows)
+        left, is_weighted = Counter(self.source), self.config.sources[0].weight is not None
         for place in torch.randperm(len(members), generator=Generator().manual_seed(seed)).tolist():
+            if len(taken) >= wanted:
+                break
             moved = Counter(self.source[row] for row in members[place])
-            keeps_all = all(count < left[number] for number, count in moved.items())
-            if len(taken) < wanted and (keeps_all or self.config.sources[0].weight is None):
-                taken.update(members[place])
-                for number, count in moved.items():
-                    left[number] -= count
+            if is_weighted and any(count == left[number] for number, count in moved.items()):
+                continue
+            taken.update(members[place])
+            left -= moved
         parts = [[n for n in range(len(self)) if (n in taken) == is_taken] for is_taken in (False, True)]
         if not all(parts):
             raise DataError(
