@@ -339,7 +339,7 @@ def test_a_folder_that_another_program_wrote_is_no_run_folder(tmp_path, name):
     check_same_run(recipe, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["checkpoint-500", "init", "incomplete-checkpoint-3/x"])
+@pytest.mark.parametrize("name", ["checkpoint-500", "init", "incomplete-checkpoint-3/x", "align/checkpoint-5"])
 def test_a_run_does_not_start_from_what_it_deletes(tmp_path, name):
     start = [f"model.checkpoint={tmp_path / name}", "model.config=null"]
     with pytest.raises(

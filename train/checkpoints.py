@@ -218,13 +218,13 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
 
 
 def check_sources(recipe: Recipe, folder: Path) -> None:
-    """Raises RecipeError for a source of the model among what a run in this folder renames and deletes."""
+    """Raises RecipeError if the model starts from something that a run in this folder renames or deletes."""
+    phases = folder.resolve(), folder.resolve() / "align"
     for part in ("config", "checkpoint", "language_model", "vision_tower"):
         place = getattr(recipe.model, part)
-        if place is None or not Path(place).resolve().is_relative_to(folder.resolve()):
-            continue
-        inside = Path(place).resolve().relative_to(folder.resolve()).parts[:1]
-        if any(name == INITIAL or _NAME.fullmatch(name) or _LEFT_OVER.fullmatch(name) for name in inside):
+        paths = () if place is None else (Path(place).resolve(), *Path(place).resolve().parents)
+        names = [path.name for path in paths if path.parent in phases]
+        if any(name == INITIAL or _NAME.fullmatch(name) or _LEFT_OVER.fullmatch(name) for name in names):
             raise RecipeError(
                 f"model.{part}: got {place}, inside output, where the run deletes checkpoints, expected another output"
             )
