@@ -73,7 +73,7 @@ class DataConfig(BaseModel):
         files: sources of conversations: each a path (see `Source`) or a mapping of path, weight, limit, images, format.
         images: folder that the rows' image paths start from; a built-in set ignores it.
         format: how turns become text: `vicuna_v1` (LLaVA-1.5), `chat_template` (the tokenizer's) or `plain`
-            (image and caption, for alignment). Where sources have several, the checkpoint is asked in this one.
+            (image and caption, for alignment). If sources use several, this one formats the prompts of evaluation.
         max_length: maximum tokens of a sample, visual tokens included; a longer one is cut after an answer.
         long_answers: a first answer that ends after `max_length` is a fault (`refuse`), or is cut (`cut`, as in LLaVA).
         image_aspect: `pad` to a square first, as LLaVA-1.5 does, or the image `processor`'s default.
@@ -117,11 +117,11 @@ class DataConfig(BaseModel):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("files: got a weight for some sources, expected one for all of them or for none")
-        asked = self._formats - {"plain"}
-        if len(asked) > 1 and self.format not in asked:
+        if len(self._prompt_formats) > 1 and self.format not in self._prompt_formats:
+            found = " and ".join(sorted(self._prompt_formats))
             raise ValueError(
-                f"format: got {self.format}, but the sources have {' and '.join(sorted(asked))}, expected the one of "
-                "these that the checkpoint is asked in"
+                f"format: got {self.format}, but the sources have {found}, expected the one of them that formats the "
+                "prompts of evaluation"
             )
         return self
 
@@ -136,16 +136,15 @@ class DataConfig(BaseModel):
 
     @property
     def prompt_format(self) -> Format:
-        """The format that the trained model is asked in: `format`, or its sources' where none of them has that.
+        """The format of prompts for the trained model: `format`, or the sources' own if none of them uses `format`.
 
-        It is `plain` where all sources are captions.
+        It is `plain` if all sources are captions.
         """
-        asked = self._formats - {"plain"} or self._formats
-        return self.format if self.format in asked else min(asked)
+        return self.format if self.format in self._prompt_formats else min(self._prompt_formats, default="plain")
 
     @property
-    def _formats(self) -> set[Format]:
-        return {source.format or self.format for source in self.sources}
+    def _prompt_formats(self) -> set[Format]:
+        return {source.format or self.format for source in self.sources} - {"plain"}
 
     @property
     def names(self) -> list[str]:

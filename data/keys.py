@@ -33,6 +33,7 @@ _ROW_REFUSED: Final = _REFUSED | {"history"}
 _TURN_REFUSED: Final = _REFUSED | {"image", "images", "refusal", "train_detail", *SYSTEM} | {
     "reasoning", "reasoning_content", "reasoning_details", "thinking", "thought"
 }  # fmt: skip
+_INSTEAD: Final = dict.fromkeys(_OTHER_IMAGES, "image or images") | dict.fromkeys(SYSTEM, "it in the row")
 _ROW_KEYS: Final = _ROW_REFUSED | _ROW_SWITCHES | {*CONVERSATIONS, *SYSTEM, *IMAGES}
 _TURN_KEYS: Final = _TURN_REFUSED | _TURN_SWITCHES | {"from", "value", "role", "content", "user", "assistant"}
 _PART_REFUSED: Final = _TURN_REFUSED - {*PART_IMAGES}
@@ -118,10 +119,8 @@ def _check_keys(given: dict[str, Any], known: frozenset[str], refused: frozenset
         if is_empty(value):
             continue
         if key in refused and value != 0:
-            hint = (
-                "image or images" if key in _OTHER_IMAGES else "it in the row" if key in SYSTEM else "rows without it"
-            )
-            raise RowError(f"{where}got key '{key}', which is not supported, expected {hint}")
+            expected = _INSTEAD.get(key, "rows without it")
+            raise RowError(f"{where}got key '{key}', which is not supported, expected {expected}")
         if key not in refused:
             if meant := _known_key(key, known):
                 raise RowError(f"{where}got key '{shorten(key, 30)}', expected '{meant}'")

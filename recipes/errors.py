@@ -104,9 +104,11 @@ def _float_hint(found: Any) -> str:
         value = float(found)
     except ValueError:
         return ""
+    if not math.isfinite(value):
+        return ""
     mantissa, mark, exponent = (found if "e" in found.lower() else repr(value)).lower().partition("e")
-    if not mark or not math.isfinite(value):
-        return f"; write {value}" if math.isfinite(value) else ""
+    if not mark:
+        return f"; write {value}"
     point, sign = "" if "." in mantissa else ".0", "" if exponent[:1] in "+-" else "+"
     return f"; write {mantissa}{point}e{sign}{exponent}"
 

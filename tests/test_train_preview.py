@@ -101,7 +101,7 @@ def test_it_says_whether_a_run_fits_and_how_long_it_takes():
 
 @pytest.mark.parametrize("tokens", [None, 256])
 def test_rows_without_an_image_count_as_what_they_are(tiny_recipe, tokens):
-    """Tokens and steps of a run are the data's own: half of the rows have no image."""
+    """The tokens and steps of a run match its data, in which half of the rows have no image."""
     more = {"max_steps": None, "epochs": 2} | ({} if tokens is None else {"tokens_per_step": tokens})
     given = tiny_recipe("rows", **more)
     given["data"]["max_length"] = 128

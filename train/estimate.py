@@ -200,7 +200,7 @@ class Estimate:
 
     @property
     def _learns_weights(self) -> bool:
-        """Whether the decoder's own weights learn, not adapters on them."""
+        """Whether the decoder's weights are trained directly rather than through adapters."""
         lora = self.train.lora
         return self._learns["language_model"] and (lora is None or "language_model" not in lora.parts)
 
