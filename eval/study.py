@@ -28,13 +28,16 @@ from eval.comparison.cells import run_cell
 from eval.live import Loaded
 from eval.lmms import Harness
 from eval.measure import default_batch, dtype
-from eval.study_results import WRITTEN, Record, Results, fingerprint, lacking, record_of, start_of, tables, write_report
+from eval.studies.plots import PICTURES, draw_pictures
+from eval.studies.results import Record, Results, fingerprint, lacking, record_of, start_of
+from eval.studies.tables import tables
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
 from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study
 
+TABLE: Final = "table.md"
 TASKS: Final = ("easy_vqa", "scenes", "scenes_compositional")
 _ROOT: Final = Path(__file__).resolve().parents[1]
 
@@ -289,8 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         if args.reference is None:
             plans = {run.arm: run.recipe.plan for run in every if _has_one_plan(run.recipe)}
-            write_report(study, plans, text, records)
-            print(f"written: {study.results}/table.md and pictures")
+            (Path(study.results) / TABLE).write_text(text, encoding="utf-8")
+            draw_pictures(study, plans, records)
+            print(f"written: {study.results}/{TABLE} and pictures")
     elif not trains:
         print(f"{study.results}: got no result of the study's runs, expected some", file=sys.stderr)
         return 2
@@ -324,7 +328,7 @@ def _check_folders(study: Study, out: Path, *, trains: bool) -> None:
         make_folder("--out", out / "runs")
     elif not Path(study.results).is_dir():
         raise UsageError(f"results: got {study.results}, expected the folder of a study's results")
-    make_folder("results", Path(study.results), WRITTEN)
+    make_folder("results", Path(study.results), (TABLE, *PICTURES))
 
 
 def _check_results(study: Study, results: Results, runs: Sequence[Run], *, starts: bool) -> None:

@@ -13,8 +13,10 @@ import torch
 import yaml
 
 from eval.checkpoint import Checkpoint, CheckpointError
+from eval.studies.plots import apart
+from eval.studies.results import Results, fingerprint, record_of, start_of
+from eval.studies.tables import cells_of, score_table
 from eval.study import check_names, finish, main, runs_of, train
-from eval.study_results import Results, apart, cells_of, fingerprint, record_of, score_table, start_of
 from eval.tasks.built_in import questions_of
 from models import StagePlan
 from models.cost import plan_cost

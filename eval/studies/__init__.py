@@ -1,0 +1,1 @@
+"""What eval.study does after the runs: results, tables, pictures."""
