@@ -15,7 +15,7 @@ import yaml
 from eval.checkpoint import Checkpoint, CheckpointError
 from eval.studies.plots import apart
 from eval.studies.results import Results, fingerprint, record_of, start_of
-from eval.studies.tables import cells_of, score_table
+from eval.studies.tables import cells_of, score_table, tables
 from eval.study import check_names, finish, main, runs_of, train
 from eval.tasks.built_in import questions_of
 from models import StagePlan
@@ -262,6 +262,15 @@ def test_the_table_counts_seeds_and_pairs_questions():
     assert row["over images"] == "+0.00 to +75.00"
     assert (row["training"], row["of dense"], row["prompt of dense"]) == ("0.5 TFLOP", "25.0 %", "25.0 %")
     assert dict(zip(heading, dense, strict=True))["to dense, points"] == "reference"
+
+
+def test_a_shorter_run_is_named_and_costs_less_than_dense():
+    shorter = record("shorter", 0, "10", flops=1e12)
+    shorter["phases"] = [{**shorter["phases"][0], "steps": 1, "dense_flops": 1e12}]
+    told = tables("tiny", "dense", ["dense", "shorter"], [record("dense", 0, "11", flops=2e12), shorter])
+    assert "| 2.0 TFLOP | 100.0 % | 100.0 % |" in told
+    assert "| 1.0 TFLOP | 50.0 % | 50.0 % |" in told
+    assert "All runs but shorter (1) took 2 optimizer steps." in told
 
 
 def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(study, monkeypatch, capsys):

@@ -50,12 +50,12 @@ def _is_window(plan: StagePlan) -> bool:
 
 def draw_accuracy(cells: Sequence[Cell], looks: Looks, task: str, file: Path) -> None:
     """Draws accuracy over the FLOPs of the training: of each arm the mean with its error over seeds, each seed pale."""
-    dearest = max(cell.training[0] for cell in cells) / 1e12
+    dearest = max(cell.training for cell in cells) / 1e12
     label = f"accuracy on {task} (%)"
     with plot(file, (8, 5), xlabel=_COST, ylabel=label, xlim=(0, 1.25 * dearest)) as axes:  # room for the last names
         places = []
         for cell in cells:
-            cost, (name, colour) = cell.training[0] / 1e12, looks[cell.arm]
+            cost, (name, colour) = cell.training / 1e12, looks[cell.arm]
             _draw_seeds(axes, cost, cell, colour)
             places.append((cost, 100 * cell.score, name, colour))
         low, high = axes.get_ylim()

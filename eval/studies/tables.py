@@ -26,7 +26,8 @@ class Cell:
     scores: list[float]  # one a seed
     right: np.ndarray  # (seeds, questions) 0 or 1
     metrics: dict[str, float]  # mean over seeds of each family's accuracy
-    training: tuple[float, float]  # decoder FLOPs of the training, mean over seeds, and as a share of dense
+    training: float  # decoder FLOPs of the training, mean over seeds
+    dense: float  # what they would be without a plan
     prompt: float  # decoder FLOPs of a prompt as a share of dense
 
     @property
@@ -71,7 +72,8 @@ def _cell(task: str, arm: str, schedule: str, members: Sequence[Record]) -> Cell
         scores=[one["score"] for one in found],
         right=np.array([[int(digit) for digit in one["right"]] for one in found]),
         metrics={name: statistics.fmean(one["metrics"][name] for one in found) for name in found[0]["metrics"]},
-        training=(flops, flops / dense),
+        training=flops,
+        dense=dense,
         prompt=statistics.fmean(one["flops"] / one["dense_flops"] for one in found),
     )
 
@@ -79,15 +81,16 @@ def _cell(task: str, arm: str, schedule: str, members: Sequence[Record]) -> Cell
 def score_table(cells: Sequence[Cell], reference: str, images: Sequence[str]) -> list[list[str]]:
     """Returns one task's scores over seeds, of families too, and the paired difference to the reference arm.
 
-    That is the arm that the others are compared with, as it was trained; `images` has the image of each question.
+    That is the arm that the others are compared with, as it was trained; `images` has the image of each question. The
+    cost of a training is a share of dense for as many steps as the longest one took.
     """
+    dense = max(cell.dense for cell in cells)
     base = next((cell for cell in cells if cell.arm == reference and cell.schedule == TRAINED), None)
     families = [name for name in cells[0].metrics if name != "accuracy"]
     heading = ["arm", "seeds", "accuracy", "one seed", *families, f"to {reference}, points", "over images", "training"]
     lines = [[*heading, "of dense", "prompt of dense"]]
     for cell in cells:
         error, within = error_of(cell.scores), _image_error(cell, images)
-        flops, share = cell.training
         lines.append(
             [
                 cell.name,
@@ -96,8 +99,8 @@ def score_table(cells: Sequence[Cell], reference: str, images: Sequence[str]) ->
                 "-" if within is None else f"± {100 * within:.2f}",
                 *(f"{100 * cell.metrics[name]:.1f} %" for name in families),
                 *_to_reference(cell, base, images),
-                f"{flops / 1e12:,.1f} TFLOP",
-                f"{100 * share:.1f} %",
+                f"{cell.training / 1e12:,.1f} TFLOP",
+                f"{100 * cell.training / dense:.1f} %",
                 f"{100 * cell.prompt:.1f} %",
             ]
         )
@@ -142,14 +145,17 @@ def tables(name: str, reference: str, arms: Sequence[str], records: Sequence[Rec
 
 def _notes(arms: Sequence[str], records: Sequence[Record]) -> str:
     asked = f"Asked: the first {records[0]['limit']:,} questions. " if records[0]["limit"] else ""
-    steps = {sum(phase["steps"] for phase in record["phases"]) for record in records}
-    equal = f"All runs took {steps.pop():,} optimizer steps. " if len(steps) == 1 else ""
+    steps = {record["arm"]: sum(phase["steps"] for phase in record["phases"]) for record in records}
+    most = max(steps.values())
+    fewer = [f"{arm} ({count:,})" for arm, count in steps.items() if count < most]
+    but = f" but {', '.join(fewer)}" if fewer else ""
     missing = [arm for arm in arms if not any(record["arm"] == arm for record in records)]
     rest = f" Not run yet: {', '.join(missing)}." if missing else ""
     return (
-        f'{equal}{asked}Accuracy is the mean over seeds ± its standard error; "one seed" is the standard error over a '
-        "seed's images. The difference is paired: seed by seed ± its standard error over seeds, and its 95 % interval "
-        "when images are resampled. Training and prompt count the decoder's FLOPs." + rest
+        f"All runs{but} took {most:,} optimizer steps. {asked}Accuracy is the mean over seeds ± its standard error; "
+        '"one seed" is the standard error over a seed\'s images. The difference is paired: seed by seed ± its standard '
+        "error over seeds, and its 95 % interval when images are resampled. Training and prompt count the decoder's "
+        f"FLOPs.{rest}"
     )
 
 
