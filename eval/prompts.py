@@ -146,6 +146,11 @@ class PromptEncoder:
         return self.chat.prompt([Turn("user", marks + prompt.text.replace(IMAGE_PLACEHOLDER, ""))])
 
 
+def is_same_answer(told: str, truth: str) -> bool:
+    """Returns whether an answer is the known one, but for case and a full stop at its end."""
+    return told.strip().lower().rstrip(".") == truth.strip().lower().rstrip(".")
+
+
 def image_inputs(encoded: Sequence[EncodedImages | None]) -> dict[str, Tensor]:
     """Returns the inputs of the images of a batch, joined as in training."""
     given = [one.inputs for one in encoded if one is not None]

@@ -1,4 +1,4 @@
-"""`python -m eval.stages CHECKPOINT --out DIR`: in which decoder layers does a LLaVA need its image?
+"""`python -m eval.stages CHECKPOINT --out DIR`: in which decoder layers does a VLM need its image?
 
 Asks questions with known answers while vision is masked in ranges of layers, looks at what each layer shows (logit
 lens, attention on vision, value vectors of its sinks, VisiPruner's tests), and proposes the layer at which vision has
@@ -12,8 +12,10 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 from transformers.utils import logging
@@ -39,10 +41,17 @@ from eval.stage_analysis.samples import (
     scenes_samples,
 )
 from eval.stage_analysis.search import Analysis, needs_vision, propose
+from models.schedules import plan_schedule
 from models.stage_plan import StagePlan
 from recipes.schema import RecipeError
 
 LIMIT = 300
+BUILT_IN: Final[Mapping[str, Callable[[int], list[Sample]]]] = {
+    "easy_vqa": easy_vqa_samples,
+    "easy_vqa_phrase": partial(easy_vqa_samples, asks_short=True),
+    "scenes": scenes_samples,
+}
+_TASKS: Final = f"{', '.join(BUILT_IN)}, or a LLaVA-format JSON or JSONL file"
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,7 +60,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m eval.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="run folder, folder with config.json, or hub name")
-    parser.add_argument("--task", default="easy_vqa", help="easy_vqa, scenes, or a LLaVA-format JSON or JSONL file")
+    parser.add_argument("--task", default="easy_vqa", help=_TASKS)
     parser.add_argument("--images", type=Path, help="folder of the file's images")
     parser.add_argument("--limit", type=positive, default=LIMIT, help=f"samples (default {LIMIT})")
     parser.add_argument("--batch", type=positive, help="samples of one forward pass (8 on a GPU, 50 on a CPU)")
@@ -72,18 +81,14 @@ def samples_of(args: argparse.Namespace) -> list[Sample]:
     Raises:
         SamplesError: there is no such task, it cannot be read, or it is too small to tell the tolerance.
     """
-    if args.images is not None and args.task in ("easy_vqa", "scenes"):
+    if args.images is not None and args.task in BUILT_IN:
         raise SamplesError(f"--images: got {args.images} with --task {args.task}, expected it with a file as --task")
-    if args.task == "easy_vqa":
-        samples = easy_vqa_samples(args.limit)
-    elif args.task == "scenes":
-        samples = scenes_samples(args.limit)
+    if args.task in BUILT_IN:
+        samples = BUILT_IN[args.task](args.limit)
     elif exists(args.task) and Path(args.task).is_file():
         samples = file_samples(Path(args.task), args.images, args.limit)
     else:
-        raise SamplesError(
-            f"--task: got '{args.task}', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"
-        )
+        raise SamplesError(f"--task: got '{args.task}', expected {_TASKS}")
     least = math.ceil(100 / args.tolerance)
     if len(samples) < least:
         raise SamplesError(
@@ -118,15 +123,10 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
         raise SamplesError(f"--window: got {window}, expected at most {depth}, because the decoder has {depth} layers")
     make_folder("--out", args.out, ("stages.json", "stages.md", "stages.png"))
     model, _ = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    stages = model.config.stages
-    return checkpoint, Analysis(
-        model,
-        ProbeBatcher(model, prompt_encoder),
-        samples,
-        args.batch or (8 if torch.cuda.is_available() else 50),
-        None if stages is None else StagePlan.from_dict(stages),
-        window,
-    )
+    plan = None if model.config.stages is None else StagePlan.from_dict(model.config.stages)
+    batcher, size = ProbeBatcher(model, prompt_encoder), args.batch or (8 if torch.cuda.is_available() else 50)
+    samples = batcher.as_written(samples, size, plan_schedule(plan))
+    return checkpoint, Analysis(model, batcher, samples, size, plan, window)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from eval.arguments import UsageError, misfit
 from models.auto import CONFIG_FAULTS
 
-_TAIL = "\nAnswer the question using a single word or phrase."  # how to answer, not what is asked
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA's: how to answer, not what is asked
 
 
 class TextTower:
@@ -59,7 +59,7 @@ class TextTower:
 
     def _parts(self, question: str) -> tuple[Tensor, Tensor]:
         """Returns ids and mask (M, n), n the tower's length: the question, filled up with 0 where it is long."""
-        ids = self._tokenizer(question.removesuffix(_TAIL), truncation=False)["input_ids"]
+        ids = self._tokenizer(question.removesuffix(SHORT_ANSWER), truncation=False)["input_ids"]
         length = self._clip.config.text_config.max_position_embeddings
         size = len(ids) if len(ids) <= length else -(-len(ids) // length) * length
         padded = torch.tensor(ids + [0] * (size - len(ids))).view(-1, min(size, length))

@@ -579,6 +579,28 @@ def test_a_window_known_by_construction_is_found_and_written(task, plan, capsys)
     assert "| 2 | 100.0 +- 0.0 % (+0.0) |" in (task / "out/stages.md").read_text()
 
 
+def test_answers_count_as_the_model_writes_them(task):
+    checkpoint = save(hugging_face(by_construction({"colour": [2], "shape": [3]})), task / "model")
+    rows = json.loads((task / "task.json").read_text())
+    for row in rows[:36]:
+        row["conversations"][1]["value"] = row["conversations"][1]["value"].capitalize() + "."
+    for row in rows[36:40]:
+        row["conversations"][1]["value"] += " one"
+    (task / "task.json").write_text(json.dumps(rows))
+    code, record = run(task, checkpoint)
+    assert code == 0
+    assert record["score"]["score"] == pytest.approx(100 * 68 / 72)  # a longer answer is another one
+    assert record["without_vision"]["score"] < 50
+    assert (record["proposal"]["enter"], record["proposal"]["exit"]) == (2, 4)
+
+
+def test_easy_vqa_can_ask_for_a_short_answer():
+    plain, short = (stages.BUILT_IN[name](3) for name in ("easy_vqa", "easy_vqa_phrase"))
+    request = "\nAnswer the question using a single word or phrase."
+    assert [one.turns[0].text + request for one in plain] == [one.turns[0].text for one in short]
+    assert [one.answer for one in plain] == [one.answer for one in short]
+
+
 def test_each_kind_of_question_shows_the_layer_that_it_reads_at(tmp_path):
     model = by_construction({"colour": [2], "shape": [3]})
     prompt_encoder = PromptEncoder(tiny_processor(), chat_format="chat_template", aspect="processor")
@@ -730,8 +752,11 @@ def test_own_recipe_is_kept_but_for_name_output_and_stages(task):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--task", "gqa"), "--task: got 'gqa', expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
-        (("--task", "x" * 300), "expected easy_vqa, scenes, or a LLaVA-format JSON or JSONL file"),
+        (
+            ("--task", "gqa"),
+            "--task: got 'gqa', expected easy_vqa, easy_vqa_phrase, scenes, or a LLaVA-format JSON or JSONL file",
+        ),
+        (("--task", "x" * 300), "expected easy_vqa, easy_vqa_phrase, scenes, or a LLaVA-format JSON or JSONL file"),
         (("--images", "nowhere"), "--images: "),
         (("--task", "untrained.json"), "got no row whose first question has an image and an answer that is trained on"),
         (("--task", "easy_vqa"), "with --task easy_vqa, expected it with a file as --task"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -20,9 +20,12 @@ from data.processor import EncodedImages
 from data.rows import IMAGE_PLACEHOLDER, DataError, EmbeddedImage, Fault, Record, RowError, Turn, count_placeholders
 from data.table import read_records
 from eval.arguments import UsageError
-from eval.prompts import LengthError, PromptEncoder, image_inputs, pad_left
+from eval.prompts import LengthError, PromptEncoder, image_inputs, is_same_answer, pad_left
+from eval.text_tower import SHORT_ANSWER
 from models.decoder import DecoderOutput
 from models.schedules import Schedule
+
+_ROOM: Final = 2  # tokens that a model may write more than the known answer has: a full stop, another spelling
 
 
 class SamplesError(UsageError):
@@ -53,6 +56,11 @@ class Sample:
     def answer(self) -> str:
         """The answer, as the model was trained to write it."""
         return self.turns[1].text
+
+    def answered(self, answer: str) -> Sample:
+        """Returns the sample with another answer."""
+        question, known = self.turns
+        return replace(self, turns=(question, replace(known, text=answer)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +192,35 @@ class ProbeBatcher:
         inputs = {**self.prompt_encoder.padded([ids for ids, _ in encoded]), **image_inputs(images)}
         return Batch.of(self.model, inputs, labels)
 
+    @torch.no_grad()
+    def as_written(self, samples: Sequence[Sample], size: int, schedule: Schedule) -> list[Sample]:
+        """Returns the samples, each with its answer as the model writes it: "Red." in place of "red".
+
+        An answer that is wrong, by more than case and a full stop, leaves the known one in place.
+
+        Args:
+            samples: each with an image.
+            size: samples of one forward pass.
+            schedule: that the model answers under, by greedy decoding.
+        """
+        found = []
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            images = [self.images(sample) for sample in part]
+            encoded = [self.encode(sample, one) for sample, one in zip(part, images, strict=True)]
+            begins = [next(i for i, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in encoded]
+            prompts = [ids[:begin] for (ids, _), begin in zip(encoded, begins, strict=True)]
+            longest = max(len(ids) - begin for (ids, _), begin in zip(encoded, begins, strict=True))
+            inputs = {**self.prompt_encoder.padded(prompts), **image_inputs(images)}
+            moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            tokens = self.model.generate(**moved, schedule=schedule, max_new_tokens=longest + _ROOM, do_sample=False)
+            texts = self.prompt_encoder.decode(tokens[:, inputs["input_ids"].shape[1] :])
+            found += [
+                sample.answered(text) if is_same_answer(text, sample.answer) else sample
+                for sample, text in zip(part, texts, strict=True)
+            ]
+        return found
+
     def batches(self, samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sample], Batch]]:
         """Yields the samples `size` at a time, each with its batch."""
         for start in range(0, len(samples), size):
@@ -197,9 +234,12 @@ def spaced(total: int, limit: int) -> list[int]:
     return [place * total // count for place in range(count)]
 
 
-def easy_vqa_samples(limit: int) -> list[Sample]:
-    """Returns test questions of easy-VQA, evenly spaced over all 9,673."""
-    return _question_samples(easy_vqa.questions("test"), limit)
+def easy_vqa_samples(limit: int, *, asks_short: bool = False) -> list[Sample]:
+    """Returns test questions of easy-VQA, evenly spaced over all 9,673.
+
+    With `asks_short` each asks for a single word or phrase, as LLaVA's training data does.
+    """
+    return _question_samples(easy_vqa.questions("test"), limit, SHORT_ANSWER if asks_short else "")
 
 
 def scenes_samples(limit: int) -> list[Sample]:
@@ -207,10 +247,16 @@ def scenes_samples(limit: int) -> list[Sample]:
     return _question_samples(scenes.questions("test"), limit)
 
 
-def _question_samples(questions: Sequence[Any], limit: int) -> list[Sample]:
+def _question_samples(questions: Sequence[Any], limit: int, request: str = "") -> list[Sample]:
     chosen = [(number, questions[number]) for number in spaced(len(questions), limit)]
     return [
-        Sample(str(number), [_rgb(one.image)], question_and_answer(one.text, one.answer), one.image.stem, one.kind)
+        Sample(
+            id=str(number),
+            images=[_rgb(one.image)],
+            turns=question_and_answer(one.text + request, one.answer),
+            group=one.image.stem,
+            family=one.kind,
+        )
         for number, one in chosen
     ]
 

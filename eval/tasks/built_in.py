@@ -1,4 +1,4 @@
-"""easy-VQA and scenes as lmms-eval tasks, and what their questions are worth without an image.
+"""easy-VQA and scenes as lmms-eval tasks, and their scores without an image.
 
 The definitions are the YAML files beside this one, which name the functions here. Every question is asked alone;
 nothing is downloaded.
@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from data import easy_vqa, scenes
 from data.easy_vqa import Question
 from data.scene_questions import FAMILIES
+from eval.prompts import is_same_answer
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval's import lets broken images through, in the whole process
 _KINDS: Final = ("yes/no", "shape", "colour")
@@ -89,5 +90,5 @@ def metric_of(kind: str) -> str:
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns 1 for an answer that equals the truth, but for case and a full stop, as `accuracy` and as its kind."""
-    right = float(results[0].strip().lower().rstrip(".") == doc["answer"])
+    right = float(is_same_answer(results[0], doc["answer"]))
     return {"accuracy": right, metric_of(doc["kind"]): right}
