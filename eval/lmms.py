@@ -1,4 +1,4 @@
-"""lmms-eval, the harness of the field, over our checkpoints and any of a supported family, under any schedule.
+"""Runs lmms-eval on checkpoints of any supported family, under any schedule.
 
 `python -m eval.lmms --model fused_llava --model_args pretrained=DIR,schedule=visipruner --tasks pope` is lmms-eval's
 own command line with our model and our tasks known to it, and with an exit code other than 0 where it fails.

@@ -1,7 +1,7 @@
 """Training that starts again by itself: `python -m train.elastic --restarts N RECIPE [key=value ...]`.
 
 torch's elastic agent starts the ranks of this machine, meets the agents of others, and after a lost rank or machine
-starts what is left again; `train/run.py` then goes on from the last checkpoint, on however many ranks there are.
+restarts the ranks that are left; `train/run.py` then goes on from the last checkpoint, on however many ranks there are.
 """
 
 from __future__ import annotations

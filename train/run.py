@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-# Nothing is garbage while modules are imported, and looking for it takes a quarter of the time (5.6 s; so, 4.3 s).
+# Nothing is garbage while modules are imported, and looking for it takes a quarter of the time (5.6 s, without it 4.3).
 gc.disable()
 
 # The only path edit in the repository: a script's folder must not hide packages of the same names.
@@ -15,7 +15,7 @@ if Path(sys.path[0]).resolve() == _ROOT / "train":
 sys.path.insert(0, str(_ROOT))
 
 # On a CPU that does other work too, torch's threads wait for one another by spinning, which made a step 30 times
-# slower (16 conversations, 2 threads beside 2 busy processes: 9.1 s; so, 0.3 s). Read when torch is first imported.
+# slower (16 conversations, 2 threads beside 2 busy processes: 9.1 s, with this line 0.3). Read when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
