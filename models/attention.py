@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from .batch_facts import on_device
 from .cache import CACHE, StagedLayer
 from .live_tokens import LayerTokens, LiveTokens, SequenceState
+from .precision import full_precision
 
 SUPPORTED_DECODERS = {  # class name: model_type of its config
     "LlamaModel": "llama",
@@ -381,8 +382,9 @@ class AttentionRow:
         """
         values = self.values.float()
         weights = self.weights.unflatten(1, (values.shape[1], -1))  # (B, G, H / G, K)
-        output = weights @ values  # (B, G, H / G, d)
-        along = (weights * (output @ values.transpose(2, 3))).sum(dim=(1, 2))  # o . c
+        with full_precision(values):
+            output = weights @ values  # (B, G, H / G, d)
+            along = (weights * (output @ values.transpose(2, 3))).sum(dim=(1, 2))  # o . c
         squared = (weights.square().sum(dim=2) * values.square().sum(dim=3)).sum(dim=1)  # c . c
         whole = output.square().sum(dim=(1, 2, 3))[:, None]  # o . o
         rest = (whole - 2 * along + squared).clamp(min=0)  # |o - c| squared
@@ -542,7 +544,8 @@ class AttentionProbe:
         queries = _rotated(layer.self_attn, "q", _attention_input(layer, asking), at)
         keys = probed.keys.float()
         grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (B, G, H / G, Q, d): heads that share a key
-        scores = (grouped @ keys.transpose(2, 3)[:, :, None]).flatten(1, 2) * layer.self_attn.scaling
+        with full_precision(keys):
+            scores = (grouped @ keys.transpose(2, 3)[:, :, None]).flatten(1, 2) * layer.self_attn.scaling
         return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
 
     def _rows_and_keys(self, probed: ProbedLayer) -> tuple[Tensor, Tensor]:

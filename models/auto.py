@@ -46,7 +46,8 @@ class FusedAutoModel:
         if kwargs.get("config") is not None:
             if isinstance(kwargs["config"], str | Path):
                 kwargs["config"] = family.config_class.from_pretrained(kwargs["config"], **hub)
-            kwargs["config"] = _fused_config(kwargs["config"], stages)
+            chosen = {name: kwargs.pop(name) for name in ("schedule", "plans") if name in kwargs}
+            kwargs["config"] = _fused_config(kwargs["config"], stages, **chosen)
             return family.model_class.from_pretrained(source, *args, **kwargs)
         depth = family.config_class.from_pretrained(source, **hub).text_config.num_hidden_layers
         if stages is not None:
@@ -109,10 +110,10 @@ def _plan_fields(stages: StagePlan | dict[str, Any] | None) -> dict[str, Any] | 
     return stages.to_dict() if isinstance(stages, StagePlan) else stages
 
 
-def _fused_config(config: Any, stages: dict[str, Any] | None) -> Any:
+def _fused_config(config: Any, stages: dict[str, Any] | None, **more: Any) -> Any:
     """Returns the fused config of Hugging Face's or of a fused one, under the given plan, or else its plan."""
     family = family_of(config.model_type)
-    fields = config.to_dict()
+    fields = {**config.to_dict(), **more}
     fields.pop("model_type", None)
     if stages is not None:
         fields["stages"] = stages

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .live_tokens import LiveTokens
+from .precision import full_precision
 from .schedule_base import ScheduleError, ScorePruner, View, at_least_one, is_int, mask_of
 
 WHOLE = 576  # visual tokens of the image that `tokens` is published for
@@ -51,7 +52,8 @@ class CDPruner(ScorePruner):
         tokens = LiveTokens.of_mask(mask_of(view.live))
         features = torch.nn.functional.normalize(tokens.take(view.embeddings).float(), dim=-1)
         weight = scaled(-tokens.take(view.relevance).float(), tokens.valid)
-        kernel = weight[:, :, None] * (features @ features.transpose(1, 2)) * weight[:, None]
+        with full_precision(features):
+            kernel = weight[:, :, None] * (features @ features.transpose(1, 2)) * weight[:, None]
         choices = max(at_least_one(number * self.cuts[0][1]) for number in view.visual_counts)
         return tokens.put(greedy_map(kernel, tokens.valid, choices)[..., None], view.visual_mask.shape[1])[..., 0]
 

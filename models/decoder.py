@@ -223,7 +223,7 @@ class _Run:
             sees_vision = live is not NO_VISUAL
             self.gates = schedule.token_gates(view) if sees_vision and self.probe.differentiable else None
             kv_only = sees_vision and schedule.update_at(number) == "kv"
-            if kv_only and schedule.update == "full":
+            if number > 0 and kv_only and schedule.update == "full":  # before that the rows are the features
                 self._store_visual_states(hidden)
             if number == 0 and sees_vision and not kv_only:
                 hidden = merged()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .live_tokens import LiveTokens
+from .precision import full_precision
 
 
 @torch.no_grad()
@@ -27,7 +28,8 @@ def diversity_order(features: Tensor, mask: Tensor, choices: int, counts: Sequen
     """
     tokens = LiveTokens.of_mask(mask, counts=counts)
     normed = torch.nn.functional.normalize(tokens.take(features).float(), dim=-1)
-    cosine = normed @ normed.transpose(1, 2)  # (B, L, L)
+    with full_precision(normed):
+        cosine = normed @ normed.transpose(1, 2)  # (B, L, L)
     distance = 1 - (cosine + cosine.transpose(1, 2)) / 2  # the same both ways, so that ties go to the first
     selves = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
     smallest = distance.masked_fill(selves | ~tokens.valid[:, None], torch.inf).amin(dim=2)

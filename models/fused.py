@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache as remembered
 from functools import partial
@@ -27,7 +28,7 @@ from .image_tokens import ImageTokens, image_tokens, states_around
 from .lazy_images import LazyImages, flat_features
 from .live_tokens import rows_at
 from .schedule_base import Dense, Schedule, ScheduleError
-from .schedule_choice import resolve_config, settle_stages
+from .schedule_choice import plan_of, resolve_config, settle_stages
 from .schedules import Choice
 from .stage_plan import StagePlan
 from .token_scorer import SCORER, TokenScorer, needs_scorer, zero_scorer_loss
@@ -75,6 +76,7 @@ class _Call:
     images: LazyImages | None
     embeddings_learn: bool
     relevance: Tensor | None
+    is_prompt: bool
     facts: BatchFacts | None = None
     packed: bool = False
     tower: ImageTokens | None = None
@@ -137,6 +139,8 @@ class FusedTextMixin:
             facts=call.facts,
             packed=call.packed,
         )
+        if call.is_prompt:
+            _require_live_end(call.output, call.schedule)
         return BaseModelOutputWithPast(call.output.last_hidden_state, call.output.past_key_values)
 
 
@@ -147,7 +151,6 @@ class FusedMixin:
     """
 
     accepts_loss_kwargs = True  # Trainer: num_items_in_batch is used, in every family
-    plan: StagePlan | None  # of the config
     family_blank: Callable[[Any], dict[str, Any]]  # of the config: inputs of get_image_features for a blank image
     family_blocks: Callable[[Mapping[str, Any]], Tensor | None]  # of forward's inputs: `blocks` as in run_decoder
     family_merges: bool  # the family's forward only merges image features into the embeddings
@@ -158,9 +161,9 @@ class FusedMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Builds the family's model; errors as settle_stages."""
-        plan, schedule = settle_stages(config)
+        schedule = settle_stages(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the family's
-        self.plan, self._schedule = plan, schedule
+        self._choice, self._schedule, self._stages = config.schedule, schedule, deepcopy(config.stages)
         text = self.model.get_decoder()
         text.__class__ = fused_text_class(type(text))  # type: ignore[arg-type]  # mypy: a class is no Hashable
         if needs_scorer(config):
@@ -175,11 +178,19 @@ class FusedMixin:
         published settings, or {"name": ..., setting: ...}. None goes back to the trained plan. A pruner on a model with
         a plan prunes inside the plan's window.
         """
+        if self._stages != self.config.stages:
+            self.schedule = self._choice
         return self._schedule
 
     @schedule.setter
     def schedule(self, choice: Choice) -> None:
         self._schedule = self.resolve(choice)
+        self._choice, self._stages = choice, deepcopy(self.config.stages)
+
+    @property
+    def plan(self) -> StagePlan | None:
+        """The stage plan of the config; None: dense."""
+        return plan_of(self.config.stages)
 
     def resolve(self, choice: Choice) -> Schedule:
         """Returns the schedule that a choice means for this checkpoint: see `schedule`; errors as resolve_schedule."""
@@ -316,6 +327,7 @@ class FusedMixin:
         require_own_cache(inputs.get(CACHE))
         inputs = {name: value for name, value in inputs.items() if value is not None}
         self._check_masks(inputs)
+        _refuse_packed_positions(inputs)
         return inputs
 
     def _check_masks(self, inputs: Mapping[str, Any]) -> None:
@@ -359,6 +371,8 @@ class FusedMixin:
         embeddings = self.get_input_embeddings()  # type: ignore[attr-defined]
         hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
         is_leaf_input = hooked or "inputs_embeds" in inputs
+        # a training batch without an image; merged embeddings may hold one, and decode steps follow one
+        needs_blank = self.training and not vision_tokens and "input_ids" in inputs and not _seen(inputs)
         return _Call(
             schedule=schedule,
             visual=visual,
@@ -366,9 +380,10 @@ class FusedMixin:
             query_mask=query_mask,
             answers=None if labels is None else labels != IGNORE_INDEX,
             blocks=type(self).family_blocks(inputs),
-            images=LazyImages(partial(self._blank, visual.device)) if self.training and not vision_tokens else None,
+            images=LazyImages(partial(self._blank, visual.device)) if needs_blank else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
             relevance=None if relevance is None else _part(relevance, _seen(inputs), visual.shape[1]),
+            is_prompt=self._running() is not None and not _seen(inputs),
         )
 
     def _lazy_images(self, inputs: dict[str, Any], schedule: Schedule, facts: BatchFacts) -> LazyImages | None:
@@ -542,11 +557,38 @@ def _seen(inputs: Mapping[str, Any]) -> int:
     return 0 if (cache := inputs.get(CACHE)) is None else cache.get_seq_length()
 
 
+def _refuse_packed_positions(inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError for position ids of several samples in one row, which only a mask would keep apart."""
+    given = inputs.get("position_ids")
+    if given is None or "attention_mask" in inputs or CACHE in inputs or (given.ndim == 3 and len(given) < 4):
+        return  # of M-RoPE's four rows the first counts the text; three are of images too, where they may fall
+    text = given[0] if given.ndim == 3 else given
+    if bool((text.diff(dim=-1) < 0).any()):
+        raise ValueError(
+            "position_ids: got a row that begins anew without an attention_mask, expected one sample a row; "
+            "packed=True packs a padded batch"
+        )
+
+
 def _part(full: Tensor, seen: int, size: int) -> Tensor:
     """Returns (B, size), this call's columns of a tensor (B, S) of the whole prompt, 0 beyond it."""
     if full.shape[1] == size:
         return full
     return torch.nn.functional.pad(full, (0, max(0, seen + size - full.shape[1])))[:, seen : seen + size]
+
+
+def _require_live_end(output: DecoderOutput, schedule: Schedule) -> None:
+    """Raises ValueError where a prompt ends with a visual token that the last layer does not run: no logits follow."""
+    if isinstance(schedule, Dense):
+        return
+    rows = output.layers[-1].rows
+    dropped = (rows.columns(output.last_hidden_state.shape[1])[:, -1] < 0).nonzero()[:1, 0].tolist()
+    if dropped:
+        name = type(getattr(schedule, "inner", schedule)).__name__
+        raise ValueError(
+            f"input_ids: sample {dropped[0]} of the prompt ends with a visual token that {name} drops, expected a text "
+            "token (a newline) after the image, from which the answer is predicted"
+        )
 
 
 def _kept_rows(hidden: Tensor, kept: int | Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
@@ -63,7 +65,8 @@ def image_tokens(model: Any, hidden_states: Any) -> ImageTokens:
     # the class token's row alone, apart from the layer's run
     query = attention.q_proj(normed[:, :1]).unflatten(-1, (-1, attention.head_dim)).float()
     keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).float()
-    weights = (torch.einsum("iqhd,ikhd->ihk", query, keys) * attention.scale).softmax(dim=-1)
+    with full_precision(keys):
+        weights = (torch.einsum("iqhd,ikhd->ihk", query, keys) * attention.scale).softmax(dim=-1)
     return ImageTokens(
         hidden=hidden_states[after],
         attention=weights.sum(dim=1)[:, 1:],

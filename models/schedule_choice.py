@@ -13,8 +13,8 @@ from .stage_plan import StagePlan
 from .token_scorer import needs_scorer
 
 
-def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
-    """Returns the plan and the schedule of a config, once checked; fills in the fields of its `stages`.
+def settle_stages(config: Any) -> Schedule:
+    """Returns the schedule of a config, once its plans are checked; fills in the fields of its `stages`.
 
     Raises:
         UnsupportedDecoderError: the text model is none of SUPPORTED_DECODERS.
@@ -33,7 +33,7 @@ def settle_stages(config: Any) -> tuple[StagePlan | None, Schedule]:
         config.plans = {
             name: None if fields is None else _checked(fields, depth).to_dict() for name, fields in config.plans.items()
         }
-    return _plan_of(config.stages), resolve_config(config, config.schedule)
+    return resolve_config(config, config.schedule)
 
 
 def require_saveable(schedule: Any) -> None:
@@ -47,14 +47,15 @@ def require_saveable(schedule: Any) -> None:
 
 def resolve_config(config: Any, choice: Choice) -> Schedule:
     """Returns the schedule that a choice means for a model of a fused config; errors as resolve_schedule."""
-    plans = {name: _plan_of(fields) for name, fields in (config.plans or {}).items()}
-    schedule = resolve_schedule(choice, _plan_of(config.stages), config.text_config.num_hidden_layers, plans)
+    plans = {name: plan_of(fields) for name, fields in (config.plans or {}).items()}
+    schedule = resolve_schedule(choice, plan_of(config.stages), config.text_config.num_hidden_layers, plans)
     if schedule.reads_scores and not needs_scorer(config):
         raise ScheduleError("schedule Fused: got select: learned, expected another: this model has no scorer")
     return require_tower(schedule, config)
 
 
-def _plan_of(fields: Mapping[str, Any] | None) -> StagePlan | None:
+def plan_of(fields: Mapping[str, Any] | None) -> StagePlan | None:
+    """Returns the plan of a config's `stages`; None: dense."""
     return None if fields is None else StagePlan.from_dict(fields)
 
 

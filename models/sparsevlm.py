@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .live_tokens import LiveTokens, Selection
+from .precision import full_precision
 from .schedule_base import (
     ScorePruner,
     View,
@@ -93,7 +94,8 @@ def raters(view: View) -> Tensor:
     behind = prompt & (visual.flip(1).cumsum(dim=1).flip(1) == 0)
     text = behind.where(behind.any(dim=1, keepdim=True), prompt)
     embeddings = view.embeddings.float()
-    likeness = embeddings @ embeddings.transpose(1, 2)  # (B, visual, text)
+    with full_precision(embeddings):
+        likeness = embeddings @ embeddings.transpose(1, 2)  # (B, visual, text)
     rated = likeness.masked_fill(~text[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
     mean = (rated * visual[..., None]).sum(dim=1) / visual.sum(dim=1, keepdim=True).clamp(min=1)
     above = text & (mean * text.sum(dim=1, keepdim=True) > 1)
@@ -120,4 +122,5 @@ def merge(tokens: Tensor, valid: Tensor, clusters: Tensor) -> tuple[Tensor, Tens
     nearest = distance.masked_fill(~centre[:, None], torch.inf).argmin(dim=2)  # (B, M)
     nearest = nearest.where(~centre, torch.arange(order.shape[1], device=order.device))  # a centre joins itself
     member = torch.nn.functional.one_hot(nearest, order.shape[1]).to(tokens.dtype) * valid[..., None]
-    return centre, member.transpose(1, 2) @ tokens / member.sum(dim=1)[..., None].clamp(min=1)
+    with full_precision(tokens):
+        return centre, member.transpose(1, 2) @ tokens / member.sum(dim=1)[..., None].clamp(min=1)

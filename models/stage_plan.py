@@ -155,7 +155,8 @@ class StagePlan:
 
 def kept_count(amount: float, visual: int) -> int:
     """Returns how many of `visual` tokens a count or a ratio stands for; a ratio keeps at least one."""
-    return min(visual, amount if isinstance(amount, int) else max(1, int(visual * amount)))
+    # 100 * 0.29 is 28.999999999999996
+    return min(visual, amount if isinstance(amount, int) else max(1, int(visual * amount + 1e-9)))
 
 
 def _checked_keep(keep: Mapping[Any, Any]) -> dict[int, int | float]:

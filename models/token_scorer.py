@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .precision import full_precision
 from .stage_plan import SCORER_WIDTH, StagePlan
 
 SCORER = "token_scorer"  # the decoder's attribute, and so a part of the names of its weights
@@ -46,7 +47,8 @@ class TokenScorer(nn.Module):
         weights = self.word(normed)[..., 0].float().masked_fill(~words, torch.finfo(torch.float32).min).softmax(dim=-1)
         mean = weights.masked_fill(~words, 0.0).to(normed.dtype)[:, None] @ normed  # (B, 1, D)
         query, features = self.instruction(_normed(mean)), self.feature(normed)
-        return (features.float() @ query.float().transpose(1, 2))[..., 0] / math.sqrt(SCORER_WIDTH)
+        with full_precision(embeddings):
+            return (features.float() @ query.float().transpose(1, 2))[..., 0] / math.sqrt(SCORER_WIDTH)
 
 
 def needs_scorer(config: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .image_tokens import ImageTokens
 from .live_tokens import NO_VISUAL, Selection
+from .precision import full_precision
 from .schedule_base import CutState, Schedule, ScheduleError, View, is_int
 
 WHOLE = 576  # patches of the image that the counts are published for
@@ -83,7 +84,8 @@ class VisionZip(Schedule):
         merged = _rows(hidden, targets)
         if contextual:
             keys = torch.nn.functional.normalize(tower.keys, dim=-1)
-            nearest = (_rows(keys, joining) @ _rows(keys, targets).transpose(1, 2)).argmax(dim=2)
+            with full_precision(keys):
+                nearest = (_rows(keys, joining) @ _rows(keys, targets).transpose(1, 2)).argmax(dim=2)
             member = torch.nn.functional.one_hot(nearest, contextual).to(hidden.dtype)
             joined = member.transpose(1, 2) @ _rows(hidden, joining)
             merged = merged + joined / member.sum(dim=1)[..., None].clamp(min=1)

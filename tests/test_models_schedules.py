@@ -207,7 +207,7 @@ def test_switching_back_leaves_no_trace(make_model, make_batch, pruner):
 def test_generation_samples_and_follows_the_prompts_choice(make_model, make_batch, pruner):
     model = make_model()
     model.schedule = pruner
-    batch = make_batch("tttItttt", "ttttt", "tItI", side="left")
+    batch = make_batch("tttItttt", "ttttt", "tItIt", side="left")
     options = {"max_new_tokens": 5, "pad_token_id": 59, "eos_token_id": None, "bad_words_ids": [[50]]}
     for how in ({"do_sample": True, "temperature": 1.5}, {"do_sample": False, "num_beams": 2}):
         answers = []

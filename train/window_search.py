@@ -145,7 +145,7 @@ class WindowSearch:
 def apply_plan(model: Any, plan: StagePlan) -> None:
     """Makes a model, with adapters or without, run and be saved under a plan."""
     base = base_of(model)
-    base.config.stages, base.plan = plan.to_dict(), plan
+    base.config.stages = plan.to_dict()
     base.schedule = None
 
 

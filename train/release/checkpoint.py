@@ -18,6 +18,7 @@ from models import FusedAutoModel
 from models.families import family_of, is_plain
 from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import TRAINED, ScheduleError
+from recipes.resolved import saved_data
 from recipes.schema import Recipe, load_recipe
 from train.checkpoints import FINAL, RECIPE, RUN, read_progress, step_of, whole_checkpoints
 from train.errors import InputError, one_line
@@ -75,6 +76,11 @@ class Run:
         return self.folder / FINAL
 
     @property
+    def has_plan(self) -> bool:
+        """Whether the checkpoint runs under a stage plan, from the recipe or found in training."""
+        return json.loads((self.final / "config.json").read_text(encoding="utf-8")).get("stages") is not None
+
+    @property
     def name(self) -> str:
         """The run folder's name, as in tables."""
         return self.folder.resolve().name
@@ -93,9 +99,7 @@ def find_run(folder: Path) -> Run:
     # the shape is read from the checkpoint: the folder that the recipe names is of the machine that trained
     recipe = load_recipe(final / RECIPE, [f"model.config={json.dumps(str(final.resolve()))}"])
     figures = [_figures(path) for path in (folder / "align" / FINAL / RUN, final / RUN) if path.is_file()]
-    is_align = figures[-1].get("phase") == "align" and recipe.align is not None
-    data = recipe.align.data if is_align and recipe.align is not None else recipe.data
-    return Run(folder, recipe, data, figures)
+    return Run(folder, recipe, saved_data(final / RECIPE), figures)
 
 
 def _figures(file: Path) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def load(run: Run, schedule: Mapping[str, Any] | None) -> Any:
     plan, layers = model.plan, range(model.config.text_config.num_hidden_layers)
     is_full = plan is not None and plan.update == "full" and not plan.keep and all(map(plan.sees, layers))
     if is_full and not model.config.plans:
-        model.config.stages = model.plan = None  # dense computes the same
+        model.config.stages = None  # dense computes the same
     model.config.schedule = None if schedule is None else dict(schedule)
     model.schedule = model.config.schedule
     model.config.use_cache = True  # training switched it off
