@@ -303,9 +303,10 @@ def main() -> int:
     """Runs lmms-eval's command line with our model and tasks; returns the exit code."""
     manifest = ModelManifest(model_id=MODEL_NAME, simple_class_path="eval.lmms.FusedLlava")
     harness_models.MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
-    if "--include_path" not in sys.argv:
+    given = {part.partition("=")[0] for part in sys.argv}
+    if "--include_path" not in given:
         sys.argv += ["--include_path", str(TASKS_FOLDER)]
-    if "--verbosity" not in sys.argv:
+    if "--verbosity" not in given:
         sys.argv += ["--verbosity", "DEBUG"]  # with any other it swallows errors and leaves with 0
     from lmms_eval.__main__ import cli_evaluate  # configures logging when imported
 

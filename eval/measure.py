@@ -86,12 +86,13 @@ def added_memory(calls: Calls, make: Callable[..., Calls], *given: object) -> di
     if not torch.cuda.is_available():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(_added_on_cpu, make, *given).result()
-    added = {}
+    added, devices = {}, range(torch.cuda.device_count())  # a model may be spread over several
     for name, call in calls.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        before = sum(map(torch.cuda.memory_allocated, devices))
         call()
-        added[name] = torch.cuda.max_memory_allocated() - before
+        added[name] = sum(map(torch.cuda.max_memory_allocated, devices)) - before
     return added
 
 
@@ -156,8 +157,9 @@ def runs(model: Any, inputs: Mapping[str, Tensor], schedules: Schedules, steps: 
     return {name: partial(run, model, inputs, schedule, steps) for name, schedule in schedules.items()}
 
 
-def _loaded_runs(weights: Path, precision: torch.dtype, *given: Any) -> Calls:
-    return runs(FusedAutoModel.from_pretrained(weights, dtype=precision).eval(), *given)
+def _loaded_runs(weights: Path, precision: torch.dtype, attention: Any, *given: Any) -> Calls:
+    model = FusedAutoModel.from_pretrained(weights, dtype=precision, attn_implementation=attention)
+    return runs(model.eval(), *given)
 
 
 def speeds(
@@ -172,7 +174,7 @@ def speeds(
     count = len(inputs["input_ids"])
     measured = times(model, inputs, schedules, steps=STEPS, repeats=REPEATS)
     calls, given = runs(model, inputs, schedules, STEPS), (dict(inputs), dict(schedules), STEPS)
-    peaks = added_memory(calls, _loaded_runs, weights, model.dtype, *given)
+    peaks = added_memory(calls, _loaded_runs, weights, model.dtype, model.config._attn_implementation, *given)
     found = {}
     for name, schedule in schedules.items():
         first, following = (statistics.median(seconds) for seconds in zip(*measured[name], strict=True))

@@ -25,7 +25,7 @@ class Difference:
     mean: float  # of a question's value
     low: float  # ends of the 95 % interval of the mean
     high: float
-    p: float  # two-sided, of "no difference"; of a bootstrap not below 1 / RESAMPLES
+    p: float  # two-sided, of "no difference"; not below least_p, of a bootstrap not below 1 / RESAMPLES
     gained: int | None  # questions on which the second is better; None where nothing pairs them
     lost: int | None  # questions on which the first is better
 
@@ -41,12 +41,14 @@ def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> flo
     return None if groups < 2 else float(np.sqrt(groups / (groups - 1) * np.square(sums).sum()) / len(numbers))
 
 
-def difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
+def difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Difference | None:
     """Returns how `second` differs from `first`, question by question, by a paired bootstrap over clusters.
 
     `first` and `second` hold a value for each question, `clusters` what it is about: questions about one thing go
-    together.
+    together. None with fewer than two clusters, of which nothing can be said.
     """
+    if len(set(clusters)) < 2:
+        return None
     changes = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     gained, lost = int((changes > 0).sum()), int((changes < 0).sum())
     if gained == lost == 0:
@@ -54,8 +56,14 @@ def difference(first: Sequence[float], second: Sequence[float], clusters: Sequen
     means = _resampled(*_by_cluster(changes, clusters))
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
-    p = min(1.0, max(2 * tail, 1 / RESAMPLES))
+    p = min(1.0, max(2 * tail, 1 / RESAMPLES, least_p(changes, clusters)))
     return Difference(float(changes.mean()), float(low), float(high), p, gained, lost)
+
+
+def least_p(changes: Sequence[float] | Numbers, clusters: Sequence[Hashable]) -> float:
+    """Returns the least two-sided p-value that changes in so few clusters can have: that of the sign test."""
+    sums, _ = _by_cluster(np.asarray(changes, dtype=np.float64), clusters)
+    return min(1.0, 2.0 ** (1 - int(np.count_nonzero(sums))))
 
 
 def over_seeds(

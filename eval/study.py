@@ -34,6 +34,7 @@ from eval.studies.tables import tables
 from models.auto import CONFIG_FAULTS, config_fields, config_of
 from models.schedule_choice import require_runnable, resolve_config
 from models.schedules import SCHEDULES, TRAINED, ScheduleError
+from recipes.resolved import changes
 from recipes.schema import ModelSection, Recipe, RecipeError, load_recipe
 from recipes.study import Study, load_study
 
@@ -117,10 +118,11 @@ def train(study: Study, run: Run) -> bool:
     Its output is appended to a file beside its folder.
 
     Raises:
-        UsageError: it ended with a fault.
+        UsageError: it ended with a fault, or a finished run of another recipe is in its folder.
         KeyboardInterrupt: see `finish`.
     """
     if (run.folder / "final").is_dir():
+        _check_trained(run)
         return True
     command = [*_launcher(), str(_ROOT / "train/run.py"), study.recipe, *run.overrides]
     file = run.folder.with_suffix(".txt")
@@ -131,6 +133,19 @@ def train(study: Study, run: Run) -> bool:
         last = file.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UsageError(f"{run.arm}, seed {run.seed}: exit code {code}: {last} (all of it in {file})")
     return (run.folder / "final").is_dir()
+
+
+def _check_trained(run: Run) -> None:
+    """Raises UsageError where the finished run in a run's folder was trained by another recipe."""
+    saved = run.folder / "final/recipe.yaml"
+    try:
+        for key, before, now in changes(run.recipe, saved):
+            raise UsageError(
+                f"{run.folder}: got a run with {key}: {before}, expected {now}; move it away, or name another folder "
+                "by --out"
+            )
+    except RecipeError as error:
+        raise UsageError(str(error)) from None
 
 
 def _launcher() -> list[str]:

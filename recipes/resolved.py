@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,13 +24,24 @@ def dump_recipe(recipe: Recipe) -> str:
 def saved_data(saved: Path) -> DataConfig:
     """Returns the data section of a saved recipe, even if other files that it names are gone.
 
+    That of the align phase, if the run.json beside it is of that phase.
+
     Raises:
         RecipeError: the file has no valid data section.
     """
     try:
-        return DataConfig.model_validate(read_file(saved)["data"])
-    except (YamlError, KeyError, ValidationError) as error:
+        raw = read_file(saved)
+        return DataConfig.model_validate((raw["align"] if _is_align(saved.with_name("run.json")) else raw)["data"])
+    except (YamlError, KeyError, TypeError, ValidationError) as error:
         raise RecipeError(f"{saved}: data: cannot be read, expected the recipe.yaml that a run writes") from error
+
+
+def _is_align(run: Path) -> bool:
+    """Returns whether a run.json is of an align phase; where it cannot be read, False."""
+    try:
+        return json.loads(run.read_text(encoding="utf-8"))["phase"] == "align"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def saved_recipe(saved: Path) -> dict[str, Any]:

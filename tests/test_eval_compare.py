@@ -36,6 +36,8 @@ from eval.comparison.tables import compared as compared_seeds
 from eval.prompts import VqaPrompt
 from models import StagePlan
 from models.schedules import VTW, Dense, FastV, Fused, PyramidDrop, ShortV, Within
+from recipes.resolved import dump_recipe
+from recipes.schema import load_recipe
 from tests.browser import open_page
 from tests.conftest import QUICKSTART, ROOT, write_run
 
@@ -214,8 +216,8 @@ def test_all_code_that_answers_pass_through_decides_a_cell(tmp_path):
     for folder in ("models", "data", "eval"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     before = code(tmp_path)
-    deciding = ("models/fused", "data/processor", "data/dataset", "data/images", "data/chat", "eval/prompts")
-    for name in deciding:
+    deciding = ("models/fused", "data/processor", "data/dataset", "data/images", "data/chat", "data/scenes")
+    for name in (*deciding, "eval/prompts", "eval/live", "eval/tasks/built_in", "eval/tasks/benchmarks"):
         with (tmp_path / f"{name}.py").open("a") as file:
             file.write("\nONE_MORE = 1\n")
         before, last = code(tmp_path), before
@@ -272,6 +274,21 @@ def test_a_checkpoint_that_does_not_load_fails_its_cells_alone(runs, tmp_path, c
     assert main([str(broken), runs[1], "--limit", "4", "--out", str(out)]) == 1
     rows = {row["run"]: row["status"] for row in rows_of(out)}
     assert (rows["broken"], rows["fused"]) == ("failed", "done")
+
+
+def test_an_align_phase_is_asked_in_its_own_format(tmp_path, runs):
+    """LLaVA's has captions alone, which are no questions."""
+    recipe = load_recipe(ROOT / "recipes/llava_fused.yaml")
+    for phase, place in (("align", "run/align/final"), ("tune", "run/final")):
+        shutil.copytree(Path(runs[0]) / "final", tmp_path / place)
+        (tmp_path / place / "recipe.yaml").write_text(dump_recipe(recipe))
+        (tmp_path / place / "run.json").write_text(
+            json.dumps({"phase": phase, "seconds": 1.0, "steps": 1, "samples": 2})
+        )
+    found = Checkpoint.find(tmp_path / "run")
+    assert (found.chat_format, found.aspect) == ("vicuna_v1", "pad")
+    with pytest.raises(CheckpointError, match=r"data\.format plain, which has no questions"):
+        Checkpoint.find(tmp_path / "run/align")
 
 
 def test_rows_that_are_asked_differently_are_refused(runs, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditi
 from data.easy_vqa import questions
 from eval.arguments import UsageError
 from eval.checkpoint import Checkpoint, CheckpointError
+from eval.comparison.cells import benchmark_of
 from eval.lmms import FusedLlava, Harness, SettingsError, cut, generation_settings
 from eval.prompts import VqaPrompt
 from eval.tasks.benchmarks import BENCHMARKS, missing_judge, value_of
@@ -54,6 +56,15 @@ def offline(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
     return Harness(tmp_path_factory.mktemp("harness"), BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("values", "score", "scale"), [((1, 0, 1, 1), 0.75, 1.0), ((1, 0, 0, 0), 25.0, 100.0), ((1, 0, 1, 1), 0.8, None)]
+)
+def test_another_tasks_scale_follows_from_its_questions(values, score, scale):
+    samples = [{"hits": value} for value in values]
+    found = benchmark_of("other", SimpleNamespace(metrics={"hits": score}, samples=samples))
+    assert (found.metric, found.scale) == ("hits", scale)
 
 
 @pytest.mark.parametrize("task", sorted(ROWS))

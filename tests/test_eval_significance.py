@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from eval.significance import RESAMPLES, difference, holm, over_seeds, standard_error
+from eval.significance import RESAMPLES, difference, holm, least_p, over_seeds, standard_error
 
 
 def test_the_error_of_independent_values_is_the_textbooks():
@@ -58,6 +58,17 @@ def test_clusters_widen_the_interval():
     alone = difference(first, second, range(100))
     together = difference(first, second, [number // 10 for number in range(100)])
     assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_one_image_tells_no_difference():
+    assert difference([0.0], [1.0], ["a"]) is None
+    assert difference([0.0, 0.0], [1.0, 1.0], ["a", "a"]) is None
+
+
+def test_few_images_are_no_certainty():
+    found = difference([0.0] * 4, [1.0, 1.0, 1.0, 0.0], ["a", "b", "c", "d"])
+    assert found.p >= 0.25  # three changes one way: 2 / 2**3 by the sign test
+    assert least_p([1.0, -1.0, 0.5, 0.0], ["a", "a", "b", "c"]) == 1.0  # image a's changes cancel
 
 
 def test_holm_corrects_for_the_number_of_comparisons():

@@ -21,6 +21,7 @@ from eval.tasks.built_in import questions_of
 from models import StagePlan
 from models.cost import plan_cost
 from models.schedules import ScheduleError
+from recipes.resolved import dump_recipe
 from recipes.schema import load_recipe
 from recipes.study import load_study
 
@@ -70,6 +71,26 @@ def record(arm, seed, right, *, flops=1e12):
             }
         },
     }
+
+
+def finish_run(study, out, arm):
+    """Leaves what a finished training of an arm leaves of its recipe."""
+    loaded = load_study(study)
+    [run] = runs_of(loaded, out, [arm], [0])
+    (run.folder / "final").mkdir(parents=True)
+    (run.folder / "final/recipe.yaml").write_text(dump_recipe(run.recipe))
+
+
+def test_a_finished_run_of_another_recipe_is_not_scored(study, capsys, monkeypatch):
+    monkeypatch.setattr("eval.study.score", lambda *_, **__: pytest.fail("scored"))
+    out = study.parent / "out"
+    finish_run(study, out, "window")
+    fields = yaml.safe_load(study.read_text())
+    fields["arms"]["window"]["set"].append("train.learning_rate.projector=0.5")
+    study.write_text(yaml.safe_dump(fields))
+    assert main([str(study), "--out", str(out), "--arms", "window", "--seeds", "0"]) == 1
+    told = capsys.readouterr().err
+    assert "window-seed0: got a run with train.learning_rate.projector: 0.001, expected 0.5; move it away" in told
 
 
 def test_the_studies_of_the_repository_are_valid(monkeypatch):
@@ -231,7 +252,7 @@ def test_a_study_of_the_first_questions_asks_those_and_says_so(study, monkeypatc
 
     monkeypatch.setattr("eval.study.score", scored)
     for arm in ("dense", "window"):
-        (study.parent / f"out/runs/{arm}-seed0/final").mkdir(parents=True)
+        finish_run(study, study.parent / "out", arm)
     assert main([str(study), "--out", str(study.parent / "out")]) == 0
     told = capsys.readouterr().out
     assert asked == [3, 3]
@@ -298,7 +319,7 @@ def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(stud
     assert "| window" not in told.out
     assert results.file("window", 0).read_text() == before
 
-    (out / "runs/window-seed0/final").mkdir(parents=True)
+    finish_run(study, out, "window")
     assert main([str(study), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert told.count("its result is there") == 1
@@ -311,7 +332,7 @@ def test_a_schedule_that_a_trained_model_refuses_is_one_line(study, monkeypatch,
         raise ScheduleError("schedule: refused")
 
     monkeypatch.setattr("eval.study.score", refused)
-    (study.parent / "out/runs/dense-seed0/final").mkdir(parents=True)
+    finish_run(study, study.parent / "out", "dense")
     assert main([str(study), "--out", str(study.parent / "out"), "--arms", "dense", "--seeds", "0"]) == 1
     assert capsys.readouterr().err == "schedule: refused\n"
 

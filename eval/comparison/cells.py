@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,11 +31,13 @@ from models.schedules import Dense, Schedule
 
 PRECISIONS: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE: Final = "settings.json"
-# what an answer depends on: the models, how images and prompts are encoded, the tasks
+# what a cell depends on: the models, how images and prompts are encoded, the tasks, how answers and costs are counted
 _DECIDING = (
     "models/*.py",
-    *(f"data/{name}.py" for name in ("chat", "dataset", "images", "processor", "rows")),
-    *(f"eval/{name}.py" for name in ("lmms", "prompts", "text_tower")),
+    *(f"data/{name}.py" for name in ("chat", "dataset", "easy_vqa", "images", "processor", "rows")),
+    *(f"data/{name}.py" for name in ("scene_images", "scene_questions", "scenes")),
+    *(f"eval/{name}.py" for name in ("live", "lmms", "prompts", "text_tower")),
+    *(f"eval/tasks/{name}.py" for name in ("benchmarks", "built_in")),
 )
 _ROOT: Final = Path(__file__).parents[2]
 COSTED = 100  # questions over which the cost of a schedule is averaged, because a pruner's depends on the question
@@ -127,11 +130,15 @@ def run_cell(
 
 
 def benchmark_of(task: str, outcome: Outcome) -> Benchmark:
-    """Returns how a task is read: as known, or by the first metric that it reports, taken as a mean."""
+    """Returns how a task is read: as known, or by the first metric that it reports, which may be a mean or per cent."""
     if task in BENCHMARKS:
         return BENCHMARKS[task]
     metric, score = next(iter(outcome.metrics.items()))
-    return Benchmark(task, metric, scale=1.0 if score <= 1 else 100.0)
+    values = [value_of(sample, metric) for sample in outcome.samples]
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else 0.0
+    scales = [scale for scale in (1.0, 100.0) if isclose(scale * mean, score, rel_tol=1e-3)]
+    return Benchmark(task, metric, scale=scales[0] if scales else None)
 
 
 def _sample(sample: Mapping[str, Any], benchmark: Benchmark) -> Record:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.checkpoint import Checkpoint
-from eval.significance import Difference, difference, holm, over_seeds, standard_error
+from eval.significance import Difference, difference, holm, least_p, over_seeds, standard_error
 from eval.tasks.built_in import SETS, floors, metric_of, questions_of
 from models.schedules import Fused, Schedule, Within
 
@@ -237,25 +237,29 @@ def _pooled(label: str, rows: Sequence[Row]) -> Row:
 
 
 def compared(cells: Mapping[int, Record], base: Mapping[int, Record]) -> Difference | None:
-    """Returns what cells by seed score more than the reference's, on the questions that all have; None: there are none.
+    """Returns what cells by seed score more than the reference's, on the questions that all have.
+
+    None where these are about fewer than two images.
 
     Over seeds and images, by Student's t, where both have several seeds: paired where they are the same ones. Else
     question by question, by a bootstrap over images, of the mean over seeds.
     """
     old, new = ([_values(cell) for cell in side.values()] for side in (base, cells))
     shared = set.intersection(*(set(values) for values in (*new, *old)))
-    if not shared:
-        return None
     ids = sorted(shared, key=str)
     images = {sample["id"]: sample["image"] for sample in next(iter(cells.values()))["samples"]}
     groups = [images[number] for number in ids]
+    if len(set(groups)) < 2:
+        return None
     first, second = ([statistics.fmean(seed[number] for seed in side) for number in ids] for side in (old, new))
     if len(new) == 1 or len(old) == 1:
         return difference(first, second, groups)
     same = list(cells) == list(base)
     scores = [[statistics.fmean(seed[number] for number in ids) for seed in side] for side in (old, new)]
-    error = standard_error([after - before for before, after in zip(first, second, strict=True)], groups) or 0.0
-    mean, low, high, p = over_seeds(*scores, paired=same, images=(error, max(2, len(set(groups)))))
+    moved = [after - before for before, after in zip(first, second, strict=True)]
+    error = standard_error(moved, groups) or 0.0
+    mean, low, high, p = over_seeds(*scores, paired=same, images=(error, len(set(groups))))
+    p = max(p, least_p(moved, groups))
     if not same:
         return Difference(mean, low, high, p, None, None)
     changes = [after[number] - before[number] for before, after in zip(old, new, strict=True) for number in ids]

@@ -126,6 +126,8 @@ def _to_reference(cell: Cell, base: Cell | None, images: Sequence[str]) -> tuple
     error = error_of(changes)
     found = difference(theirs.mean(axis=0).tolist(), ours.mean(axis=0).tolist(), images)
     mean = f"{100 * statistics.fmean(changes):+.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+    if found is None:
+        return mean, "-"
     return mean, f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
 
 
