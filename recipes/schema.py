@@ -260,7 +260,8 @@ class SparseAttention(_Section):
 
     Attributes:
         weight: factor of the spread, added to the loss; 0 only logs it. The spread is 1 for equal attention on all
-            visual tokens and 0 for one alone; it is the mean over layers and over samples with an image.
+            visual tokens and 0 for one alone. The penalty is the mean over layers and samples, of which those without
+            an image count 0; the log has the mean over those with one.
     """
 
     weight: float = Field(ge=0)
@@ -280,7 +281,7 @@ class TrainSection(_Section):
         max_seconds: seconds of training; the learning rate then follows the clock, unless `max_steps` is set too.
         warmup_ratio: share of the run in which the learning rate rises from 0.
         layers: decoder layers [first, end) to train, without embeddings, head and final norm; null is everything.
-        tower_layers: number of last layers of the vision tower to train; null is everything.
+        tower_layers: number of last layers of the vision tower to train, of those that are read; null is everything.
         optimizer: one of Optimizer.
         max_grad_norm: gradients are clipped to this norm; null does not clip.
         neftune: NEFTune's alpha, the noise on embedded text; null for none.

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from models import FusedLlavaForConditionalGeneration
 from recipes.resolved import dump_recipe
 from recipes.schema import LearningRates, RecipeError, load_recipe
 from train.arguments import resolve_precision, split_batch
@@ -106,6 +107,16 @@ def test_only_the_named_layers_learn(make_model):
     })  # fmt: skip
     every = {name for name, _ in model.named_parameters() if ".layers.2." in name or ".layers.3." in name}
     assert {name for name in every if "language_model" in name} <= learning
+
+
+@pytest.mark.parametrize(("read", "learns"), [(-1, "1"), (-2, "0"), ([-2, -1], "1"), (1, "0")])
+def test_the_last_tower_layer_is_the_last_that_is_read(make_config, read, learns):
+    config = make_config("llama", None, "sdpa")
+    config.vision_feature_layer = read
+    model = FusedLlavaForConditionalGeneration(config)
+    freeze(model, trained(tower_layers=1))
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad and "vision_tower" in name]
+    assert {name.split(".layers.")[1][0] for name in names} == {learns}
 
 
 def test_muon_takes_matrices_and_its_updates_have_the_size_of_adamws(make_model):

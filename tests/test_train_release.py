@@ -354,6 +354,41 @@ def test_a_dense_model_is_what_both_names_say(quickstart, tmp_path):
         assert read_comparison(tmp_path, find_run(quickstart)).rows == [rows[1]]
 
 
+def test_a_window_that_training_found_is_no_dense_model(quickstart, tmp_path):
+    shutil.copytree(quickstart, tmp_path / "quickstart")
+    config = tmp_path / "quickstart/final/config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "stages": StagePlan(0, 3).to_dict()}))
+    rows = [
+        {"run": "quickstart", "schedule": schedule, "task": "easy_vqa", "metric": "accuracy", "score": score}
+        for schedule, score in (("dense", 0.31), ("trained", 0.92))
+    ]
+    (tmp_path / "table.md").write_text("")
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    assert read_comparison(tmp_path, find_run(tmp_path / "quickstart")).rows == [rows[1]]
+
+
+def test_an_old_release_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    rename = Path.rename
+
+    def cut(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        release._replace(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old/file").read_text() == "old"
+    monkeypatch.undo()
+    release._replace(tmp_path / "new", tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old/file").read_text() == "new"
+
+
 def test_licences_name_what_is_known_and_ask_about_the_rest(released):
     text = (released / "LICENSES.md").read_text()
     assert "| language model | lmsys/vicuna-7b-v1.5 | Llama 2 Community License" in text

@@ -258,6 +258,23 @@ def test_a_stopped_run_goes_on_with_the_evaluations_of_one_that_was_not(train_he
     assert sum(figures["sources"].values()) == 18
 
 
+def test_an_evaluation_made_up_later_does_not_touch_the_checkpoint(train_here, tiny_recipe):
+    section = {"share": 0.25, "every": 2, "final": "best"}
+    recipe = tiny_recipe("late", save_total_limit=9) | {"eval": section}
+    output = train_here(recipe, stop_in=2)
+    held = {path: path.read_bytes() for path in (output / "checkpoint-2").rglob("*") if path.is_file()}
+    (output / "log.jsonl").write_text(
+        (output / "log.jsonl").read_text() + '{"step": 2, "eval_loss": 9.0, "seconds": 1.0}\n'
+    )  # as of a start that was killed after it
+    assert (train_here(recipe) / "final").is_dir()
+    assert all(path.read_bytes() == content for path, content in held.items())
+    evaluations = [line for line in log(output) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert evaluations[0]["eval_loss"] < 9
+    best = min(evaluations, key=lambda line: line["eval_loss"])["step"]
+    assert json.loads((output / "final/run.json").read_text())["eval_step"] == best
+
+
 def test_a_run_that_gets_worse_ends_and_keeps_its_best(train_here, tiny_recipe, capsys):
     recipe = tiny_recipe("worse", max_steps=9, scheduler="constant", warmup_ratio=0.0, save_steps=1, save_total_limit=1)
     recipe["train"]["learning_rate"] = {"projector": None, "vision_tower": None, "language_model": 0.2}

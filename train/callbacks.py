@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from models.schedules import TRAINED
 from recipes.schema import Profile
 from train import distributed
-from train.checkpoints import Progress, keep_newest, mark_complete
+from train.checkpoints import Progress, keep_newest, mark_complete, whole_checkpoints
 from train.estimate import SEARCH, Estimate
 from train.trainer import FusedTrainer
 from train.window_search import PICTURE, PLAN, WindowSearch, apply_plan, draw_gates
@@ -160,7 +160,9 @@ class RunCallback(TrainerCallback):
                 faults=faults,
                 search={} if trainer.search is None else trainer.search.state(),
             )
-            mark_complete(trainer.phase.folder / f"checkpoint-{state.global_step}", progress)
+            folder = trainer.phase.folder / f"checkpoint-{state.global_step}"
+            if folder not in whole_checkpoints(trainer.phase.folder):
+                mark_complete(folder, progress)
             best = state.best_global_step if trainer.keeps_best else None
             keep_newest(trainer.phase.folder, trainer.phase.train.save_total_limit, best=best)
         distributed.barrier()
@@ -175,7 +177,9 @@ class LogCallback(TrainerCallback):
         self._first_step, self._first_seconds = progress.step, progress.seconds
         self._printed = -math.inf
         if distributed.rank() == 0:
-            self._drop_lines_after(progress.step)
+            # the lines after the step that the run goes on from will be written again
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._keep(lambda line: 0 <= _step_of_line(line) <= progress.step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Opens the bar: in seconds where the clock ends the run, else in steps."""
@@ -187,6 +191,8 @@ class LogCallback(TrainerCallback):
         """Writes one log line."""
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
+        if "eval_loss" in logs:  # of an evaluation that is made again, because no checkpoint followed it
+            self._keep(lambda line: not ("eval_loss" in line and _step_of_line(line) == state.global_step))
         with self._file.open("a", encoding="utf-8") as file:
             unknown = {"mfu": None} if "loss" in logs else {}
             file.write(json.dumps({"step": state.global_step, **unknown, **logs}) + "\n")
@@ -217,12 +223,12 @@ class LogCallback(TrainerCallback):
         speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
         return f"step {state.global_step}{steps}  loss {logs['loss']:.4f}  {speed}  {format_duration(left)} left"
 
-    def _drop_lines_after(self, step: int) -> None:
-        """Drops the lines after the step that the run goes on from: they will be written again."""
+    def _keep(self, is_kept: Callable[[str], bool]) -> None:
+        """Drops the other lines of the file."""
         lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.is_file() else []
-        kept = [line for line in lines if 0 <= _step_of_line(line) <= step]
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if is_kept(line)]
+        if kept != lines or not lines:
+            self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 class SearchCallback(TrainerCallback):

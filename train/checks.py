@@ -187,12 +187,12 @@ def _check_model(recipe: Recipe, config: Any) -> None:
 def _check_trained(train: TrainSection, model: Any) -> None:
     """Refuses adapters and layers that the model does not have."""
     text = model.config.text_config
-    for key, last, depth, whose in (
-        ("layers", None if train.layers is None else train.layers[1], text.num_hidden_layers, "decoder"),
-        ("tower_layers", train.tower_layers, tower_depth(model), "tower"),
+    for key, last, depth, what in (
+        ("layers", None if train.layers is None else train.layers[1], text.num_hidden_layers, "the decoder's layers"),
+        ("tower_layers", train.tower_layers, tower_depth(model), "the tower's layers up to the last that is read"),
     ):
         if last is not None and last > depth:
-            raise RecipeError(f"train.{key}: got {last}, expected at most {depth}, the {whose}'s layers")
+            raise RecipeError(f"train.{key}: got {last}, expected at most {depth}, {what}")
     if train.lora is None:
         return
     layers = adapted_layers(model, train.lora).values()

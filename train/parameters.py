@@ -41,9 +41,14 @@ def layer_of(name: str) -> int | None:
 
 
 def tower_depth(model: Any) -> int:
-    """Returns the number of layers of the vision tower."""
+    """Returns the number of layers of the vision tower up to the last one that is read; LLaVA leaves out one."""
     numbers = [layer_of(name) for name, _ in model.named_parameters() if part_of(model, name) == "vision_tower"]
-    return 1 + max((number for number in numbers if number is not None), default=-1)
+    depth = 1 + max((number for number in numbers if number is not None), default=-1)
+    read = getattr(base_of(model).config, "vision_feature_layer", None)
+    if read is None:
+        return depth
+    # hidden states are counted with the input of the first layer
+    return max(one if one >= 0 else depth + 1 + one for one in (read if isinstance(read, list | tuple) else [read]))
 
 
 def freeze(model: nn.Module, train: TrainSection) -> None:

@@ -15,7 +15,7 @@ if Path(sys.path[0]).resolve() == _ROOT / "train":
 sys.path.insert(0, str(_ROOT))
 
 # On a CPU that does other work too, torch's threads wait for one another by spinning, which made a step 30 times
-# slower (16 conversations, 2 threads beside 2 busy processes: 9.1 s, with this line 0.3). Read when torch is first imported.
+# slower (16 conversations, 2 threads beside 2 busy processes: 9.1 s, with this 0.3). Read when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse

@@ -109,8 +109,8 @@ class FusedTrainer(Trainer):
         return output
 
     def evaluate_late(self) -> None:
-        """Makes the evaluation that a stop request left out, and saves its result."""
-        self.control.should_evaluate = self.control.should_save = True
+        """Makes the evaluation that a stop request left out; the next checkpoint holds its result."""
+        self.control.should_evaluate = True
         none = torch.zeros((), device=self.args.device)
         self._maybe_log_save_evaluate(none, None, self.model, None, 0.0, None, 0.0)
         self.control.should_evaluate = self.control.should_save = False
@@ -231,10 +231,17 @@ class FusedTrainer(Trainer):
 
     def save_now(self) -> None:
         """Writes a checkpoint of the last whole step, unless there is one; every rank calls it."""
-        step = self.state.global_step
-        if step > 0 and self.phase.folder / f"checkpoint-{step}" not in whole_checkpoints(self.phase.folder):
+        if self.state.global_step > 0:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint of the last step, unless a whole one is there: a kill while it is rewritten loses it."""
+        step, folder = self.state.global_step, self.phase.folder / f"checkpoint-{self.state.global_step}"
+        if folder not in whole_checkpoints(self.phase.folder):
+            super()._save_checkpoint(model, trial)
+        elif self.state.best_global_step == step:  # by an evaluation after the checkpoint
+            self.state.best_model_checkpoint = str(folder)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if self._gates() is not None:  # not of the model that is trained

@@ -96,7 +96,7 @@ def read_comparison(folder: Path, run: Run, schedule: Mapping[str, Any] | None =
     if schedule is not None:
         wanted = (schedule["name"],) if len(schedule) == 1 else ()  # other settings than were measured
     else:
-        wanted = (TRAINED,) if run.recipe.plan else (TRAINED, "dense")  # two names of one schedule
+        wanted = (TRAINED,) if run.has_plan else (TRAINED, "dense")  # two names of one schedule
     ours = [row for row in rows if row["run"] == run.name]
     if not ours:
         raise InputError(f"--comparison: {folder}: got runs {', '.join(runs)}, expected one with {run.name}")

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -161,11 +160,18 @@ def _check_shard_size(size: str) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Moves a proven release into place; what was there goes only when the new one is there."""
-    with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f".{partial.name}-") as old:
-        if out.is_dir():
-            out.rename(Path(old) / "old")
+    """Moves a proven release into place; what was there goes only when the new one is there, and else comes back."""
+    old = out.with_name(f".{out.name}-replaced-{os.getpid()}")
+    was_there = out.is_dir()
+    try:
+        if was_there:
+            out.rename(old)
         partial.rename(out)
+    except BaseException:
+        if old.is_dir() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(repo: str, *, force: bool) -> None:
