@@ -320,7 +320,8 @@ class FusedMixin:
         for name in TransformersKwargs.__annotations__.keys() - USED_KEYWORDS:
             if inputs.get(name) is not None and name not in names:
                 raise ValueError(
-                    f"{name}: got a value, expected None: attention is causal, and packed=True packs a padded batch"
+                    f"{name}: got a value, expected None: attention is causal, packed=True packs a padded batch, and "
+                    "no router is supported"
                 )
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of the two")

@@ -185,9 +185,7 @@ def test_packing_is_for_training(make_model, make_batch):
         model(**batch, packed=True, use_cache=True)
     with pytest.raises(ValueError, match="packed: got True with Within"):
         model(**batch, packed=True, schedule="visipruner")
-    with pytest.raises(
-        ValueError, match="cu_seq_lens_q: got a value, expected None: attention is causal, and packed=True"
-    ):
+    with pytest.raises(ValueError, match="cu_seq_lens_q: got a value, expected None: attention is causal, packed=True"):
         model(**batch, cu_seq_lens_q=torch.tensor([0, VISUAL]))
 
 
