@@ -13,17 +13,18 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache as remembered
 from functools import partial
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .batch_facts import IGNORE_INDEX, BatchFacts, instruction_ends, next_labels
-from .cache import CACHE, require_own_cache
+from .cache import CACHE
 from .decoder import DecoderOutput, run_decoder
+from .forward_inputs import check_masks, named_inputs, seen_tokens, this_part
 from .image_tokens import ImageTokens, image_tokens, states_around
 from .lazy_images import LazyImages, flat_features
 from .live_tokens import rows_at
@@ -34,9 +35,6 @@ from .stage_plan import StagePlan
 from .token_scorer import SCORER, TokenScorer, needs_scorer, zero_scorer_loss
 
 VISION_INPUTS = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
-UNUSED_KEYWORDS = ("tokenizer", "assistant_tokenizer")  # generate() hands them to every forward
-CACHE_NAMES = dict.fromkeys(("cache", "past_key_values"), CACHE)
-USED_KEYWORDS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"}
 
 
 @dataclass
@@ -110,7 +108,7 @@ class FusedTextMixin:
         embeds, cache, use_cache = kwargs["inputs_embeds"], kwargs.get(CACHE), kwargs.get("use_cache")
         positions = kwargs.get("position_ids")
         if positions is None:  # counted from 0, padding too, as Hugging Face does
-            seen = _seen(kwargs)
+            seen = seen_tokens(kwargs)
             positions = torch.arange(seen, seen + embeds.shape[1], device=embeds.device)[None]
         deepstack, visual_embeds = list(kwargs.get("deepstack_visual_embeds") or ()), None
         counts = None if call.facts is None else call.facts.visual
@@ -266,8 +264,9 @@ class FusedMixin:
             ValueError: image tokens and features differ in number; a label directly follows a visual token in a staged
                 model; a pruner is asked to train; merged embeddings come without `visual` under a staged schedule.
         """
-        inputs = self._named(args, kwargs)
-        running, chosen = self._running(), inputs.pop("schedule", None)
+        inputs, running = named_inputs(self, args, kwargs), self._running()
+        check_masks(inputs, running.prompt_length if running else None)
+        chosen = inputs.pop("schedule", None)
         schedule = self.resolve(chosen) if chosen is not None else running.schedule if running else self.schedule
         labels, kept = inputs.pop("labels", None), inputs.pop("logits_to_keep", None)
         items = inputs.pop("num_items_in_batch", None)
@@ -304,50 +303,6 @@ class FusedMixin:
             callback(output)
         return output
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the inputs of forward by name; those that are None are left out."""
-        names, known = _arguments_of(type(self).forward, type(self.model).forward)
-        kwargs = {CACHE_NAMES.get(name, name): value for name, value in kwargs.items() if name not in UNUSED_KEYWORDS}
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{name}'")
-            if name in names[: len(args)]:
-                raise TypeError(f"{type(self).__name__}.forward() got multiple values for argument '{name}'")
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name in ("output_attentions", "output_hidden_states"):
-            if inputs.get(name, getattr(self.config, name, False)):
-                raise ValueError(f"{name}: got True, expected False, because layers hold different tokens")
-        for name in TransformersKwargs.__annotations__.keys() - USED_KEYWORDS:
-            if inputs.get(name) is not None and name not in names:
-                raise ValueError(
-                    f"{name}: got a value, expected None: attention is causal, packed=True packs a padded batch, and "
-                    "no router is supported"
-                )
-        if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
-            raise ValueError("input_ids, inputs_embeds: got both or neither, expected exactly one of the two")
-        require_own_cache(inputs.get(CACHE))
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        self._check_masks(inputs)
-        _refuse_packed_positions(inputs)
-        return inputs
-
-    def _check_masks(self, inputs: Mapping[str, Any]) -> None:
-        """Raises ValueError for a mask that is not of this call's tokens, or of all tokens so far."""
-        tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
-        (samples, size), seen, running = tokens.shape[:2], _seen(inputs), self._running()
-        prompt = running.prompt_length if running else size
-        for name in ("attention_mask", "query_mask", "visual", "relevance"):
-            found = inputs.get(name)
-            if found is None:
-                continue
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            rows, width = found.shape if isinstance(found, Tensor) and found.ndim == 2 else (-1, 0)
-            fits = width == size or (width == seen + size and name != "query_mask")
-            if name in ("visual", "relevance"):  # of the prompt, of which this call may be a part
-                fits = fits or width == prompt or 0 < width <= seen
-            if rows != samples or not fits:
-                raise ValueError(f"{name}: got {shape}, expected a tensor {samples, seen + size}")
-
     def _running(self) -> _Generation | None:
         """Returns the generate() that this model's forward runs in, or None."""
         running = _GENERATION.get()
@@ -373,7 +328,7 @@ class FusedMixin:
         hooked = any(getattr(self, name, None) for name in ("_require_grads_hooks", "_require_grads_hook"))
         is_leaf_input = hooked or "inputs_embeds" in inputs
         # a training batch without an image; merged embeddings may hold one, and decode steps follow one
-        needs_blank = self.training and not vision_tokens and "input_ids" in inputs and not _seen(inputs)
+        needs_blank = self.training and not vision_tokens and "input_ids" in inputs and not seen_tokens(inputs)
         return _Call(
             schedule=schedule,
             visual=visual,
@@ -383,8 +338,8 @@ class FusedMixin:
             blocks=type(self).family_blocks(inputs),
             images=LazyImages(partial(self._blank, visual.device)) if needs_blank else None,
             embeddings_learn=is_leaf_input or any(weight.requires_grad for weight in embeddings.parameters()),
-            relevance=None if relevance is None else _part(relevance, _seen(inputs), visual.shape[1]),
-            is_prompt=self._running() is not None and not _seen(inputs),
+            relevance=None if relevance is None else this_part(relevance, seen_tokens(inputs), visual.shape[1]),
+            is_prompt=self._running() is not None and not seen_tokens(inputs),
         )
 
     def _lazy_images(self, inputs: dict[str, Any], schedule: Schedule, facts: BatchFacts) -> LazyImages | None:
@@ -450,10 +405,10 @@ class FusedMixin:
         """Returns (B, S) bool: the visual tokens of this call's input."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         tokens = inputs["input_ids" if embeds is None else "inputs_embeds"]
-        size, device, seen = tokens.shape[1], tokens.device, _seen(inputs)
+        size, device, seen = tokens.shape[1], tokens.device, seen_tokens(inputs)
         if visual is not None:
             visual = visual.to(device=device, dtype=torch.bool)
-            return _part(visual, seen, size)
+            return this_part(visual, seen, size)
         is_decode_step = seen > 0 and size == 1
         if ids is None and not vision_tokens and not is_decode_step and not isinstance(schedule, Dense):
             raise ValueError(
@@ -471,7 +426,7 @@ class FusedMixin:
     def _prompt_end(self, inputs: dict[str, Any], visual: Tensor) -> Tensor | None:
         """Returns (B, S) bool: the last token of generate()'s prompt, where candidates of an assistant follow it."""
         running, size = self._running(), visual.shape[1]
-        column = -1 if running is None else running.prompt_length - 1 - _seen(inputs)
+        column = -1 if running is None else running.prompt_length - 1 - seen_tokens(inputs)
         if not 0 <= column < size - 1:
             return None
         columns = torch.arange(size, device=visual.device)
@@ -542,40 +497,6 @@ def fused_text_class(kind: Any) -> Any:
     if issubclass(kind, FusedTextMixin):
         return kind
     return type(kind.__name__, (FusedTextMixin, kind), {"__module__": kind.__module__})
-
-
-@remembered
-def _arguments_of(forward: Callable[..., Any], inner: Callable[..., Any]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Returns the names of forward's positional arguments, and all keywords that it or the inner model's knows."""
-    parameters = signature(forward).parameters
-    names = [name for name, one in parameters.items() if one.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
-    known = {*parameters, "use_cache", *signature(inner).parameters, *TransformersKwargs.__annotations__}
-    return tuple(names), frozenset(known - {"self", "kwargs"})
-
-
-def _seen(inputs: Mapping[str, Any]) -> int:
-    """Returns the length of the sequence that the cache holds."""
-    return 0 if (cache := inputs.get(CACHE)) is None else cache.get_seq_length()
-
-
-def _refuse_packed_positions(inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError for position ids of several samples in one row, which only a mask would keep apart."""
-    given = inputs.get("position_ids")
-    if given is None or "attention_mask" in inputs or CACHE in inputs or (given.ndim == 3 and len(given) < 4):
-        return  # of M-RoPE's four rows the first counts the text; three are of images too, where they may fall
-    text = given[0] if given.ndim == 3 else given
-    if bool((text.diff(dim=-1) < 0).any()):
-        raise ValueError(
-            "position_ids: got a row that begins anew without an attention_mask, expected one sample a row; "
-            "packed=True packs a padded batch"
-        )
-
-
-def _part(full: Tensor, seen: int, size: int) -> Tensor:
-    """Returns (B, size), this call's columns of a tensor (B, S) of the whole prompt, 0 beyond it."""
-    if full.shape[1] == size:
-        return full
-    return torch.nn.functional.pad(full, (0, max(0, seen + size - full.shape[1])))[:, seen : seen + size]
 
 
 def _require_live_end(output: DecoderOutput, schedule: Schedule) -> None:
