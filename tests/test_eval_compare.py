@@ -408,7 +408,7 @@ def seed_runs(folder, runs):
 
 
 def test_runs_that_differ_in_seed_alone_are_pooled(runs, tmp_path):
-    given = [*seed_runs(tmp_path / "seeds", runs), "--limit", "8"]
+    given = [*seed_runs(tmp_path / "seeds", runs), "--limit", "16"]  # about two images
     assert main([*given, "--out", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/table.json").read_text())
     rows = {(row["run"], row["schedule"]): row for row in record["rows"]}
@@ -454,6 +454,10 @@ def test_differences_over_seeds_pair_what_belongs_together():
     assert (found.mean, found.gained, found.lost) == (0.25, 2, 0)
     assert found.low < 0 < found.high
     assert found.p == pytest.approx(0.391, abs=1e-3)  # t = 1 with 3 degrees of freedom
+    alike = [{0: cell(*values), 1: cell(*values)} for values in ((0.0, 0.0), (1.0, 1.0))]
+    assert compared_seeds(alike[1], alike[0]).p == 0.5  # two images, by the sign test
+    one = [{seed: {"samples": cell(value)["samples"]} for seed in (0, 1)} for value in (0.0, 1.0)]
+    assert compared_seeds(one[1], one[0]) is None
     others = compared_seeds({7: better[0], 8: better[1]}, base)  # other seeds: nothing pairs them
     assert others.mean == 0.25
     assert others.gained is None

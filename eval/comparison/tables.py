@@ -259,7 +259,8 @@ def compared(cells: Mapping[int, Record], base: Mapping[int, Record]) -> Differe
     moved = [after - before for before, after in zip(first, second, strict=True)]
     error = standard_error(moved, groups) or 0.0
     mean, low, high, p = over_seeds(*scores, paired=same, images=(error, len(set(groups))))
-    p = max(p, least_p(moved, groups))
+    if low == high:  # all images and all seeds moved alike, of which Student's t makes a certainty
+        p = max(p, least_p(moved, groups))
     if not same:
         return Difference(mean, low, high, p, None, None)
     changes = [after[number] - before[number] for before, after in zip(old, new, strict=True) for number in ids]
