@@ -42,7 +42,6 @@ from eval.stage_analysis.samples import (
 )
 from eval.stage_analysis.search import Analysis, needs_vision, propose
 from models.schedules import plan_schedule
-from models.stage_plan import StagePlan
 from recipes.schema import RecipeError
 
 LIMIT = 300
@@ -123,10 +122,9 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, Analysis]:
         raise SamplesError(f"--window: got {window}, expected at most {depth}, because the decoder has {depth} layers")
     make_folder("--out", args.out, ("stages.json", "stages.md", "stages.png"))
     model, _ = checkpoint.load(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    plan = None if model.config.stages is None else StagePlan.from_dict(model.config.stages)
     batcher, size = ProbeBatcher(model, prompt_encoder), args.batch or (8 if torch.cuda.is_available() else 50)
-    samples = batcher.as_written(samples, size, plan_schedule(plan))
-    return checkpoint, Analysis(model, batcher, samples, size, plan, window)
+    samples = batcher.as_written(samples, size, plan_schedule(model.plan))
+    return checkpoint, Analysis(model, batcher, samples, size, model.plan, window)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from eval.arguments import UsageError, misfit
 from models.auto import CONFIG_FAULTS
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA's: how to answer, not what is asked
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # LLaVA's instruction, no part of the question
 
 
 class TextTower:

@@ -257,7 +257,7 @@ def test_a_study_of_the_first_questions_asks_those_and_says_so(study, monkeypatc
     told = capsys.readouterr().out
     assert asked == [3, 3]
     assert "| window | 1 | 66.67 % |" in told
-    assert "Asked: the first 3 questions." in told
+    assert "Tested on the first 3 questions." in told
     written = (study.parent / "results/table.md").read_text()
     assert main([str(study), "--out", str(study.parent / "out"), "--reference", "window"]) == 0
     assert "| to window, points |" in capsys.readouterr().out
@@ -291,7 +291,7 @@ def test_a_shorter_run_is_named_and_costs_less_than_dense():
     told = tables("tiny", "dense", ["dense", "shorter"], [record("dense", 0, "11", flops=2e12), shorter])
     assert "| 2.0 TFLOP | 100.0 % | 100.0 % |" in told
     assert "| 1.0 TFLOP | 50.0 % | 50.0 % |" in told
-    assert "All runs but shorter (1) took 2 optimizer steps." in told
+    assert "All runs took 2 optimizer steps, except shorter (1)." in told
 
 
 def test_a_task_or_schedule_that_is_new_in_a_study_is_asked_of_the_kept_run(study, monkeypatch, capsys):

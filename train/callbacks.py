@@ -191,7 +191,8 @@ class LogCallback(TrainerCallback):
         """Writes one log line."""
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
-        if "eval_loss" in logs:  # of an evaluation that is made again, because no checkpoint followed it
+        # the step that the run goes on from is the only one whose evaluation may be written already, and is made again
+        if "eval_loss" in logs and state.global_step == self._first_step:
             self._keep(lambda line: not ("eval_loss" in line and _step_of_line(line) == state.global_step))
         with self._file.open("a", encoding="utf-8") as file:
             unknown = {"mfu": None} if "loss" in logs else {}
@@ -226,9 +227,7 @@ class LogCallback(TrainerCallback):
     def _keep(self, is_kept: Callable[[str], bool]) -> None:
         """Drops the other lines of the file."""
         lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.is_file() else []
-        kept = [line for line in lines if is_kept(line)]
-        if kept != lines or not lines:
-            self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file.write_text("".join(f"{line}\n" for line in lines if is_kept(line)), encoding="utf-8")
 
 
 class SearchCallback(TrainerCallback):

@@ -146,15 +146,15 @@ def tables(name: str, reference: str, arms: Sequence[str], records: Sequence[Rec
 
 
 def _notes(arms: Sequence[str], records: Sequence[Record]) -> str:
-    asked = f"Asked: the first {records[0]['limit']:,} questions. " if records[0]["limit"] else ""
+    part = f"Tested on the first {records[0]['limit']:,} questions. " if records[0]["limit"] else ""
     steps = {record["arm"]: sum(phase["steps"] for phase in record["phases"]) for record in records}
     most = max(steps.values())
     fewer = [f"{arm} ({count:,})" for arm, count in steps.items() if count < most]
-    but = f" but {', '.join(fewer)}" if fewer else ""
+    but = f", except {', '.join(fewer)}" if fewer else ""
     missing = [arm for arm in arms if not any(record["arm"] == arm for record in records)]
     rest = f" Not run yet: {', '.join(missing)}." if missing else ""
     return (
-        f"All runs{but} took {most:,} optimizer steps. {asked}Accuracy is the mean over seeds ± its standard error; "
+        f"All runs took {most:,} optimizer steps{but}. {part}Accuracy is the mean over seeds ± its standard error; "
         '"one seed" is the standard error over a seed\'s images. The difference is paired: seed by seed ± its standard '
         "error over seeds, and its 95 % interval when images are resampled. Training and prompt count the decoder's "
         f"FLOPs.{rest}"

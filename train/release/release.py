@@ -162,9 +162,8 @@ def _check_shard_size(size: str) -> None:
 def _replace(partial: Path, out: Path) -> None:
     """Moves a proven release into place; what was there goes only when the new one is there, and else comes back."""
     old = out.with_name(f".{out.name}-replaced-{os.getpid()}")
-    was_there = out.is_dir()
     try:
-        if was_there:
+        if out.is_dir():
             out.rename(old)
         partial.rename(out)
     except BaseException:
